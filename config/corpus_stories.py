@@ -1,0 +1,8 @@
+"""Speech to fit the embedded codebook and vocoder on: 4 h of stories in one voice, audio only (README, "Assets")."""
+out = "out/corpus"
+tokenizer = "none"
+keep_audio = True
+n_train = 750
+n_val = 50
+n_sblimp = 4
+seed = 1000

@@ -1,0 +1,373 @@
+"""Text to speech to units: stories written by a text LM, spoken by a TTS; preference pairs and spoken benchmarks.
+
+In:  a text LM, a TTS and a speech tokeniser, by name.
+Out: one folder:  stories.jsonl · units/train, units/val (unit files) · pairs_train.jsonl, pairs_val.jsonl (preference
+     pairs) · tstorycloze/, sblimp/ (wav files, manifest.jsonl) · audio/ (with --keep_audio) · synth.json (what was done)
+
+    python synth_stories.py config/demo_stories.py
+    python synth_stories.py config/demo_stories.py --out out/big --n_train 5000 --keep_audio
+
+Two CPU cores write 500 words a second, speak 150 and tokenise 40 times faster than real time. The same seed on the same
+machine gives the same files. Killed, it goes on where it was when started again.
+"""
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from config import load_config
+from embedded import resolve
+from model import UnitLM
+from prepare_units import SAMPLE_RATE, SpeechTokenizer, resample
+from units import UnitReader, UnitWriter, write_pairs
+
+
+@dataclass
+class Config:
+    """Write, speak and tokenise stories."""
+    out: str = "out/stories"  # folder to write; an interrupted run resumes in it
+    writer: str = "embedded:smollm2-135m"  # text LM that writes the stories
+    tts: str = "hibari"  # voice that speaks them
+    tokenizer: str = "embedded"  # codebook file; `none` stops after the audio
+    n_train: int = 400  # stories to train on
+    n_val: int = 40  # stories held out: validation units, validation pairs, tStoryCloze pairs
+    pairs_per_story: int = 1  # preference pairs made from each story
+    n_sblimp: int = 100  # sentence pairs of the sBLIMP-style set
+    max_new_tokens: int = 80  # the text LM's part of a story, in text tokens
+    temperature: float = 0.6  # of the text LM
+    top_k: int = 40  # of the text LM
+    batch: int = 128  # stories written together
+    workers: int = 2  # processes that speak
+    keep_audio: bool = False  # keep the spoken stories (16 kHz flac) in audio/
+    seed: int = 0  # of everything
+    overwrite: bool = False  # start anew instead of resuming
+
+    def problems(self) -> list[str]:
+        """Cross-field checks of the loader."""
+        found = []
+        if self.tts not in TTS:
+            found.append(f"tts = {self.tts!r}: there is {', '.join(TTS)}")
+        if self.tokenizer == "none" and not self.keep_audio:
+            found.append("tokenizer = none without keep_audio = true would leave nothing")
+        if self.n_val < 4:
+            found.append("n_val: at least 4 stories, so that endings can be exchanged")
+        return found
+
+
+# ---------------------------------------------------------------- writing
+
+# A story opens with two or three sentences drawn from these lists and is continued by the text LM: an opening keeps a
+# small LM on its rails, and the product of the lists keeps the openings from repeating.
+NAMES = """Lily Tom Mia Ben Sue Max Anna Jack Lucy Sam Ella Tim Rosie Leo Amy Finn Zoe Pip Daisy Oscar Nora Bobby Grace
+Henry Ruby Charlie Molly George Kitty Peter Sally Rex Bella Toby Clara Milo Polly Hugo Ivy Felix""".split()
+HEROES = """girl|boy|rabbit|bear|fox|cat|dog|mouse|duck|frog|squirrel|lion|elephant|bird|turtle|pig|pony|owl|penguin|
+hedgehog|monkey|kitten|puppy|lamb""".replace("\n", "").split("|")
+TRAITS = "little kind brave happy curious shy clever funny gentle lonely hungry sleepy small quiet busy silly".split()
+PLACES = """a small house by the sea|a big green forest|a quiet village|an old farm|a cave near the river|a tall tree|
+a little town|a warm nest|a house on the hill|a garden full of flowers|a snowy valley|a tiny cottage
+""".replace("\n", "").split("|")
+LOVES = """to play in the park|to sing songs|to look at the stars|to eat apples|to run in the rain|to read books|
+to paint pictures|to swim in the lake|to help his friends|to bake bread|to climb trees|to dance|to collect shells|
+to fly a kite|to plant flowers|to build towers""".replace("\n", "").split("|")
+EVENTS = """found a shiny key|heard a strange noise|lost a red ball|met a new friend|saw a big rainbow|found a map|
+woke up very early|got lost in the woods|found a small egg|saw a bird that could not fly|wanted to go on a trip|
+heard someone crying|saw dark clouds in the sky|found an old box|fell into the mud|got a letter|saw a boat on the water|
+wanted to make a cake|found a hole in the fence|made a big mistake""".replace("\n", "").split("|")
+
+
+def opening(rng: np.random.Generator) -> str:
+    """The first sentences of a story."""
+    name, hero, trait, place, love, event = (str(rng.choice(x)) for x in (NAMES, HEROES, TRAITS, PLACES, LOVES, EVENTS))
+    article = "an" if trait[0] in "aeiou" else "a"
+    love = love.replace("his friends", "friends")
+    start = rng.choice(["Once upon a time, there was", "There once was", "Once there was"])
+    day = rng.choice(["One day,", "One morning,", "One sunny day,", "One evening,", "Then one day,"])
+    return (f"{start} {article} {trait} {hero} named {name}. {name} lived in {place} and loved {love}. "
+            f"{day} {name} {event}.")
+
+
+def split_sentences(text: str) -> list[str]:
+    """split_sentences('Hi. "Go!" He ran') -> ['Hi.', '"Go!"'] (whole sentences only)"""
+    return re.findall(r'\S.*?[.!?]+["\']?(?=\s|$)', text)
+
+
+def tidy(text: str) -> list[str] | None:
+    """The whole sentences of a written story, at most 7; None if it is too short, odd to speak, or repeats itself."""
+    text = text.translate(str.maketrans("“”‘’—–\n", "\"\"''-- "))
+    sentences = split_sentences(re.sub(r"\s+", " ", text))[:7]
+    words = re.findall(r"[a-z']+", " ".join(sentences).lower())
+    bigrams = list(zip(words, words[1:]))
+    fine = (len(sentences) >= 5 and all(2 <= len(s.split()) <= 25 for s in sentences)
+            and len(set(sentences)) == len(sentences) and len(set(bigrams)) > 0.75 * len(bigrams)
+            and re.fullmatch(r"[A-Za-z0-9 ,.!?'\"-]+", " ".join(sentences)))
+    return sentences if fine else None
+
+
+def write_stories(cfg: Config, n: int) -> list[dict]:
+    """n stories [{"id", "sentences"}], kept in stories.jsonl batch by batch; a batch depends on (seed, its number)."""
+    path = Path(cfg.out) / "stories.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    stories = [json.loads(line) for line in lines]
+    if len(stories) >= n:
+        return stories[:n]
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(resolve(cfg.writer))
+    lm = UnitLM.from_pretrained(cfg.writer).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    if lm.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        lm = lm.bfloat16()
+    number = stories[-1]["batch"] + 1 if stories else 0
+    instruction = [{"role": "user", "content": "Write a short story for small children in simple words."}]
+    frame = tokenizer.apply_chat_template(instruction, tokenize=False, add_generation_prompt=True)
+    bar = tqdm(total=n, initial=len(stories), desc="writing", unit="story")
+    while len(stories) < n:
+        rng = np.random.default_rng((cfg.seed, number))
+        openings = [opening(rng) for _ in range(cfg.batch)]
+        generator = torch.Generator(lm.device).manual_seed(int(rng.integers(2**31)))
+        new = lm.generate([tokenizer(frame + text)["input_ids"] for text in openings], cfg.max_new_tokens,
+                          temperature=cfg.temperature, top_k=cfg.top_k, stop=(tokenizer.eos_token_id, 0), forbid=(),
+                          generator=generator)
+        tidied = [tidy(text + tokenizer.decode(tokens)) for text, tokens in zip(openings, new)]
+        batch = [{"id": f"story{number:04d}_{i:03d}", "batch": number, "sentences": sentences}
+                 for i, sentences in enumerate(tidied) if sentences]
+        if not batch:
+            raise SystemExit(f"{cfg.writer} wrote no usable story in a batch of {cfg.batch}; try another writer, a "
+                             f"lower temperature or more max_new_tokens (now {cfg.max_new_tokens})")
+        stories += batch
+        temporary = path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(s) + "\n" for s in stories), encoding="utf-8")
+        os.replace(temporary, path)
+        number += 1
+        bar.update(min(len(batch), n - bar.n))
+    bar.close()
+    return stories[:n]
+
+
+# ---------------------------------------------------------------- speaking
+
+def load_hibari():
+    """hibari (Apache-2.0): one American English voice; (text, seed) -> float32 at 24 kHz."""
+    try:
+        from hibari import Hibari
+    except ImportError:
+        raise SystemExit("hibari-tts is not installed: pip install --no-deps -r requirements-embedded.txt") from None
+    voice = Hibari(threads=1)
+    return lambda text, seed: (voice(text, seed=seed), voice.sample_rate)
+
+
+TTS = {"hibari": load_hibari}  # name -> () -> (text, seed) -> (wave, sample rate)
+_speak = None  # a worker process's voice
+
+
+def _start_worker(tts: str) -> None:
+    global _speak
+    _speak = TTS[tts]()
+
+
+def speak(job: tuple[list[str], int]) -> list[np.ndarray]:
+    """Sentences -> waves at 16 kHz, each padded to whole frames (40 ms) so that sentence borders are frame borders."""
+    sentences, seed = job
+    waves = []
+    for i, sentence in enumerate(sentences):
+        wave = resample(*(_speak(sentence, seed + i)), SAMPLE_RATE)
+        waves.append(np.pad(wave, (0, -len(wave) % 640)).astype(np.float32))
+    return waves
+
+
+def spoken(cfg: Config, texts: dict[str, list[str]], desc: str):
+    """Yield (id, sentence waves) of each text in order, spoken by `workers` processes; seeded by (seed, id)."""
+    jobs = [(sentences, zlib.crc32(f"{cfg.seed} {id}".encode())) for id, sentences in texts.items()]
+    # spawn, not fork: a forked child of a process that has run torch's threads may hang
+    with multiprocessing.get_context("spawn").Pool(cfg.workers, _start_worker, (cfg.tts,)) as pool:
+        waves = tqdm(pool.imap(speak, jobs, chunksize=2), total=len(jobs), desc=desc, unit="text")
+        yield from ((id, w) for w, id in zip(waves, texts))  # in this order zip exhausts the bar
+
+
+def write_audio(path: Path, wave: np.ndarray) -> None:
+    """Write a wave (T,) at 16 kHz; a file that has its name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    soundfile.write(temporary, wave, SAMPLE_RATE, format=path.suffix[1:].upper())
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------- units, pairs, benchmarks
+
+def speak_stories(cfg: Config, stories: list[dict], split: str, tokenizer: SpeechTokenizer | None) -> None:
+    """Stories -> units/<split>, and audio/ if asked for; a story already there is not spoken again."""
+    audio = Path(cfg.out) / "audio"
+    writer = tokenizer and UnitWriter(Path(cfg.out) / "units" / split, tokenizer.fingerprint, cfg.out,
+                                      shard_tokens=20_000)
+    todo = {story["id"]: story["sentences"] for story in stories
+            if (writer and story["id"] not in writer.done)
+            or (cfg.keep_audio and not (audio / f"{story['id']}.flac").exists())}
+    for id, waves in spoken(cfg, todo, f"speaking {split}") if todo else ():
+        wave = np.concatenate(waves)
+        if cfg.keep_audio:
+            write_audio(audio / f"{id}.flac", wave)
+        if writer and id not in writer.done:
+            writer.add(id, *tokenizer.encode(wave, SAMPLE_RATE), text=" ".join(todo[id]))
+    if writer:
+        writer.flush()
+
+
+def make_pairs(cfg: Config, stories: list[dict], split: str, tokenizer: SpeechTokenizer) -> None:
+    """Preference pairs: a story's beginning; its own next sentence against one of another story.
+
+    Prompt, chosen and rejected are spoken and tokenised each by itself, as SpokenSwag is.
+    """
+    path = Path(cfg.out) / f"pairs_{split}.jsonl"
+    if path.exists():
+        return
+    own = {}  # sentences at the same place of different stories are exchanged: only the content tells them apart
+    for k in range(cfg.pairs_per_story):
+        own |= {f"{s['id']}_{k}": (s["sentences"][:3 + k], s["sentences"][3 + k]) for s in stories
+                if len(s["sentences"]) > 3 + k}
+    ids = sorted(own, key=lambda id: (id[-1], id))
+    texts = {}
+    for id in ids:
+        texts |= {f"{id} prompt": own[id][0], f"{id} next": [own[id][1]]}
+    units = {id: tokenizer.encode(np.concatenate(waves), SAMPLE_RATE)[0].tolist()
+             for id, waves in spoken(cfg, texts, f"speaking pairs {split}")}
+    pairs = []
+    for id, other in zip(ids, exchange(ids, cfg.seed)):
+        pairs.append({"id": id, "prompt": units[f"{id} prompt"], "chosen": units[f"{id} next"],
+                      "rejected": units[f"{other} next"], "prompt_text": " ".join(own[id][0]),
+                      "chosen_text": own[id][1], "rejected_text": own[other][1]})
+    write_pairs(path, tokenizer.fingerprint, pairs)
+
+
+def exchange(items: list, seed: int) -> list:
+    """A seeded permutation in which nothing stays in its place."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    out = [None] * len(items)
+    for i, j in zip(order, np.roll(order, 1)):
+        out[i] = items[j]
+    return out
+
+
+def write_benchmark(cfg: Config, name: str, pairs: list[dict], texts: dict[str, list[str]], recipe) -> None:
+    """Speak `texts`, write each pair's two wavs (`recipe(pair, side)` -> ids of texts to join) and manifest.jsonl."""
+    folder = Path(cfg.out) / name
+    if (folder / "manifest.jsonl").exists():
+        return
+    waves = dict(spoken(cfg, texts, f"speaking {name}"))
+    lines = []
+    for pair in pairs:
+        for side in ("positive", "negative"):
+            pair[side] = f"{pair['id']}_{side}.wav"
+            write_audio(folder / pair[side], np.concatenate([w for id in recipe(pair, side) for w in waves[id]]))
+        lines.append(json.dumps(pair) + "\n")
+    (folder / "manifest.part").write_text("".join(lines))
+    os.replace(folder / "manifest.part", folder / "manifest.jsonl")
+
+
+def make_tstorycloze(cfg: Config, stories: list[dict]) -> None:
+    """tStoryCloze-style pairs: four sentences and their true fifth, against the fifth of another story."""
+    texts, pairs = {}, []
+    for story, other in zip(stories, exchange(stories, cfg.seed)):
+        id, (*beginning, ending) = story["id"], story["sentences"][:5]
+        texts |= {f"{id} beginning": beginning, f"{id} ending": [ending]}
+        pairs.append({"id": id, "other": other["id"], "positive_text": " ".join(story["sentences"][:5]),
+                      "negative_text": " ".join([*beginning, other["sentences"][4]])})
+    write_benchmark(cfg, "tstorycloze", pairs, texts, lambda pair, side: [
+        f"{pair['id']} beginning", f"{pair['id'] if side == 'positive' else pair['other']} ending"])
+
+
+def grammar_pair(kind: str, i: int, rng: np.random.Generator) -> tuple[str, str]:
+    """A grammatical and an ungrammatical sentence of the same words' kinds; i alternates what is right.
+
+    grammar_pair("subject_verb_agreement", 0, rng) -> ("The dog near the tree is sleeping.", "… are sleeping.")
+    """
+    def pick(words):
+        return str(rng.choice(words.split()))
+
+    noun, verb = pick("dog cat bird boy girl teacher farmer rabbit horse king"), pick(
+        "sleeping singing running eating playing waiting smiling")
+    where = str(rng.choice(["in the garden", "near the tree", "by the house", "at the school", "on the hill"]))
+    if kind == "subject_verb_agreement":
+        subject = f"The {noun}{'s' * (i % 2)} {where if rng.random() < 0.5 else ''}".strip()
+        verbs = [("is", "are"), ("was", "were"), ("has been", "have been")][int(rng.integers(3))]
+        good, bad = verbs[i % 2], verbs[1 - i % 2]
+        return f"{subject} {good} {verb}.", f"{subject} {bad} {verb}."
+    if kind == "determiner_noun_agreement":
+        singular, plural = [("this", "these"), ("that", "those"), ("a", "many"), ("every", "several")][i // 2 % 4]
+        determiner, right, wrong = (singular, noun, noun + "s") if i % 2 else (plural, noun + "s", noun)
+        name, saw = pick("Tom Mia Anna Ben Lucy Sam"), pick("saw found liked heard met")
+        return f"{name} {saw} {determiner} {right} {where}.", f"{name} {saw} {determiner} {wrong} {where}."
+    if kind == "reflexive":
+        who = [("boy king man grandfather brother", "himself"), ("girl queen woman grandmother sister", "herself"),
+               ("boys girls children friends kings", "themselves")]
+        (subjects, right), (_, wrong) = who[i % 3], who[(i + 1 + i // 3 % 2) % 3]
+        start = f"The {pick(subjects)} {pick('saw hurt helped washed liked')}"
+        return f"{start} {right} {where}.", f"{start} {wrong} {where}."
+    assert kind == "word_order"
+    name, adjective, thing = pick("Tom Mia Anna Ben"), pick("red big old small shiny"), pick("apple ball box kite hat")
+    return [(f"{name} found the {adjective} {thing} {where}.", f"{name} found the {thing} {adjective} {where}."),
+            (f"The {noun} will not be {verb} {where}.", f"The {noun} not will be {verb} {where}."),
+            (f"{name} put the {thing} on the table.", f"{name} put {thing} the on the table."),
+            (f"The {noun} is {verb} {where}.", f"The {noun} {verb} is {where}.")][i % 4]
+
+
+GRAMMAR = "subject_verb_agreement determiner_noun_agreement reflexive word_order".split()
+
+
+def make_sblimp(cfg: Config) -> None:
+    """sBLIMP-style pairs: a grammatical and an ungrammatical sentence, by templates, the four kinds in equal shares."""
+    rng, pairs, seen = np.random.default_rng((cfg.seed, 1)), [], set()
+    while len(pairs) < cfg.n_sblimp:
+        i = len(pairs)
+        kind = GRAMMAR[i % len(GRAMMAR)]
+        positive, negative = grammar_pair(kind, i // len(GRAMMAR), rng)
+        if (positive, negative) not in seen or len(seen) > 2000:
+            seen.add((positive, negative))
+            pairs.append({"id": f"{i:05d}", "type": kind, "positive_text": positive, "negative_text": negative})
+    texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in pairs for side in ("positive", "negative")}
+    write_benchmark(cfg, "sblimp", pairs, texts, lambda pair, side: [f"{pair['id']} {side}"])
+
+
+def main(cfg: Config) -> None:
+    out, record = Path(cfg.out), Path(cfg.out) / "synth.json"
+    if cfg.overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    # What decides the files; a folder made with other settings is not resumed.
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "workers", "overwrite")}
+    if record.exists():
+        before = json.loads(record.read_text())["settings"]
+        changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
+        if changed:
+            raise SystemExit(f"{out} was made with other settings ({'; '.join(changed)}); choose another --out, or "
+                             f"--overwrite")
+    elif out.exists() and any(out.iterdir()):
+        raise SystemExit(f"{out} exists and was not made by synth_stories.py; choose another --out, or --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"settings": settings, "done": False}, indent=2))
+
+    tokenizer = None if cfg.tokenizer == "none" else SpeechTokenizer.load(cfg.tokenizer)
+    stories = write_stories(cfg, cfg.n_val + cfg.n_train)
+    splits = {"val": stories[:cfg.n_val], "train": stories[cfg.n_val:]}
+    for split, part in splits.items():
+        speak_stories(cfg, part, split, tokenizer)
+        if tokenizer:
+            make_pairs(cfg, part, split, tokenizer)
+    make_tstorycloze(cfg, splits["val"])
+    make_sblimp(cfg)
+
+    record.write_text(json.dumps({"settings": settings, "done": True}, indent=2))
+    for split in splits if tokenizer else ():
+        reader = UnitReader(out / "units" / split)
+        print(f"{out}/units/{split}: {len(reader)} stories, {reader.hours:.2f} h, {reader.n_tokens:,} tokens")
+    print(f"{out}: done")
+
+
+if __name__ == "__main__":
+    main(load_config(Config, sys.argv[1:], __doc__))

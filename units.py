@@ -1,0 +1,271 @@
+"""The contract between the stages: vocabulary, tokeniser fingerprint, unit files and pair files.
+
+Vocabulary: PAD 0, BOS = EOS 1, unit u is token u + 2. An utterance is the tokens `1 units 1`.
+
+A unit file is a safetensors file, so its JSON header can be read by eye and its tokens are memory-mapped:
+    tokens    uint16 (n_tokens,)        every utterance as `1 units 1`, one after the other
+    offsets   int64  (n_utterances + 1,)
+    durations uint16 (n_tokens,)        frames per unit, 0 at BOS and EOS; only where asked for
+    records   uint8                     JSON lines, one per utterance: {"id": ..., "text": ...}
+    header    format, version, fingerprint, source, n_utterances, n_tokens, hours
+A corpus is a folder of numbered such shards. Each is written under a temporary name and renamed, so a shard that has
+its name is whole.
+"""
+import json
+import os
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import numpy as np
+from safetensors.numpy import save_file
+
+PAD, BOS, EOS, OFFSET = 0, 1, 1, 2
+VERSION = 1
+
+
+def vocab_size(n_units: int) -> int:
+    """vocab_size(500) -> 502."""
+    return n_units + OFFSET
+
+
+def to_tokens(units: Iterable[int]) -> list[int]:
+    """to_tokens([3, 49]) -> [1, 5, 51, 1]"""
+    return [BOS, *(int(u) + OFFSET for u in units), EOS]
+
+
+def to_units(tokens: Iterable[int]) -> list[int]:
+    """to_units([1, 5, 51, 1]) -> [3, 49]; special tokens are dropped."""
+    return [int(t) - OFFSET for t in tokens if t >= OFFSET]
+
+
+def dedup(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of equal units (T,) -> (units, durations); the durations sum to T.
+
+    dedup([7, 7, 7, 2, 2, 7]) -> [7, 2, 7], [3, 2, 1]
+    """
+    frames = np.asarray(frames)
+    starts = np.flatnonzero(np.diff(frames, prepend=-1))
+    return frames[starts], np.diff(starts, append=len(frames))
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a speech tokeniser is; units with different fingerprints mean different sounds."""
+    encoder: str  # a hub id or embedded:NAME
+    layer: int  # hidden state, 0 = the input of the first transformer layer
+    unit_rate_hz: float
+    n_units: int
+    dedup: bool
+    codebook_sha256: str
+
+    @classmethod
+    def of(cls, values: dict) -> "Fingerprint":
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (f"{self.encoder} layer {self.layer}, {self.unit_rate_hz:g} Hz, {self.n_units} units, "
+                f"{'dedup' if self.dedup else 'no dedup'}, codebook {self.codebook_sha256[:12]}")
+
+
+def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
+    """SystemExit naming both files and both fingerprints unless they are equal."""
+    if a != b:
+        raise SystemExit(f"units of different tokenisers:\n  {a_name}: {a}\n  {b_name}: {b}\n"
+                         f"  make one of them again with the other's tokeniser (prepare_units.py)")
+
+
+# ---------------------------------------------------------------- unit files
+
+class UnitWriter:
+    """Write a corpus as numbered shards: `with UnitWriter(folder, fingerprint) as w: w.add(id, units)`.
+
+    Reopening a folder resumes it: `w.done` holds the ids already there. What is not in a whole shard when the process
+    dies is lost, and `add` can be called for it again.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: Fingerprint, source: str = "", durations: bool = False,
+                 shard_tokens: int = 50_000_000):
+        self.folder, self.fingerprint, self.source = Path(folder), fingerprint, source
+        self.with_durations, self.shard_tokens = durations, shard_tokens
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.done: set[str] = set()
+        self.n_shards = 0
+        if any(self.folder.glob("*.safetensors")):
+            there = UnitReader(self.folder)
+            require_same(there.fingerprint, folder, fingerprint, "the tokeniser to write with")
+            self.done = set(there.ids())
+            self.n_shards = len(there.shards)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.tokens, self.durations, self.records, self.lengths, self.frames = [], [], [], [], 0
+
+    def add(self, id: str, units: np.ndarray, durations: np.ndarray, **record) -> None:
+        """Add an utterance: units and durations (T,) ints; `record`: what else to keep, e.g. text="…"."""
+        units, durations = np.asarray(units), np.asarray(durations)
+        assert units.shape == durations.shape and len(units), f"{id}: {units.shape} units, {durations.shape} durations"
+        assert units.min() >= 0 and units.max() < self.fingerprint.n_units, f"{id}: unit out of range"
+        self.tokens.append(np.array(to_tokens(units), dtype="<u2"))
+        self.durations.append(np.array([0, *durations, 0], dtype="<u2"))
+        self.records.append(json.dumps({"id": id} | record, ensure_ascii=False))
+        self.lengths.append(len(units) + 2)
+        self.frames += int(durations.sum())
+        self.done.add(id)
+        if sum(self.lengths) >= self.shard_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added since the last shard as a new shard."""
+        if not self.lengths:
+            return
+        tensors = {"tokens": np.concatenate(self.tokens),
+                   "offsets": np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8"),
+                   "records": np.frombuffer("\n".join(self.records).encode(), dtype=np.uint8)}
+        if self.with_durations:
+            tensors["durations"] = np.concatenate(self.durations)
+        header = {"format": "slam-units", "version": VERSION, "fingerprint": self.fingerprint.to_dict(),
+                  "source": self.source, "n_utterances": len(self.lengths), "n_tokens": sum(self.lengths),
+                  "hours": self.frames / self.fingerprint.unit_rate_hz / 3600}
+        path = self.folder / f"{self.n_shards:05d}.safetensors"
+        temporary = path.with_suffix(".part")
+        save_file(tensors, temporary, metadata={k: v if isinstance(v, str) else json.dumps(v)
+                                                for k, v in header.items()})
+        os.replace(temporary, path)
+        self.n_shards += 1
+        self._clear()
+
+    def __enter__(self) -> "UnitWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.flush()
+
+
+class Shard:
+    """One unit file, memory-mapped. SystemExit, naming the file, if it is not whole or not a unit file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open(path, "rb") as f:
+                length, = struct.unpack("<Q", f.read(8))
+                if length > 100_000_000:
+                    raise ValueError("no safetensors header")
+                tensors = json.loads(f.read(length))
+            header = tensors.pop("__metadata__", {})
+            if header.get("format") != "slam-units" or int(header.get("version", 0)) != VERSION:
+                raise ValueError(f"format {header.get('format')!r} version {header.get('version')}, expected "
+                                 f"'slam-units' version {VERSION}")
+            self.fingerprint = Fingerprint.of(json.loads(header["fingerprint"]))
+            self.hours, self.source = float(header["hours"]), header["source"]
+            dtypes = {"U16": "<u2", "I64": "<i8", "U8": "u1"}
+            arrays = {}
+            for name, t in tensors.items():
+                begin, end = t["data_offsets"]
+                if 8 + length + end > path.stat().st_size:
+                    raise ValueError("file is cut short")
+                arrays[name] = np.memmap(path, dtypes[t["dtype"]], "r", 8 + length + begin, tuple(t["shape"]))
+            self.tokens, self.offsets, self._records = arrays["tokens"], arrays["offsets"], arrays["records"]
+            self.durations = arrays.get("durations")
+            if self.offsets[-1] != len(self.tokens):
+                raise ValueError("offsets and tokens disagree")
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as e:
+            raise SystemExit(f"{path}: not a whole unit file ({e}); remove it and run the stage again") from None
+
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in self._records.tobytes().decode().split("\n")]
+
+
+class UnitReader:
+    """Read a unit file, a folder of them, or several; utterance i of all of them in order.
+
+    `tokens(i)` -> uint16 `1 units 1`; `units(i)` -> int64 (T,); `durations(i)` -> (T,) or None; `records()`.
+    SystemExit if a path is missing, a shard is not whole, or two have different fingerprints.
+    """
+
+    def __init__(self, *paths: str | Path):
+        files = []
+        for path in map(Path, paths):
+            found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+            if not found or not found[0].is_file():
+                raise SystemExit(f"{path}: no unit files here; prepare_units.py and synth_stories.py write them")
+            files += found
+        self.shards = [Shard(f) for f in files]
+        self.fingerprint = self.shards[0].fingerprint
+        for shard in self.shards:
+            require_same(self.fingerprint, self.shards[0].path, shard.fingerprint, shard.path)
+        self.starts = np.cumsum([0] + [len(s.offsets) - 1 for s in self.shards])
+        self.lengths = np.concatenate([np.diff(s.offsets) for s in self.shards])  # in tokens, BOS and EOS included
+        self.n_tokens = int(self.lengths.sum())
+        self.hours = sum(s.hours for s in self.shards)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _slice(self, i: int) -> tuple[Shard, slice]:
+        s = int(np.searchsorted(self.starts, i, side="right")) - 1
+        shard, j = self.shards[s], i - self.starts[s]
+        return shard, slice(shard.offsets[j], shard.offsets[j + 1])
+
+    def tokens(self, i: int) -> np.ndarray:
+        shard, span = self._slice(i)
+        return shard.tokens[span]
+
+    def units(self, i: int) -> np.ndarray:
+        return self.tokens(i)[1:-1].astype(np.int64) - OFFSET
+
+    def durations(self, i: int) -> np.ndarray | None:
+        shard, span = self._slice(i)
+        return None if shard.durations is None else shard.durations[span][1:-1].astype(np.int64)
+
+    def records(self) -> Iterator[dict]:
+        for shard in self.shards:
+            yield from shard.records()
+
+    def ids(self) -> list[str]:
+        return [r["id"] for r in self.records()]
+
+
+# ---------------------------------------------------------------- pair files
+
+def write_pairs(path: str | Path, fingerprint: Fingerprint, pairs: Iterable[dict]) -> int:
+    """Write preference pairs as JSON lines, the first one the fingerprint; the number of pairs.
+
+    A pair: {"id", "prompt", "chosen", "rejected"} (lists of units) and, if known, their texts.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, n = path.with_name(path.name + ".part"), 0
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(json.dumps({"format": "slam-pairs", "version": VERSION, "fingerprint": fingerprint.to_dict()}) + "\n")
+        for pair in pairs:
+            f.write(json.dumps(pair, ensure_ascii=False) + "\n")
+            n += 1
+    os.replace(temporary, path)
+    return n
+
+
+def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
+    """Read a pair file. SystemExit, naming file and line, if it is missing or malformed."""
+    line = 1
+    try:
+        with open(path, encoding="utf-8") as f:
+            header = json.loads(f.readline())
+            fingerprint = Fingerprint.of(header["fingerprint"])
+            pairs = []
+            for line, text in enumerate(f, start=2):
+                pair = json.loads(text)
+                for key in ("prompt", "chosen", "rejected"):
+                    if not pair[key] or not all(0 <= u < fingerprint.n_units for u in pair[key]):
+                        raise ValueError(f"{key} must be a non-empty list of units below {fingerprint.n_units}")
+                pairs.append(pair)
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: no such pair file; synth_stories.py writes one") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f"{path}:{line}: not a preference pair ({type(e).__name__}: {e})") from None
+    return fingerprint, pairs
