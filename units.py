@@ -252,13 +252,11 @@ def write_pairs(path: str | Path, fingerprint: Fingerprint, pairs: Iterable[dict
 
 def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
     """Read a pair file. SystemExit, naming file and line, if it is missing or malformed."""
-    line = 1
+    pairs = []
     try:
         with open(path, encoding="utf-8") as f:
-            header = json.loads(f.readline())
-            fingerprint = Fingerprint.of(header["fingerprint"])
-            pairs = []
-            for line, text in enumerate(f, start=2):
+            fingerprint = Fingerprint.of(json.loads(f.readline())["fingerprint"])
+            for text in f:
                 pair = json.loads(text)
                 for key in ("prompt", "chosen", "rejected"):
                     if not pair[key] or not all(0 <= u < fingerprint.n_units for u in pair[key]):
@@ -267,5 +265,5 @@ def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such pair file; synth_stories.py writes one") from None
     except (ValueError, KeyError, TypeError) as e:
-        raise SystemExit(f"{path}:{line}: not a preference pair ({type(e).__name__}: {e})") from None
+        raise SystemExit(f"{path}: pair {len(pairs) + 1}: not a preference pair ({type(e).__name__}: {e})") from None
     return fingerprint, pairs

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from config import load_config
@@ -266,7 +267,7 @@ def train(cfg: Config) -> None:
     corpus = load_corpus(cfg, reader, vocoder.spectra)
     held_out, corpus = corpus[::cfg.val_every], [x for i, x in enumerate(corpus) if i % cfg.val_every]
     vocoder.to(device)
-    average = torch.optim.swa_utils.AveragedModel(vocoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema))
+    average = AveragedModel(vocoder, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizer = torch.optim.AdamW(vocoder.parameters(), cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
     step, seconds = 0, 0.0
     if cfg.resume and state_path.exists():
@@ -304,7 +305,8 @@ def train(cfg: Config) -> None:
         started, progress = time.perf_counter(), seconds / 60 / cfg.minutes
         rng = np.random.default_rng((cfg.seed, step))
         items = [corpus[i] for i in rng.integers(0, len(corpus), cfg.batch)]
-        optimizer.param_groups[0]["lr"] = cfg.lr * min(1, progress / 0.02 + 0.01) * (1 + math.cos(math.pi * progress)) / 2
+        warmup, cosine = min(1, progress / 0.02 + 0.01), (1 + math.cos(math.pi * progress)) / 2
+        optimizer.param_groups[0]["lr"] = cfg.lr * warmup * cosine
         with autocast(device, cfg.dtype):
             mel_loss, duration_loss = loss_of(vocoder, items, frames, rng)
         (mel_loss + 0.2 * duration_loss).backward()

@@ -13,7 +13,7 @@ from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Q
                           RepetitionPenaltyLogitsProcessor)
 
 import embedded
-from model import KVCache, ModelConfig, UnitLM, fetch, sample, swap_in
+from model import KVCache, ModelConfig, UnitLM, fetch, recover, sample, swap_in
 
 V = 60
 HF = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -312,6 +312,9 @@ def test_stop_tokens_end_rows_at_different_times(lm):
     assert len({len(row) for row in expected}) > 3 and max(map(len, expected)) > 16  # rows are dropped on the way
     assert lm.generate(PROMPTS, 40, temperature=0, stop=stop) == expected
     assert not any(t in stop for row in expected for t in row)
+    penalised = lm.generate(PROMPTS, 40, temperature=0, stop=stop, repetition_penalty=1.5)
+    assert len({len(row) for row in penalised}) > 3
+    assert [lm.generate([p], 40, temperature=0, stop=stop, repetition_penalty=1.5)[0] for p in PROMPTS] == penalised
     calls = []
     lm.generate(PROMPTS, 40, temperature=0, stop=stop, progress=lambda done, rows: calls.append((done, rows)))
     assert [done for done, _ in calls] == [8, 16, 24, 32, 40][:len(calls)]
@@ -418,9 +421,9 @@ def test_rows_are_drawn_independently():
 @pytest.mark.parametrize("penalty", [0.8, 1.1, 1.5, 3.0])
 def test_repetition_penalty_equals_transformers(penalty):
     generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(200, 12, generator=generator) - 2  # the best one is now above zero, now below
-    history = torch.randint(0, 12, (200, 5), generator=generator)
-    seen = torch.zeros(200, 12, dtype=torch.bool).scatter_(1, history, True)
+    logits = 2 * torch.randn(1000, 12, generator=generator) - 3  # the best one is now above zero, now below
+    history = torch.randint(0, 12, (1000, 5), generator=generator)
+    seen = torch.zeros(1000, 12, dtype=torch.bool).scatter_(1, history, True)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(history, logits.clone()).argmax(-1)
     assert (expected != logits.argmax(-1)).any()
     assert torch.equal(sample(logits, 0, 0, 1.0, penalty, seen, (), None), expected)
@@ -525,6 +528,10 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(checkpoint, lm, moment):
 def test_saving_straight_after_a_kill_between_the_renames(checkpoint, lm):
     """Nothing was loaded in between: the folder itself is not there when the next save starts."""
     checkpoint.rename(checkpoint.with_name("checkpoint.old"))
+    recover(checkpoint)  # what a resume and the next save begin with
+    assert torch.equal(UnitLM.from_pretrained(str(checkpoint)).model.norm.weight, lm.model.norm.weight)
+    assert checkpoint.is_dir()
+    checkpoint.rename(checkpoint.with_name("checkpoint.old"))
     other = our_model(seed=1)
     other.save_pretrained(checkpoint)
     assert torch.equal(UnitLM.from_pretrained(str(checkpoint)).model.norm.weight, other.model.norm.weight)
@@ -567,7 +574,7 @@ def test_reading_while_another_process_saves(tmp_path):
     thread = threading.Thread(target=reader)
     thread.start()
     try:
-        for i in range(400):
+        for i in range(150):
             (tmp_path / "a.new").mkdir()
             (tmp_path / "a.new" / "file").write_text(str(i))
             swap_in(tmp_path / "a.new", folder)

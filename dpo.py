@@ -1,0 +1,242 @@
+"""Direct preference optimisation of a unit LM on pairs of continuations (Rafailov et al. 2023), standalone.
+
+In:  a checkpoint of train.py and pair files (synth_stories.py).
+Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json · reference.pt
+
+    python dpo.py                                    # after config/slam.py: half an hour on a 24 GB GPU, 6 GB of disk
+    python dpo.py config/demo_dpo.py                 # a minute on two CPU cores
+
+The reference is the starting checkpoint; its log-probabilities are computed once, so only one model is in memory.
+"""
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from config import load_config
+from model import IGNORE, UnitLM, fetch
+from train import Run, autocast, make_optimizer, merge_results, pick_device, schedule
+from units import PAD, Fingerprint, read_pairs, require_same, to_tokens
+
+
+@dataclass
+class Config:
+    """Tune a unit LM on preference pairs. The defaults are the paper's (table 5)."""
+    out: str = "out/slam_dpo"  # run folder
+    checkpoint: str = "out/slam/checkpoint"  # model to start from, which is also the reference
+    pairs: str = "out/spoken_swag/pairs_train.jsonl"  # pair file to train on
+    val_pairs: str = "out/spoken_swag/pairs_val.jsonl"  # held-out pair file
+    beta: float = 0.1  # strength of the pull towards the reference
+    label_smoothing: float = 0.0  # share of pairs assumed to be labelled the wrong way round
+    context: int = 1024  # tokens of prompt and completion; longer prompts lose their beginning
+    micro_batch: int = 4  # pairs in a forward pass
+    accumulation: int = 16  # forward passes in an optimiser step
+    steps: int | None = None  # length of the run, by whichever of these is set: optimiser steps,
+    tokens: float | None = None  # completion tokens,
+    time_budget_hours: float | None = 0.5  # or hours of training
+    lr: float = 5e-5  # peak learning rate
+    min_lr: float = 0.0  # floor of the cosine and wsd schedules
+    schedule: Literal["cosine", "inverse_sqrt", "wsd", "constant"] = "inverse_sqrt"  # of the learning rate
+    warmup: float = 0.01  # share of the run in which the learning rate rises linearly
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.999  # AdamW
+    eps: float = 1e-8  # AdamW
+    weight_decay: float = 0.0  # AdamW
+    clip: float = 0.5  # largest gradient norm
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation
+    log_every: int = 10  # steps
+    save_every: int = 200  # steps
+    seed: int = 0  # of the order of the pairs
+    resume: bool = False  # go on with the run in `out`, if there is one
+    overwrite: bool = False  # remove the run in `out` and start anew
+
+    def problems(self) -> list[str]:
+        """Cross-field checks of the loader."""
+        found = []
+        if sum(x is not None for x in (self.steps, self.tokens, self.time_budget_hours)) != 1:
+            found.append("set exactly one of steps, tokens, time_budget_hours (the others to none)")
+        if self.resume and self.overwrite:
+            found.append("resume and overwrite exclude each other")
+        return found
+
+
+def dpo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, reference_chosen_logp: Tensor,
+             reference_rejected_logp: Tensor, beta: float = 0.1,
+             label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """DPO's loss (Rafailov et al. 2023, eq. 7; smoothing: Mitchell 2023), from summed log-probabilities, each (B,).
+
+    Returns the mean loss () and the implicit rewards beta log(policy / reference) of chosen and rejected, (B,) each.
+    """
+    chosen_reward = beta * (policy_chosen_logp - reference_chosen_logp)
+    rejected_reward = beta * (policy_rejected_logp - reference_rejected_logp)
+    margin = chosen_reward - rejected_reward
+    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return loss.mean(), chosen_reward.detach(), rejected_reward.detach()
+
+
+def sequence(prompt: list[int], completion: list[int], context: int) -> tuple[list[int], int]:
+    """Units -> tokens `1 prompt completion 1` and how many of them, at the end, are the completion and its EOS.
+
+    A unit that prompt and completion share at the joint stands once, as dedup would leave it.
+    sequence([5, 6], [6, 9], 1024) -> [1, 7, 8, 11, 1], 2
+    """
+    if completion[0] == prompt[-1] and len(completion) > 1:
+        completion = completion[1:]
+    room = context - len(completion) - 2
+    if room < 1:
+        raise SystemExit(f"a completion of {len(completion)} units leaves no room for a prompt in context {context}")
+    return to_tokens([*prompt[-room:], *completion]), len(completion) + 1
+
+
+def completion_logp(lm: UnitLM, sequences: list[tuple[list[int], int]], dtype: str) -> Tensor:
+    """Summed log-probability (B,) of each sequence's completion and EOS given its prompt; padded on the right."""
+    length = max(len(tokens) for tokens, _ in sequences)
+    x = torch.full((len(sequences), length), PAD)
+    targets = torch.full((len(sequences), length - 1), IGNORE)
+    for row, (tokens, n) in enumerate(sequences):
+        x[row, :len(tokens)] = torch.tensor(tokens)
+        targets[row, len(tokens) - 1 - n:len(tokens) - 1] = torch.tensor(tokens[-n:])
+    x, targets = x.to(lm.device), targets.to(lm.device)
+    with autocast(lm.device, dtype):
+        return -lm(x[:, :-1], targets, reduction="none")[1].sum(1)
+
+
+def pair_sequences(pairs: list[dict], context: int) -> list[tuple[list[int], int]]:
+    """Chosen sequences, then rejected ones."""
+    return [sequence(p["prompt"], p[side], context) for side in ("chosen", "rejected") for p in pairs]
+
+
+@torch.inference_mode()
+def all_logps(lm: UnitLM, pairs: list[dict], cfg: Config, desc: str, batch: int = 32) -> Tensor:
+    """Log-probabilities (n_pairs, 2) of chosen and rejected, in batches of like length."""
+    sequences = pair_sequences(pairs, cfg.context)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
+    out = torch.zeros(len(sequences))
+    for at in tqdm(range(0, len(order), batch), desc=desc, leave=False):
+        part = order[at:at + batch]
+        out[part] = completion_logp(lm, [sequences[i] for i in part], cfg.dtype).float().cpu()
+    return out.view(2, -1).T.contiguous()
+
+
+def reference_logps(lm: UnitLM, pairs: dict[str, list[dict]], cfg: Config, run: Run) -> dict[str, Tensor]:
+    """The starting checkpoint's log-probabilities of every pair file, computed once and kept in the run's folder."""
+    path = run.out / "reference.pt"
+    digest = hashlib.sha256((fetch(cfg.checkpoint) / "model.safetensors").read_bytes())
+    for file in (cfg.pairs, cfg.val_pairs):
+        digest.update(Path(file).read_bytes())
+    key = f"{digest.hexdigest()} {cfg.context} {cfg.dtype} {lm.device.type}"
+    if path.exists():
+        stored = torch.load(path, weights_only=True)
+        if stored["key"] == key:
+            return stored["logps"]
+    if run.step:  # the weights in hand are no longer the reference
+        lm = UnitLM.from_pretrained(cfg.checkpoint).to(lm.device)
+    logps = {name: all_logps(lm.eval(), p, cfg, f"reference {name}") for name, p in pairs.items()}
+    torch.save({"key": key, "logps": logps}, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    return logps
+
+
+def checkpoint_fingerprint(name: str) -> Fingerprint:
+    """Fingerprint of the units that a checkpoint speaks. SystemExit if it is not a unit LM's."""
+    path = fetch(name) / "slam.json"
+    if not path.exists():
+        raise SystemExit(f"{path}: missing; {name} is not a checkpoint of a unit LM")
+    return Fingerprint.of(json.loads(path.read_text())["fingerprint"])
+
+
+def main(cfg: Config) -> None:
+    device = pick_device()
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
+    fingerprint = checkpoint_fingerprint(cfg.checkpoint)
+    pairs = {}
+    for name, path in (("train", cfg.pairs), ("val", cfg.val_pairs)):
+        theirs, pairs[name] = read_pairs(path)
+        require_same(fingerprint, cfg.checkpoint, theirs, path)
+        if not pairs[name]:
+            raise SystemExit(f"{path}: no pairs in it")
+    run = Run(cfg, "dpo")
+    lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else cfg.checkpoint).to(device)
+    reference = reference_logps(lm, pairs, cfg, run)
+    optimizer = make_optimizer(lm, cfg)
+    if run.trainer:
+        optimizer.load_state_dict(run.trainer["optimizer"])
+    print(f"{lm.n_params() / 1e6:.1f}M parameters from {cfg.checkpoint}, {len(pairs['train']):,} pairs, on {device}")
+
+    def evaluate() -> None:
+        logps = all_logps(lm.eval(), pairs["val"], cfg, "validation")
+        loss, chosen, rejected = dpo_loss(*logps.T, *reference["val"].T, cfg.beta, cfg.label_smoothing)
+        correct = (logps[:, 0] > logps[:, 1]).float().mean().item()
+        record = {"val_dpo_loss": loss.item(), "val_margin": (chosen - rejected).mean().item(),
+                  "val_reward_accuracy": (chosen > rejected).float().mean().item(), "val_chosen_preferred": correct}
+        run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in record.items()), **record)
+        merge_results(run.out / "results.json",
+                      {k: {"value": v, "n": len(logps), "step": run.step} for k, v in record.items()})
+
+    def drawn(index: int) -> int:
+        """Pair `index` of the endless sequence of epochs: a pure function of (seed, index)."""
+        epoch, i = divmod(index, len(pairs["train"]))
+        if orders.get("epoch") != epoch:
+            orders.update(epoch=epoch, order=np.random.default_rng((cfg.seed, epoch)).permutation(len(pairs["train"])))
+        return int(orders["order"][i])
+
+    orders, size = {}, cfg.micro_batch * cfg.accumulation
+    if not run.step:
+        evaluate()
+    lm.train()
+    seen = []  # of the steps since the last log line: loss, margin, accuracy, chosen and rejected log-probability
+    while run.progress() < 1 and not run.stopping:
+        started = time.perf_counter()
+        lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
+        indices = [drawn(run.step * size + i) for i in range(size)]
+        for at in range(0, size, cfg.micro_batch):
+            part = indices[at:at + cfg.micro_batch]
+            sequences = pair_sequences([pairs["train"][i] for i in part], cfg.context)
+            logps = completion_logp(lm, sequences, cfg.dtype).view(2, -1)
+            loss, chosen, rejected = dpo_loss(*logps, *reference["train"][part].T.to(device), cfg.beta,
+                                              cfg.label_smoothing)
+            (loss / cfg.accumulation).backward()
+            seen.append(torch.stack([loss.detach(), (chosen - rejected).mean(), (chosen > rejected).float().mean(),
+                                     *logps.detach().mean(1)]))
+            run.tokens += sum(n for _, n in sequences)
+        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), cfg.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        logging = run.step % cfg.log_every == 0
+        if logging or cfg.time_budget_hours:  # else no host sync
+            norm.item()
+        run.seconds += time.perf_counter() - started
+        if logging or run.progress() >= 1:
+            loss, margin, accuracy, chosen, rejected = torch.stack(seen).mean(0).tolist()
+            run.check_finite(loss, norm.item())
+            run.log(f"loss {loss:.4f} | margin {margin:.3f} | acc {accuracy:.3f} | logp {chosen:.1f} / {rejected:.1f} | "
+                    f"lr {lr:.1e} | gnorm {norm.item():.2f} | {run.clock()}", loss=loss, margin=margin,
+                    accuracy=accuracy, chosen_logp=chosen, rejected_logp=rejected, lr=lr, gnorm=norm.item())
+            seen = []
+        if run.step % cfg.save_every == 0 and run.progress() < 1:
+            run.check_finite(loss if isinstance(loss, float) else loss.item(), norm.item())
+            run.save(lm, optimizer, fingerprint)
+    run.save(lm, optimizer, fingerprint)
+    if run.stopping:
+        print(f"stopped at step {run.step}; --resume goes on", file=sys.stderr)
+        raise SystemExit(run.stopping)
+    evaluate()
+    print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")
+
+
+if __name__ == "__main__":
+    main(load_config(Config, sys.argv[1:], __doc__))

@@ -1,0 +1,343 @@
+"""Judge unit LMs: validation loss, spoken pair benchmarks, GenPPL and auto-BLEU of spoken continuations.
+
+In:  one or several checkpoints, unit files, folders of benchmark wavs with a manifest.jsonl (synth_stories.py).
+Out: results.json in each run's folder (other metrics in it stay) and one table of all of them.
+
+    python eval.py config/demo_eval.py --checkpoint out/demo/lm,out/demo/dpo
+    python eval.py --checkpoint out/slam --pairs out/bench/tstorycloze --generate_from "" --val out/units/val
+
+A minute on two CPU cores for the demo's sets; no disk to speak of.
+"""
+import json
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from tqdm import tqdm
+
+from config import load_config
+from embedded import resolve
+from model import IGNORE, UnitLM, recover
+from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio, resample
+from train import merge_results, pick_device, validation_loss
+from units import BOS, PAD, Fingerprint, UnitReader, require_same, to_tokens, vocab_size
+from vocoder import Vocoder
+
+
+@dataclass
+class Config:
+    """Evaluate checkpoints."""
+    checkpoint: tuple[str, ...] = ("out/slam",)  # run folders, checkpoint folders or hub ids; several make one table
+    train: tuple[str, ...] = ()  # unit files; with them the unigram and bigram models are scored beside the LM
+    val: tuple[str, ...] = ()  # unit files for the validation loss
+    pairs: tuple[str, ...] = ()  # folders with a manifest.jsonl of wav pairs; the folder's name names the metric
+    generate_from: str = ""  # such a folder whose positive wavs' beginnings are continued for GenPPL and auto-BLEU
+    n_generate: int = 1000  # continuations, at most
+    prompt_seconds: float = 3.0  # beginning of a wav that is the prompt
+    new_units: int = 150  # units to generate
+    temperature: float = 0.8  # of the generation
+    top_k: int = 25  # of the generation
+    repetition_penalty: float = 1.1  # of the generation
+    tokenizer: str = "embedded"  # codebook file; must be the checkpoint's
+    vocoder: str = "embedded"  # vocoder file; must speak the checkpoint's units
+    asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes the continuations
+    judge: str = "embedded:smollm2-135m"  # text LM whose perplexity of the transcripts is GenPPL
+    keep_audio: bool = False  # keep the generated wavs beside results.json
+    context: int = 1024  # tokens in a row of the validation set
+    batch: int = 16  # sequences in a forward pass
+    seed: int = 0  # of the generation
+
+    def problems(self) -> list[str]:
+        """Cross-field checks of the loader."""
+        found = [] if self.val or self.pairs or self.generate_from else ["set val, pairs or generate_from"]
+        if not self.checkpoint:
+            found.append("checkpoint: name at least one")
+        return found
+
+
+# ---------------------------------------------------------------- n-gram models: what a loss means
+
+def ngram_losses(train: list[np.ndarray], val: list[np.ndarray], n_tokens: int) -> tuple[float, float]:
+    """Cross-entropy in nats per target of unigram and bigram models, Witten-Bell smoothed lest they be straw men.
+
+    Sequences are tokens `1 units 1`; targets are all but BOS, as for the LM.
+    """
+    pairs = np.zeros((n_tokens, n_tokens))
+    for x in train:
+        np.add.at(pairs, (x[:-1].astype(int), x[1:].astype(int)), 1)
+    counts = pairs.sum(0)
+    unigram = (counts + 1) / (counts + 1).sum()
+    kinds = (pairs > 0).sum(1, keepdims=True)  # continuations seen after each token
+    bigram = (pairs + kinds * unigram) / np.maximum(pairs.sum(1, keepdims=True) + kinds, 1)
+    bigram[kinds[:, 0] == 0] = unigram
+    before = np.concatenate([x[:-1] for x in val]).astype(int)
+    after = np.concatenate([x[1:] for x in val]).astype(int)
+    return float(-np.log(unigram[after]).mean()), float(-np.log(bigram[before, after]).mean())
+
+
+# ---------------------------------------------------------------- pairs
+
+@torch.inference_mode()
+def mean_nll(lm: UnitLM, sequences: list[list[int]], batch: int) -> np.ndarray:
+    """Mean negative log-likelihood (nats) of each whole utterance `1 units 1`, in fp32; batched by length."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    out = np.zeros(len(sequences))
+    for at in range(0, len(order), batch):
+        part = order[at:at + batch]
+        x = torch.full((len(part), len(sequences[part[-1]])), PAD)
+        targets = torch.full_like(x[:, 1:], IGNORE)
+        for row, i in enumerate(part):
+            tokens = torch.tensor(sequences[i])
+            x[row, :len(tokens)], targets[row, :len(tokens) - 1] = tokens, tokens[1:]
+        loss = lm(x[:, :-1].to(lm.device), targets.to(lm.device), reduction="none")[1].double()
+        out[part] = (loss.sum(1) / (targets != IGNORE).sum(1).to(lm.device)).cpu().numpy()
+    return out
+
+
+def pair_accuracy(positive: np.ndarray, negative: np.ndarray) -> dict:
+    """Share (%) of pairs whose positive has the lower mean NLL, a tie counting half, with its standard error.
+
+    pair_accuracy([1.0, 2.0], [1.5, 2.0]) -> {"value": 75.0, "se": 25.0, "n": 2}
+    """
+    correct = np.where(positive == negative, 0.5, positive < negative)
+    n = len(correct)
+    se = correct.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return {"value": 100 * correct.mean(), "se": 100 * se, "n": n}
+
+
+def read_manifest(folder: str) -> list[dict]:
+    """Pairs of a benchmark folder. SystemExit naming what is missing."""
+    path = Path(folder) / "manifest.jsonl"
+    if not path.is_file():
+        raise SystemExit(f"{path}: no manifest; synth_stories.py writes benchmark folders with one")
+    pairs = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            pair = json.loads(line)
+            missing = [pair[side] for side in ("positive", "negative") if not (Path(folder) / pair[side]).is_file()]
+        except (ValueError, KeyError, TypeError) as e:
+            raise SystemExit(f"{path}:{number}: not a pair with positive and negative ({e!r})") from None
+        if missing:
+            raise SystemExit(f"{path}:{number}: {missing[0]} is missing; copy the folder whole")
+        pairs.append(pair)
+    return pairs
+
+
+def tokenize_wavs(tokenizer: SpeechTokenizer, paths: list[Path], desc: str) -> list[list[int]]:
+    """Wavs -> utterances `1 units 1`. SystemExit naming a file that holds no usable audio."""
+    try:
+        return [to_tokens(tokenizer.encode(load_audio(p), SAMPLE_RATE)[0]) for p in tqdm(paths, desc=desc, unit="wav")]
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+
+
+def score_pairs(lm: UnitLM, pairs: list[dict], utterances: list[list[int]], batch: int) -> dict:
+    """Accuracy over all pairs and, where the manifest has types, of each; utterances: positives, then negatives."""
+    nll = mean_nll(lm, utterances, batch)
+    positive, negative = nll[:len(pairs)], nll[len(pairs):]
+    result = pair_accuracy(positive, negative)
+    types = [p.get("type") for p in pairs]
+    if any(types):
+        result["by_type"] = {t: pair_accuracy(*(x[[i for i, u in enumerate(types) if u == t]]
+                                                for x in (positive, negative))) for t in sorted(set(types))}
+    return result
+
+
+# ---------------------------------------------------------------- generated speech
+
+def transcribe(waves: list[np.ndarray], asr: str, rate: int = SAMPLE_RATE, batch: int = 8) -> list[str]:
+    """Whisper's transcripts of waves (T,), of at most 30 s each (longer ones are cut); greedy, deterministic."""
+    from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
+    folder = resolve(asr)
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
+    extractor, tokenizer = WhisperFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = []
+    for at in tqdm(range(0, len(waves), batch), desc="transcribing", leave=False):
+        part = [resample(w, rate, SAMPLE_RATE)[:30 * SAMPLE_RATE] for w in waves[at:at + batch]]
+        x = extractor(part, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(model.device)
+        tokens = model.generate(x, attention_mask=torch.ones(x.shape[::2], device=x.device), max_new_tokens=200)
+        texts += [t.strip() for t in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return texts
+
+
+def words(text: str) -> list[str]:
+    """Word tokens as NLTK cuts them, near enough: words with their apostrophes, numbers, and punctuation marks."""
+    return re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text)
+
+
+def auto_bleu(text: str, n: int = 2) -> float:
+    """Share of a text's n-gram positions whose n-gram stands elsewhere in it too (SlamKit's auto-BLEU); 0 if too short.
+
+    auto_bleu("a b a b", 2) -> 2/3: "a b" twice, "b a" once
+    """
+    tokens = words(text)
+    grams = list(zip(*(tokens[i:] for i in range(n))))
+    counts = {g: grams.count(g) for g in set(grams)}
+    return sum(c for c in counts.values() if c > 1) / len(grams) if grams else 0.0
+
+
+def word_error_rate(reference: str, heard: str) -> tuple[int, int]:
+    """(edit distance in words, words of the reference), case and punctuation aside."""
+    a, b = (re.findall(r"[\w']+", t.lower()) for t in (reference, heard))
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1], len(a)
+
+
+@torch.inference_mode()
+def text_perplexity(texts: list[str], judge: str) -> tuple[float, int]:
+    """exp of the mean over texts of the mean token NLL (GenPPL, SlamKit's definition), and how many texts were empty.
+
+    Texts of fewer than two tokens have no NLL; they are counted as empty and left out.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = resolve(judge)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
+    losses = []
+    for text in tqdm(texts, desc="judging", leave=False):
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+        if ids.shape[1] >= 2:
+            losses.append(model(ids, labels=ids).loss.item())
+    return math.exp(np.mean(losses)) if losses else math.nan, len(texts) - len(losses)
+
+
+def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: int, seed: int, desc: str,
+                   **sampling) -> list[list[int]]:
+    """Units -> sampled continuations (units), batched; prompts of like length share a batch."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out: list = [None] * len(prompts)
+    generator = torch.Generator(lm.device).manual_seed(seed)
+    bar = tqdm(total=len(prompts), desc=desc, unit="prompt")
+    for at in range(0, len(order), batch):
+        part = order[at:at + batch]
+        new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator, forbid=(PAD,),
+                          stop=(BOS,), **sampling)
+        for i, tokens in zip(part, new):
+            out[i] = [t - 2 for t in tokens]
+        bar.update(len(part))
+    bar.close()
+    return out
+
+
+def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder, out: Path) -> dict:
+    """GenPPL and auto-BLEU of spoken continuations, on prompt + continuation (as published) and on the continuation."""
+    paths = sorted(Path(cfg.generate_from) / p["positive"] for p in read_manifest(cfg.generate_from))[:cfg.n_generate]
+    prompts = [tokenizer.encode(load_audio(p)[:round(cfg.prompt_seconds * SAMPLE_RATE)], SAMPLE_RATE)[0].tolist()
+               for p in paths]
+    new = continue_units(lm, prompts, cfg.new_units, cfg.batch, cfg.seed, "continuing", temperature=cfg.temperature,
+                         top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty)
+    whole = [vocoder.synthesize(p + c)[0] for p, c in zip(prompts, tqdm(new, desc="vocoding", leave=False))]
+    spoken_new = [c for c in new if c]
+    alone = [vocoder.synthesize(c)[0] for c in spoken_new]
+    texts = transcribe(whole, cfg.asr)
+    texts_alone = transcribe(alone, cfg.asr) + [""] * (len(new) - len(spoken_new))
+    ppl, empty = text_perplexity(texts, cfg.judge)
+    ppl_alone, empty_alone = text_perplexity(texts_alone, cfg.judge)
+    bleu = [100 * auto_bleu(t) for t in texts]
+    settings = {k: v for k, v in asdict(cfg).items() if k in (
+        "generate_from", "prompt_seconds", "new_units", "temperature", "top_k", "repetition_penalty", "asr", "judge",
+        "seed")}
+    (out / "generated.jsonl").write_text("".join(
+        json.dumps({"prompt": p.name, "text": t, "continuation_text": a}) + "\n"
+        for p, t, a in zip(paths, texts, texts_alone)))
+    if cfg.keep_audio:
+        for path, wave in zip(paths, whole):
+            soundfile.write(out / f"generated_{path.stem}.wav", wave, SAMPLE_RATE)
+    return {"gen_ppl": {"value": ppl, "n": len(texts) - empty, "empty": empty, "continuation_only": ppl_alone,
+                        "continuation_empty": empty_alone, "settings": settings},
+            "auto_bleu": {"value": float(np.mean(bleu)), "se": float(np.std(bleu, ddof=1) / math.sqrt(len(bleu))),
+                          "n": len(bleu), "settings": settings}}
+
+
+# ---------------------------------------------------------------- all together
+
+def find_checkpoint(name: str) -> str:
+    """A run folder -> its checkpoint folder; a checkpoint folder or hub id -> itself."""
+    inner = Path(name) / "checkpoint"
+    recover(inner)
+    return str(inner) if inner.is_dir() else name
+
+
+def fingerprint_of(checkpoint: str) -> Fingerprint:
+    """Fingerprint of the units that a checkpoint speaks. SystemExit if it has none."""
+    path = Path(checkpoint) / "slam.json"
+    if not path.is_file():
+        raise SystemExit(f"{path}: missing; {checkpoint} is not a whole checkpoint of train.py or dpo.py")
+    return Fingerprint.of(json.loads(path.read_text())["fingerprint"])
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Results of several checkpoints as a text table, one line per metric."""
+    metrics = list(dict.fromkeys(m for r in rows.values() for m in r))
+
+    def cell(result):
+        if result is None:
+            return "-"
+        se = result.get("se")
+        return f"{result['value']:.2f}" + (f" ± {se:.1f}" if se is not None else "")
+
+    lines = [["", *rows]] + [[m, *(cell(r.get(m)) for r in rows.values())] for m in metrics]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
+                     for line in lines)
+
+
+def main(cfg: Config) -> None:
+    device = pick_device()
+    checkpoints = {name: find_checkpoint(name) for name in cfg.checkpoint}
+    tokenizer = SpeechTokenizer.load(cfg.tokenizer, device.type) if cfg.pairs or cfg.generate_from else None
+    vocoder = Vocoder.load(cfg.vocoder).to(device) if cfg.generate_from else None
+    val = UnitReader(*cfg.val) if cfg.val else None
+    fingerprints = {name: fingerprint_of(folder) for name, folder in checkpoints.items()}
+    for name, fingerprint in fingerprints.items():
+        if tokenizer:
+            require_same(fingerprint, name, tokenizer.fingerprint, f"tokenizer {cfg.tokenizer}")
+        if vocoder:
+            require_same(fingerprint, name, vocoder.fingerprint, f"vocoder {cfg.vocoder}")
+        if val:
+            require_same(fingerprint, name, val.fingerprint, cfg.val[0])
+
+    baselines = {}
+    if cfg.train and val:
+        train = UnitReader(*cfg.train)
+        require_same(train.fingerprint, cfg.train[0], val.fingerprint, cfg.val[0])
+        losses = ngram_losses(*([r.tokens(i) for i in range(len(r))] for r in (train, val)),
+                              vocab_size(val.fingerprint.n_units))
+        baselines = {f"{name}_loss": {"value": loss, "n": val.n_tokens - len(val)}
+                     for name, loss in zip(("unigram", "bigram"), losses)}
+    benchmarks = {}
+    for folder in cfg.pairs:
+        pairs = read_manifest(folder)
+        paths = [Path(folder) / p[side] for side in ("positive", "negative") for p in pairs]
+        benchmarks[Path(folder).name] = pairs, tokenize_wavs(tokenizer, paths, Path(folder).name)
+
+    rows = {}
+    for name, folder in checkpoints.items():
+        lm = UnitLM.from_pretrained(folder).eval().to(device)
+        results = dict(baselines)
+        if val:
+            loss, n = validation_loss(lm, val, cfg.context, cfg.batch, "float32")
+            results["val_loss"] = {"value": loss, "n": n}
+            results["val_ppl"] = {"value": math.exp(loss), "n": n}
+        for benchmark, (pairs, utterances) in benchmarks.items():
+            results[benchmark] = score_pairs(lm, pairs, utterances, cfg.batch)
+        where = Path(folder).parent if Path(folder).name == "checkpoint" else Path(folder)
+        if cfg.generate_from:
+            results |= generative_metrics(lm, cfg, tokenizer, vocoder, where)
+        merge_results(where / "results.json", results)
+        rows[name] = results
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main(load_config(Config, sys.argv[1:], __doc__))

@@ -1,0 +1,93 @@
+"""units.py: the contract between the stages."""
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+import pytest
+
+from units import (Fingerprint, UnitReader, UnitWriter, dedup, read_pairs, require_same, to_tokens, to_units, vocab_size,
+                   write_pairs)
+
+
+def test_vocabulary():
+    assert vocab_size(500) == 502
+    assert to_tokens([0, 499]) == [1, 2, 501, 1]
+    assert to_units(to_tokens([3, 49])) == [3, 49]
+
+
+def test_dedup_is_groupby():
+    x = np.random.default_rng(0).integers(0, 3, 500)
+    units, durations = dedup(x)
+    assert [(k, len(list(g))) for k, g in groupby(x)] == list(zip(units, durations))
+    assert durations.sum() == len(x)
+
+
+def test_write_read(tmp_path, fingerprint):
+    rng = np.random.default_rng(0)
+    said = [(rng.integers(0, 20, n), rng.integers(1, 5, n)) for n in (3, 50, 7, 1)]
+    with UnitWriter(tmp_path, fingerprint, "here", durations=True, shard_tokens=40) as writer:
+        for i, (units, durations) in enumerate(said):
+            writer.add(f"u{i}", units, durations, text=f"täxt {i}")
+    reader = UnitReader(tmp_path)
+    assert len(reader.shards) == 2 and len(reader) == 4
+    assert reader.fingerprint == fingerprint
+    for i, (units, durations) in enumerate(said):
+        assert reader.tokens(i).tolist() == to_tokens(units)
+        assert reader.units(i).tolist() == units.tolist()
+        assert reader.durations(i).tolist() == durations.tolist()
+    assert [r["text"] for r in reader.records()] == [f"täxt {i}" for i in range(4)]
+    assert reader.n_tokens == sum(len(u) + 2 for u, _ in said) == reader.lengths.sum()
+    assert reader.hours == pytest.approx(sum(d.sum() for _, d in said) / 25 / 3600)
+    assert len(UnitReader(*sorted(tmp_path.glob("*.safetensors")))) == 4
+
+
+def test_resume_keeps_whole_shards_and_loses_the_rest(tmp_path, fingerprint):
+    writer = UnitWriter(tmp_path, fingerprint, shard_tokens=10)
+    writer.add("a", np.arange(10), np.ones(10))
+    writer.add("b", np.arange(3), np.ones(3))  # not flushed: as if killed
+    (tmp_path / "00001.part").write_bytes(b"half a shard")
+    with UnitWriter(tmp_path, fingerprint, shard_tokens=10) as again:
+        assert again.done == {"a"}
+        again.add("b", np.arange(3), np.ones(3))
+    assert UnitReader(tmp_path).ids() == ["a", "b"]
+
+
+def test_different_tokenisers_are_refused(tmp_path, fingerprint):
+    other = replace(fingerprint, codebook_sha256="0" * 64)
+    for name, f in (("a", fingerprint), ("b", other)):
+        with UnitWriter(tmp_path / name, f) as writer:
+            writer.add("x", np.arange(3), np.ones(3))
+    with pytest.raises(SystemExit) as e:
+        UnitReader(tmp_path / "a", tmp_path / "b")
+    for word in (str(tmp_path / "a"), str(tmp_path / "b"), "f" * 12, "0" * 12):
+        assert word in str(e.value)
+    with pytest.raises(SystemExit, match="different tokenisers"):
+        UnitWriter(tmp_path / "a", other)
+    require_same(fingerprint, "a", Fingerprint.of(fingerprint.to_dict()), "b")
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing"])
+def test_damaged_unit_files_are_named(tmp_path, fingerprint, damage):
+    with UnitWriter(tmp_path, fingerprint) as writer:
+        writer.add("x", np.arange(20), np.ones(20))
+    path = tmp_path / "00000.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"cut": content[:-9], "text": b"not a unit file at all", "empty": b""}[damage])
+    with pytest.raises(SystemExit, match=str(tmp_path)):
+        UnitReader(tmp_path)
+
+
+def test_pairs(tmp_path, fingerprint):
+    path = tmp_path / "pairs.jsonl"
+    pairs = [{"id": "a", "prompt": [1, 2], "chosen": [3], "rejected": [4], "prompt_text": "hi"}]
+    assert write_pairs(path, fingerprint, pairs) == 1
+    assert read_pairs(path) == (fingerprint, pairs)
+    for bad in ({"prompt": [1], "chosen": [], "rejected": [2]}, {"prompt": [1], "chosen": [2]},
+                {"prompt": [1], "chosen": [20], "rejected": [2]}):
+        write_pairs(path, fingerprint, pairs + [bad])
+        with pytest.raises(SystemExit, match="pair 2"):
+            read_pairs(path)
+    with pytest.raises(SystemExit, match="no such pair file"):
+        read_pairs(tmp_path / "none.jsonl")
