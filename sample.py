@@ -31,7 +31,8 @@ class Config:
     checkpoint: str = ""  # run folder, checkpoint folder or hub id; empty: the newest finished one under out/
     out: str = "out/samples"  # folder for the wavs and samples.json
     n: int = 1  # continuations of each prompt
-    prompt_seconds: float = 10.0  # at most so much of a prompt is used: its end
+    prompt_seconds: float = 10.0  # at most so much of a prompt is used: its end,
+    from_start: bool = False  # or, with this, its beginning
     continuation_seconds: float = 8.0  # about so much speech is added
     temperature: float = 0.8  # 0 takes the most likely unit each time
     top_k: int = 25  # draw from the k most likely units; 0: from all
@@ -70,8 +71,9 @@ def main(cfg: Config) -> None:
             raise SystemExit(str(e)) from None
         limit = round(cfg.prompt_seconds * SAMPLE_RATE)
         if len(wave) > limit:
-            print(f"{path}: {len(wave) / SAMPLE_RATE:.1f} s long; its last {cfg.prompt_seconds:g} s are used")
-        waves.append(wave[-limit:])
+            which = "first" if cfg.from_start else "last"
+            print(f"{path}: {len(wave) / SAMPLE_RATE:.1f} s long; its {which} {cfg.prompt_seconds:g} s are used")
+        waves.append(wave[:limit] if cfg.from_start else wave[-limit:])
     name = cfg.checkpoint or newest_checkpoint()
     print(f"checkpoint: {name}")
     folder, device = find_checkpoint(name), pick_device()

@@ -303,6 +303,8 @@ def test_the_cache_gives_the_logits_of_the_full_forward(lm):
         wanted = expected.gather(1, positions[:, :, None].expand(-1, -1, V))
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
         done = done + chunk
+    last = torch.tensor([29, 0, 13])
+    assert torch.allclose(lm(tokens, last=last)[0], expected[torch.arange(3), last][:, None], atol=1e-5)
 
 
 def test_stop_tokens_end_rows_at_different_times(lm):

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The whole of Slam in miniature, on real parts, with no GPU and no hub: at most 12 minutes on two cores.
+# Killed or failed, it goes on where it was when started again. OUT is out/demo.
+set -euo pipefail
+started=$SECONDS
+source "$(dirname "$0")/setup.sh"
+out=out/demo
+mkdir -p "$out"
+
+stage() {  # stage NAME COMMAND...: run it and note its minutes
+    local name=$1 began=$SECONDS; shift
+    printf '\n== %s: %s\n' "$name" "$*"
+    "$@"
+    printf '%s\t%s\n' "$name" "$((SECONDS - began))" >> "$out/seconds.tsv"
+}
+
+: > "$out/seconds.tsv"
+printf 'set-up\t%s\n' "$((SECONDS - started))" >> "$out/seconds.tsv"
+stage "embedded models" python embedded.py
+stage "stories, speech, units" python synth_stories.py config/demo_stories.py
+stage "untrained model" python train.py config/demo_train.py --out $out/untrained --time_budget_hours none --steps 0 --resume
+stage "training" python train.py config/demo_train.py --resume
+stage "DPO" python dpo.py config/demo_dpo.py --resume
+stage "evaluation, untrained" python eval.py config/demo_eval.py --checkpoint $out/untrained --generate_from ""
+stage "evaluation" python eval.py config/demo_eval.py
+prompt=$(python -c "import json; print(json.loads(open('$out/data/tstorycloze/manifest.jsonl').readline())['positive'])")
+for run in lm dpo; do
+    stage "a prompt continued ($run)" python sample.py --prompt "$out/data/tstorycloze/$prompt" --checkpoint $out/$run \
+        --out $out/samples_$run --from_start --prompt_seconds 6 --n 2 --overwrite
+done
+python runs/demo_report.py "$((SECONDS - started))"

@@ -1,0 +1,103 @@
+"""synth_stories.py: the same seed gives the same files, also after a kill."""
+import hashlib
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import soundfile
+from conftest import ROOT, SYNTH, refused, run
+
+from synth_stories import GRAMMAR, exchange, grammar_pair, opening, split_sentences, tidy
+from units import UnitReader, read_pairs
+
+
+def test_split_and_tidy():
+    assert split_sentences('Hi. "Go!" He ran') == ["Hi.", '"Go!"']
+    story = "One came. Two went home. Three ate an apple. Four slept well. Five woke up. And six"
+    assert tidy(story) == split_sentences(story)
+    assert tidy("Too short. Only two.") is None
+    assert tidy(story.replace("Five woke up.", "Four slept well.")) is None  # repeats itself
+    assert tidy(story.replace("apple", "apple 🍎")) is None
+
+
+def test_openings_differ():
+    rng = np.random.default_rng(0)
+    openings = [opening(rng) for _ in range(200)]
+    assert len(set(openings)) == 200 and all(len(split_sentences(o)) == 3 for o in openings)
+
+
+def test_exchange_leaves_nothing_in_place():
+    for n in (2, 3, 10):
+        out = exchange(list(range(n)), seed=1)
+        assert sorted(out) == list(range(n)) and all(i != x for i, x in enumerate(out))
+
+
+def test_grammar_pairs():
+    rng = np.random.default_rng(0)
+    for kind in GRAMMAR:
+        for i in range(24):
+            good, bad = grammar_pair(kind, i, rng)
+            assert good != bad and good.endswith(".") and abs(len(good.split()) - len(bad.split())) <= 1
+    # either member of a minimal pair is right in half of the cases, so the words alone give nothing away
+    good = [grammar_pair("subject_verb_agreement", i, rng)[0].split() for i in range(200)]
+    plural = sum(any(w in ("are", "were", "have") for w in g) for g in good)
+    assert plural == 100
+
+
+def digest(folder) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in (".wav", ".flac", ".jsonl")}
+
+
+def test_what_there_is(stories):
+    train, val = UnitReader(stories / "units" / "train"), UnitReader(stories / "units" / "val")
+    assert len(train) == 6 and len(val) == 4 and not set(train.ids()) & set(val.ids())
+    for split, reader in (("train", train), ("val", val)):
+        fingerprint, pairs = read_pairs(stories / f"pairs_{split}.jsonl")
+        assert fingerprint == reader.fingerprint and len(pairs) == len(reader)
+        texts = {r["id"]: r["text"] for r in reader.records()}
+        for pair in pairs:
+            own = texts[pair["id"].rsplit("_", 1)[0]]
+            assert f"{pair['prompt_text']} {pair['chosen_text']}" in own and pair["rejected_text"] not in own
+    for name, n in (("tstorycloze", 4), ("sblimp", 8)):
+        pairs = [json.loads(x) for x in (stories / name / "manifest.jsonl").read_text().splitlines()]
+        assert len(pairs) == n
+        for pair in pairs:
+            for side in ("positive", "negative"):
+                wave, rate = soundfile.read(stories / name / pair[side])
+                assert rate == 16_000 and 0.5 < len(wave) / rate < 60 and np.abs(wave).max() > 0.05
+    assert {p["type"] for p in pairs} == set(GRAMMAR)
+    assert len(list((stories / "audio").glob("*.flac"))) == 10
+
+
+def test_killed_and_resumed_gives_the_same_files(stories, tmp_path):
+    """kill -9 while it writes and again while it speaks; then resumed: every file as of the undisturbed run."""
+    out = tmp_path / "data"
+    command = [sys.executable, "synth_stories.py", "config/demo_stories.py", f"--out={out}", *SYNTH]
+    for moment in (lambda: (out / "stories.jsonl").exists(), lambda: len(list((out / "audio").glob("*.flac"))) > 5):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 300
+        while not moment() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.05)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.wait()
+    run(*command[1:])
+    assert digest(out) == digest(stories)
+    for split in ("train", "val"):
+        a, b = UnitReader(out / "units" / split), UnitReader(stories / "units" / split)
+        assert a.ids() == b.ids() and all((a.tokens(i) == b.tokens(i)).all() for i in range(len(a)))
+
+
+def test_refusals(stories, tmp_path):
+    error = refused("synth_stories.py", "config/demo_stories.py", f"--out={stories}", *SYNTH, "--seed=7")
+    assert "seed was 0, now 7" in error
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("x")
+    assert "not made by" in refused("synth_stories.py", f"--out={tmp_path / 'mine'}")
+    assert "not made by" in refused("synth_stories.py", f"--out={tmp_path / 'mine'}", "--overwrite")
+    assert (tmp_path / "mine" / "precious.txt").exists()
+    assert "did you mean" in refused("synth_stories.py", "config/demo_storys.py")
+    assert "n_train" in refused("synth_stories.py", "--n_trian=5")
