@@ -183,13 +183,11 @@ def speak(job: tuple[list[str], int]) -> list[np.ndarray]:
     return waves
 
 
-def spoken(cfg: Config, texts: dict[str, list[str]], desc: str):
-    """Yield (id, sentence waves) of each text in order, spoken by `workers` processes; seeded by (seed, id)."""
+def spoken(cfg: Config, pool, texts: dict[str, list[str]], desc: str):
+    """Yield (id, sentence waves) of each text in order, spoken by the pool's processes; seeded by (seed, id)."""
     jobs = [(sentences, zlib.crc32(f"{cfg.seed} {id}".encode())) for id, sentences in texts.items()]
-    # spawn, not fork: a forked child of a process that has run torch's threads may hang
-    with multiprocessing.get_context("spawn").Pool(cfg.workers, _start_worker, (cfg.tts,)) as pool:
-        waves = tqdm(pool.imap(speak, jobs, chunksize=2), total=len(jobs), desc=desc, unit="text")
-        yield from ((id, w) for w, id in zip(waves, texts))  # in this order zip exhausts the bar
+    waves = tqdm(pool.imap(speak, jobs, chunksize=2), total=len(jobs), desc=desc, unit="text")
+    yield from ((id, w) for w, id in zip(waves, texts))  # in this order zip exhausts the bar
 
 
 def write_audio(path: Path, wave: np.ndarray) -> None:
@@ -202,7 +200,7 @@ def write_audio(path: Path, wave: np.ndarray) -> None:
 
 # ---------------------------------------------------------------- units, pairs, benchmarks
 
-def speak_stories(cfg: Config, stories: list[dict], split: str, tokenizer: SpeechTokenizer | None) -> None:
+def speak_stories(cfg: Config, pool, stories: list[dict], split: str, tokenizer: SpeechTokenizer | None) -> None:
     """Stories -> units/<split>, and audio/ if asked for; a story already there is not spoken again."""
     audio = Path(cfg.out) / "audio"
     writer = tokenizer and UnitWriter(Path(cfg.out) / "units" / split, tokenizer.fingerprint, cfg.out,
@@ -210,7 +208,7 @@ def speak_stories(cfg: Config, stories: list[dict], split: str, tokenizer: Speec
     todo = {story["id"]: story["sentences"] for story in stories
             if (writer and story["id"] not in writer.done)
             or (cfg.keep_audio and not (audio / f"{story['id']}.flac").exists())}
-    for id, waves in spoken(cfg, todo, f"speaking {split}") if todo else ():
+    for id, waves in spoken(cfg, pool, todo, f"speaking {split}") if todo else ():
         wave = np.concatenate(waves)
         if cfg.keep_audio:
             write_audio(audio / f"{id}.flac", wave)
@@ -220,7 +218,7 @@ def speak_stories(cfg: Config, stories: list[dict], split: str, tokenizer: Speec
         writer.flush()
 
 
-def make_pairs(cfg: Config, stories: list[dict], split: str, tokenizer: SpeechTokenizer) -> None:
+def make_pairs(cfg: Config, pool, stories: list[dict], split: str, tokenizer: SpeechTokenizer) -> None:
     """Preference pairs: a story's beginning; its own next sentence against one of another story.
 
     Prompt, chosen and rejected are spoken and tokenised each by itself, as SpokenSwag is.
@@ -237,7 +235,7 @@ def make_pairs(cfg: Config, stories: list[dict], split: str, tokenizer: SpeechTo
     for id in ids:
         texts |= {f"{id} prompt": own[id][0], f"{id} next": [own[id][1]]}
     units = {id: tokenizer.encode(np.concatenate(waves), SAMPLE_RATE)[0].tolist()
-             for id, waves in spoken(cfg, texts, f"speaking pairs {split}")}
+             for id, waves in spoken(cfg, pool, texts, f"speaking pairs {split}")}
     pairs = []
     for id, other in zip(ids, exchange(ids, cfg.seed)):
         pairs.append({"id": id, "prompt": units[f"{id} prompt"], "chosen": units[f"{id} next"],
@@ -255,12 +253,12 @@ def exchange(items: list, seed: int) -> list:
     return out
 
 
-def write_benchmark(cfg: Config, name: str, pairs: list[dict], texts: dict[str, list[str]], recipe) -> None:
+def write_benchmark(cfg: Config, pool, name: str, pairs: list[dict], texts: dict[str, list[str]], recipe) -> None:
     """Speak `texts`, write each pair's two wavs (`recipe(pair, side)` -> ids of texts to join) and manifest.jsonl."""
     folder = Path(cfg.out) / name
     if (folder / "manifest.jsonl").exists():
         return
-    waves = dict(spoken(cfg, texts, f"speaking {name}"))
+    waves = dict(spoken(cfg, pool, texts, f"speaking {name}"))
     lines = []
     for pair in pairs:
         for side in ("positive", "negative"):
@@ -271,7 +269,7 @@ def write_benchmark(cfg: Config, name: str, pairs: list[dict], texts: dict[str, 
     os.replace(folder / "manifest.part", folder / "manifest.jsonl")
 
 
-def make_tstorycloze(cfg: Config, stories: list[dict]) -> None:
+def make_tstorycloze(cfg: Config, pool, stories: list[dict]) -> None:
     """tStoryCloze-style pairs: four sentences and their true fifth, against the fifth of another story."""
     texts, pairs = {}, []
     for story, other in zip(stories, exchange(stories, cfg.seed)):
@@ -279,7 +277,7 @@ def make_tstorycloze(cfg: Config, stories: list[dict]) -> None:
         texts |= {f"{id} beginning": beginning, f"{id} ending": [ending]}
         pairs.append({"id": id, "other": other["id"], "positive_text": " ".join(story["sentences"][:5]),
                       "negative_text": " ".join([*beginning, other["sentences"][4]])})
-    write_benchmark(cfg, "tstorycloze", pairs, texts, lambda pair, side: [
+    write_benchmark(cfg, pool, "tstorycloze", pairs, texts, lambda pair, side: [
         f"{pair['id']} beginning", f"{pair['id'] if side == 'positive' else pair['other']} ending"])
 
 
@@ -321,7 +319,7 @@ def grammar_pair(kind: str, i: int, rng: np.random.Generator) -> tuple[str, str]
 GRAMMAR = "subject_verb_agreement determiner_noun_agreement reflexive word_order".split()
 
 
-def make_sblimp(cfg: Config) -> None:
+def make_sblimp(cfg: Config, pool) -> None:
     """sBLIMP-style pairs: a grammatical and an ungrammatical sentence, by templates, the four kinds in equal shares."""
     rng, pairs, seen = np.random.default_rng((cfg.seed, 1)), [], set()
     while len(pairs) < cfg.n_sblimp:
@@ -332,7 +330,7 @@ def make_sblimp(cfg: Config) -> None:
             seen.add((positive, negative))
             pairs.append({"id": f"{i:05d}", "type": kind, "positive_text": positive, "negative_text": negative})
     texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in pairs for side in ("positive", "negative")}
-    write_benchmark(cfg, "sblimp", pairs, texts, lambda pair, side: [f"{pair['id']} {side}"])
+    write_benchmark(cfg, pool, "sblimp", pairs, texts, lambda pair, side: [f"{pair['id']} {side}"])
 
 
 def main(cfg: Config) -> None:
@@ -355,12 +353,14 @@ def main(cfg: Config) -> None:
     tokenizer = None if cfg.tokenizer == "none" else SpeechTokenizer.load(cfg.tokenizer)
     stories = write_stories(cfg, cfg.n_val + cfg.n_train)
     splits = {"val": stories[:cfg.n_val], "train": stories[cfg.n_val:]}
-    for split, part in splits.items():
-        speak_stories(cfg, part, split, tokenizer)
-        if tokenizer:
-            make_pairs(cfg, part, split, tokenizer)
-    make_tstorycloze(cfg, splits["val"])
-    make_sblimp(cfg)
+    # spawn, not fork: a forked child of a process that has run torch's threads may hang
+    with multiprocessing.get_context("spawn").Pool(cfg.workers, _start_worker, (cfg.tts,)) as pool:
+        for split, part in splits.items():
+            speak_stories(cfg, pool, part, split, tokenizer)
+            if tokenizer:
+                make_pairs(cfg, pool, part, split, tokenizer)
+        make_tstorycloze(cfg, pool, splits["val"])
+        make_sblimp(cfg, pool)
 
     record.write_text(json.dumps({"settings": settings, "done": True}, indent=2))
     for split in splits if tokenizer else ():

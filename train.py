@@ -224,8 +224,8 @@ class Run:
 
     `step` counts optimiser steps, `tokens` the targets seen, `seconds` the training time; all survive a resume.
     """
-    MAY_CHANGE = {"steps", "tokens", "time_budget_hours", "log_every", "eval_every", "save_every", "compile", "resume",
-                  "overwrite"}
+    MAY_CHANGE = {"steps", "tokens", "time_budget_hours", "lr", "min_lr", "clip", "log_every", "eval_every",
+                  "save_every", "compile", "resume", "overwrite"}  # between a run and its resumption
 
     def __init__(self, cfg, stage: str):
         self.cfg, self.stage, self.out = cfg, stage, Path(cfg.out)

@@ -238,7 +238,7 @@ def loss_of(vocoder: Vocoder, items: list[tuple], frames: int, rng: np.random.Ge
     k, device = vocoder.frames_per_unit, vocoder.units.weight.device
     crops = [crop(item, frames, k, rng) for item in items]
     x = torch.from_numpy(np.stack([c[0] for c in crops])).to(device)
-    target = torch.stack([c[1] for c in crops]).to(device).float()
+    target = torch.stack([c[1].float() for c in crops]).to(device)
     mask = x >= 0
     error = (vocoder(x.clamp(min=0), mask).float() - target).abs().mean(-1)
     inside = mask.repeat_interleave(k, 1)

@@ -1,0 +1,60 @@
+"""Every command in README and in the stages' docstrings names files and settings that exist."""
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run
+
+from config import load_config
+
+STAGES = ["prepare_units", "synth_stories", "vocoder", "train", "dpo", "eval", "sample"]
+SUBCOMMANDS = {("prepare_units", "fit"): "FitConfig", ("vocoder", "train"): "Config"}
+
+
+def commands() -> list[str]:
+    texts = [(ROOT / "README.md").read_text(), *((ROOT / f"{s}.py").read_text().split('"""')[1] for s in STAGES),
+             *((p.read_text()) for p in (ROOT / "runs").glob("*.sh"))]
+    joined = "\n".join(texts).replace("\\\n", " ")
+    found = re.findall(r"python (\w+\.py[^#\n`;|)]*)", joined)
+    return sorted({re.sub(r"\$\w+|\"\$[^\"]*\"", "x", c).strip() for c in found})
+
+
+def test_there_are_commands():
+    assert len(commands()) > 15 and {c.split(".py")[0] for c in commands()} >= set(STAGES)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command):
+    script, *arguments = shlex.split(command)
+    assert (ROOT / script).is_file()
+    stage = script.removesuffix(".py")
+    if stage == "embedded":
+        return
+    name = "Config"
+    if arguments and (stage, arguments[0]) in SUBCOMMANDS:
+        name = SUBCOMMANDS[stage, arguments.pop(0)]
+    if "--help" in arguments:
+        assert "usage:" in run(script, "--help").stdout
+        return
+    try:
+        load_config(getattr(importlib.import_module(stage), name), arguments)
+    except SystemExit as e:  # what a command says of its own accord may be refused for want of data, not for a name
+        assert "no such setting" not in str(e) and "no such config file" not in str(e) and "expected" not in str(e), e
+
+
+def test_every_config_file_is_a_whole_config():
+    stages = {"fit_embedded": ("prepare_units", "FitConfig"), "units_embedded": ("prepare_units", "Config"),
+              "corpus_units": ("prepare_units", "Config"), "vocoder_embedded": ("vocoder", "Config"),
+              "slam": ("train", "Config"), "demo_train": ("train", "Config"), "slam_dpo": ("dpo", "Config"),
+              "demo_dpo": ("dpo", "Config"), "demo_eval": ("eval", "Config"), "demo_stories": ("synth_stories", "Config"),
+              "corpus_stories": ("synth_stories", "Config")}
+    assert set(stages) == {p.stem for p in (ROOT / "config").glob("*.py")} - {"__init__"}
+    for name, (stage, kind) in stages.items():
+        load_config(getattr(importlib.import_module(stage), kind), [str(ROOT / "config" / f"{name}.py")])
+
+
+def test_what_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:config|runs|assets|tests)/[\w./]+|\w+\.py)`", text):
+        assert (ROOT / path).exists(), path
