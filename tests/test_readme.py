@@ -47,8 +47,8 @@ def test_every_config_file_is_a_whole_config():
     stages = {"fit_embedded": ("prepare_units", "FitConfig"), "units_embedded": ("prepare_units", "Config"),
               "corpus_units": ("prepare_units", "Config"), "vocoder_embedded": ("vocoder", "Config"),
               "slam": ("train", "Config"), "demo_train": ("train", "Config"), "slam_dpo": ("dpo", "Config"),
-              "demo_dpo": ("dpo", "Config"), "demo_eval": ("eval", "Config"), "demo_stories": ("synth_stories", "Config"),
-              "corpus_stories": ("synth_stories", "Config")}
+              "demo_dpo": ("dpo", "Config"), "demo_eval": ("eval", "Config"),
+              "demo_stories": ("synth_stories", "Config"), "corpus_stories": ("synth_stories", "Config")}
     assert set(stages) == {p.stem for p in (ROOT / "config").glob("*.py")} - {"__init__"}
     for name, (stage, kind) in stages.items():
         load_config(getattr(importlib.import_module(stage), kind), [str(ROOT / "config" / f"{name}.py")])

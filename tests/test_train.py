@@ -65,10 +65,11 @@ def test_order_is_a_pure_function_of_seed_step_and_rank(corpus):
 def test_schedule_equals_transformers():
     from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_inverse_sqrt_schedule
     total, warm = 200, 20
-    for kind, make in (("cosine", lambda o: get_cosine_with_min_lr_schedule_with_warmup(o, warm, total, min_lr_rate=.05)),
-                       ("inverse_sqrt", lambda o: get_inverse_sqrt_schedule(o, warm))):
+    for kind, make, more in (
+            ("cosine", get_cosine_with_min_lr_schedule_with_warmup, {"num_training_steps": total, "min_lr_rate": 0.05}),
+            ("inverse_sqrt", get_inverse_sqrt_schedule, {})):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        theirs = make(optimizer)
+        theirs = make(optimizer, warm, **more)
         for step in range(total):
             assert schedule(kind, step / total, warm / total, 0.05) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
             optimizer.step()
@@ -81,7 +82,8 @@ def test_accumulation_and_packing_change_nothing(corpus):
     reader = UnitReader(corpus / "train")
     pieces = cut(reader.lengths, 64)[:24]
     results = []
-    for micro_batch, rows in ((8, pack(pieces, 64, None)), (1, [[p] for p in pieces]), (3, [[p] for p in pieces[::-1]])):
+    alone = [[p] for p in pieces]
+    for micro_batch, rows in ((8, pack(pieces, 64, None)), (1, alone), (3, alone[::-1])):
         lm = tiny()
         cfg = Config(context=64, micro_batch=micro_batch, dtype="float32", clip=1e9, lr=1e-3)
         optimizer = make_optimizer(lm, cfg)

@@ -68,8 +68,8 @@ def test_training_learns_resumes_and_saves(stories, tmp_path):
     """The documented command on a few stories: from audio to a vocoder file that loads."""
     units, out = tmp_path / "units", tmp_path / "vocoder"
     run("prepare_units.py", f"--input={stories / 'audio'}", f"--out={units}", "--durations")
-    flags = [f"--units={units}", f"--audio={stories / 'audio'}", f"--out={out}", "--width=32", "--blocks=1", "--batch=4",
-             "--val_every=3", "--save_every=20", "--ema=0.9"]
+    flags = [f"--units={units}", f"--audio={stories / 'audio'}", f"--out={out}", "--width=32", "--blocks=1",
+             "--batch=4", "--val_every=3", "--save_every=20", "--ema=0.9"]
     run("vocoder.py", "train", *flags, "--minutes=0.05")
     first = Vocoder.load(str(out / "vocoder.safetensors"))
     assert first.width == 32
