@@ -9,7 +9,6 @@ Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json · r
 The reference is the starting checkpoint; its log-probabilities are computed once, so only one model is in memory.
 """
 import hashlib
-import json
 import os
 import sys
 import time
@@ -25,15 +24,16 @@ from tqdm import tqdm
 
 from config import load_config
 from model import IGNORE, UnitLM, fetch
-from train import Run, autocast, make_optimizer, merge_results, pick_device, schedule
-from units import PAD, Fingerprint, read_pairs, require_same, to_tokens
+from train import (Run, autocast, checkpoint_fingerprint, find_checkpoint, make_optimizer, merge_results, pick_device,
+                   schedule)
+from units import PAD, read_pairs, require_same, to_tokens
 
 
 @dataclass
 class Config:
     """Tune a unit LM on preference pairs. The defaults are the paper's (table 5)."""
     out: str = "out/slam_dpo"  # run folder
-    checkpoint: str = "out/slam/checkpoint"  # model to start from, which is also the reference
+    checkpoint: str = "out/slam"  # model to start from, which is also the reference: a run or checkpoint folder
     pairs: str = "out/spoken_swag/pairs_train.jsonl"  # pair file to train on
     val_pairs: str = "out/spoken_swag/pairs_val.jsonl"  # held-out pair file
     beta: float = 0.1  # strength of the pull towards the reference
@@ -131,7 +131,8 @@ def all_logps(lm: UnitLM, pairs: list[dict], cfg: Config, desc: str, batch: int 
 def reference_logps(lm: UnitLM, pairs: dict[str, list[dict]], cfg: Config, run: Run) -> dict[str, Tensor]:
     """The starting checkpoint's log-probabilities of every pair file, computed once and kept in the run's folder."""
     path = run.out / "reference.pt"
-    digest = hashlib.sha256((fetch(cfg.checkpoint) / "model.safetensors").read_bytes())
+    start = find_checkpoint(cfg.checkpoint)
+    digest = hashlib.sha256((fetch(start) / "model.safetensors").read_bytes())
     for file in (cfg.pairs, cfg.val_pairs):
         digest.update(Path(file).read_bytes())
     key = f"{digest.hexdigest()} {cfg.context} {cfg.dtype} {lm.device.type}"
@@ -140,26 +141,19 @@ def reference_logps(lm: UnitLM, pairs: dict[str, list[dict]], cfg: Config, run: 
         if stored["key"] == key:
             return stored["logps"]
     if run.step:  # the weights in hand are no longer the reference
-        lm = UnitLM.from_pretrained(cfg.checkpoint).to(lm.device)
+        lm = UnitLM.from_pretrained(start).to(lm.device)
     logps = {name: all_logps(lm.eval(), p, cfg, f"reference {name}") for name, p in pairs.items()}
     torch.save({"key": key, "logps": logps}, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
     return logps
 
 
-def checkpoint_fingerprint(name: str) -> Fingerprint:
-    """Fingerprint of the units that a checkpoint speaks. SystemExit if it is not a unit LM's."""
-    path = fetch(name) / "slam.json"
-    if not path.exists():
-        raise SystemExit(f"{path}: missing; {name} is not a checkpoint of a unit LM")
-    return Fingerprint.of(json.loads(path.read_text())["fingerprint"])
-
-
 def main(cfg: Config) -> None:
     device = pick_device()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
-    fingerprint = checkpoint_fingerprint(cfg.checkpoint)
+    start = find_checkpoint(cfg.checkpoint)
+    fingerprint = checkpoint_fingerprint(start)
     pairs = {}
     for name, path in (("train", cfg.pairs), ("val", cfg.val_pairs)):
         theirs, pairs[name] = read_pairs(path)
@@ -167,7 +161,7 @@ def main(cfg: Config) -> None:
         if not pairs[name]:
             raise SystemExit(f"{path}: no pairs in it")
     run = Run(cfg, "dpo")
-    lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else cfg.checkpoint).to(device)
+    lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else start).to(device)
     reference = reference_logps(lm, pairs, cfg, run)
     optimizer = make_optimizer(lm, cfg)
     if run.trainer:

@@ -235,11 +235,14 @@ def part_folder(name: str, build: bool = True) -> Path:
     stamp = hashlib.sha256("".join(part.files.values()).encode() + Path(__file__).read_bytes()).hexdigest()
     sums = folder / "sha256.json"
     if sums.is_file():
-        recorded = json.loads(sums.read_text())
-        bad = [f for f, digest in recorded["files"].items()
-               if not (folder / f).is_file() or sha256(folder / f) != digest]
-        if not bad and recorded["stamp"] == stamp:
-            return folder
+        try:
+            recorded = json.loads(sums.read_text())
+            bad = [f for f, digest in recorded["files"].items()
+                   if not (folder / f).is_file() or sha256(folder / f) != digest]
+            if not bad and recorded["stamp"] == stamp:
+                return folder
+        except (ValueError, KeyError):  # not JSON, or not ours
+            bad = [sums.name]
         why = f"{', '.join(bad)} altered" if bad else "built by another version of embedded.py"
     else:
         why = "not built yet"
@@ -253,6 +256,7 @@ def part_folder(name: str, build: bool = True) -> Path:
         part.build(files, temporary)
         recorded = {"stamp": stamp, "files": {p.name: sha256(p) for p in sorted(temporary.iterdir())}}
         (temporary / "sha256.json").write_text(json.dumps(recorded, indent=1))
+        temporary.chmod(0o755)  # a cache may be shared; mkdtemp's folders are private
         shutil.rmtree(folder, ignore_errors=True)
         try:
             temporary.rename(folder)
@@ -272,7 +276,7 @@ def resolve(name: str) -> str:
     """
     if name.startswith("embedded:"):
         return str(part_folder(name.removeprefix("embedded:")))
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return name
     owner = name.rpartition("/")[0]
     if name.count("/") != 1 or Path(owner).is_dir() or owner in ("", ".", "..", "~"):  # a hub id is owner/name

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from config import load_config
 from embedded import resolve
-from model import IGNORE, UnitLM, recover
+from model import IGNORE, UnitLM
 from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio, resample
-from train import merge_results, pick_device, validation_loss
-from units import BOS, PAD, Fingerprint, UnitReader, require_same, to_tokens, vocab_size
+from train import checkpoint_fingerprint, find_checkpoint, merge_results, pick_device, validation_loss
+from units import BOS, PAD, UnitReader, require_same, to_tokens, vocab_size
 from vocoder import Vocoder
 
 
@@ -261,21 +261,6 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
 
 # ---------------------------------------------------------------- all together
 
-def find_checkpoint(name: str) -> str:
-    """A run folder -> its checkpoint folder; a checkpoint folder or hub id -> itself."""
-    inner = Path(name) / "checkpoint"
-    recover(inner)
-    return str(inner) if inner.is_dir() else name
-
-
-def fingerprint_of(checkpoint: str) -> Fingerprint:
-    """Fingerprint of the units that a checkpoint speaks. SystemExit if it has none."""
-    path = Path(checkpoint) / "slam.json"
-    if not path.is_file():
-        raise SystemExit(f"{path}: missing; {checkpoint} is not a whole checkpoint of train.py or dpo.py")
-    return Fingerprint.of(json.loads(path.read_text())["fingerprint"])
-
-
 def table(rows: dict[str, dict]) -> str:
     """Results of several checkpoints as a text table, one line per metric."""
     metrics = list(dict.fromkeys(m for r in rows.values() for m in r))
@@ -298,7 +283,7 @@ def main(cfg: Config) -> None:
     tokenizer = SpeechTokenizer.load(cfg.tokenizer, device.type) if cfg.pairs or cfg.generate_from else None
     vocoder = Vocoder.load(cfg.vocoder).to(device) if cfg.generate_from else None
     val = UnitReader(*cfg.val) if cfg.val else None
-    fingerprints = {name: fingerprint_of(folder) for name, folder in checkpoints.items()}
+    fingerprints = {name: checkpoint_fingerprint(folder) for name, folder in checkpoints.items()}
     for name, fingerprint in fingerprints.items():
         if tokenizer:
             require_same(fingerprint, name, tokenizer.fingerprint, f"tokenizer {cfg.tokenizer}")

@@ -46,7 +46,8 @@ class ModelConfig:
         if kind not in ("qwen2", "llama"):
             raise ValueError(f"{where}: model_type {kind!r}; this decoder is 'qwen2' or 'llama'")
         rope = config.get("rope_parameters") or {}
-        scaling = (config.get("rope_scaling") or rope).get("rope_type", "default")
+        scaling = config.get("rope_scaling") or rope
+        scaling = scaling.get("rope_type") or scaling.get("type") or "default"  # `type`: the key's older name
         unsupported = {"rope type": scaling != "default", "MLP bias": config.get("mlp_bias"),
                        "o_proj bias": kind == "llama" and config.get("attention_bias"),
                        "sliding window": config.get("use_sliding_window"),
@@ -255,6 +256,8 @@ class UnitLM(nn.Module):
         generate([[1, 17]], 3, temperature=0) -> [[44, 9, 300]]
         """
         assert all(prompts), "a prompt needs at least one token (BOS)"
+        if not prompts:
+            return []
         device, lengths = self.device, [len(p) for p in prompts]
         tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long, device=device)
         for row, prompt in zip(tokens, prompts):
@@ -315,10 +318,14 @@ class UnitLM(nn.Module):
         state = {k: v.float() for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
         if lm.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
-        wrong = lm.load_state_dict(state, strict=False)
-        if wrong.missing_keys or wrong.unexpected_keys:
-            raise SystemExit(f"{name}: weights do not fit config.json: missing {wrong.missing_keys[:3]}, "
-                             f"unexpected {wrong.unexpected_keys[:3]}")
+        expected = {k: tuple(v.shape) for k, v in lm.state_dict().items()}
+        found = {k: tuple(v.shape) for k, v in state.items()}
+        if found != expected:
+            missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+            other = [f"{k} {found[k]} instead of {v}" for k, v in expected.items() if found.get(k, v) != v]
+            raise SystemExit(f"{name}: weights do not fit config.json: missing {missing[:3]}, "
+                             f"unexpected {unexpected[:3]}, of another shape {other[:3]}")
+        lm.load_state_dict(state)
         return lm
 
     @classmethod
@@ -339,6 +346,9 @@ class UnitLM(nn.Module):
             "max_position_embeddings": context or base.config.max_position_embeddings})
         if config.num_hidden_layers > base.config.num_hidden_layers:
             raise ValueError(f"{base_name} has {base.config.num_hidden_layers} layers, not {n_layers}")
+        if init == "first_rows" and vocab_size > base.config.vocab_size:
+            raise ValueError(f"{base_name} has {base.config.vocab_size} embedding rows, fewer than vocab_size "
+                             f"{vocab_size}; use init random")
         lm = cls(config)
         if init != "none":
             state = lm.state_dict()
@@ -354,7 +364,7 @@ class UnitLM(nn.Module):
 
         A kill at any moment leaves a whole checkpoint: the old one or the new one.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         new = folder.with_name(folder.name + ".new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -370,8 +380,9 @@ class UnitLM(nn.Module):
 
 def swap_in(new: Path, folder: Path) -> None:
     """Put the finished folder `new` in the place of `folder`; `recover` mends a kill between the two renames."""
-    old = folder.with_name(folder.name + ".old")
     recover(folder)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
@@ -379,16 +390,18 @@ def swap_in(new: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """After a kill inside `swap_in`: bring the old checkpoint back if the new one never arrived; clear leftovers."""
+    """After a kill between `swap_in`'s two renames: bring the old checkpoint back."""
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def fetch(name: str) -> Path:
     """Local folder of a model name; a hub id is downloaded into Hugging Face's own cache first."""
-    recover(Path(name))
+    folder = Path(name).resolve()
+    old = folder.with_name(folder.name + ".old")
+    if old.is_dir() and not folder.exists():  # killed, or just now, between swap_in's renames; reading mends nothing
+        return old
     source = resolve(name)
     if Path(source).is_dir():
         return Path(source)

@@ -16,10 +16,10 @@ from pathlib import Path
 import soundfile
 
 from config import load_config
-from eval import continue_units, find_checkpoint, fingerprint_of, transcribe
+from eval import continue_units, transcribe
 from model import UnitLM
 from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio
-from train import pick_device
+from train import checkpoint_fingerprint, find_checkpoint, pick_device
 from units import require_same
 from vocoder import Vocoder
 
@@ -47,7 +47,10 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        return [] if self.prompt else ["prompt: name at least one audio file, as in --prompt hello.wav"]
+        found = [] if self.prompt else ["prompt: name at least one audio file, as in --prompt hello.wav"]
+        if self.temperature < 0 or self.n < 1 or self.prompt_seconds <= 0 or self.continuation_seconds <= 0:
+            found.append("temperature must not be negative; n, prompt_seconds and continuation_seconds are positive")
+        return found
 
 
 def newest_checkpoint(root: str = "out") -> str:
@@ -77,7 +80,7 @@ def main(cfg: Config) -> None:
     name = cfg.checkpoint or newest_checkpoint()
     print(f"checkpoint: {name}")
     folder, device = find_checkpoint(name), pick_device()
-    fingerprint = fingerprint_of(folder)
+    fingerprint = checkpoint_fingerprint(folder)
     tokenizer = SpeechTokenizer.load(cfg.tokenizer, device.type)
     require_same(fingerprint, name, tokenizer.fingerprint, f"tokenizer {cfg.tokenizer}")
     vocoder = Vocoder.load(cfg.vocoder).to(device)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from config import load_config, save_config
-from model import IGNORE, ModelConfig, UnitLM, recover
+from model import IGNORE, ModelConfig, UnitLM, fetch, recover
 from units import PAD, Fingerprint, UnitReader, require_same, vocab_size
 
 
@@ -306,6 +306,20 @@ class Run:
         lm.save_pretrained(self.checkpoint, slam, {"optimizer": optimizer.state_dict()})
 
 
+def find_checkpoint(name: str) -> str:
+    """A run folder -> its checkpoint folder; a checkpoint folder or hub id -> itself."""
+    inner = Path(name) / "checkpoint"
+    return str(inner) if inner.is_dir() or inner.with_name("checkpoint.old").is_dir() else name
+
+
+def checkpoint_fingerprint(name: str) -> Fingerprint:
+    """Fingerprint of the units that a checkpoint speaks. SystemExit if it is not a whole unit LM's."""
+    path = fetch(name) / "slam.json"
+    if not path.is_file():
+        raise SystemExit(f"{path}: missing; {name} is not a whole checkpoint of train.py or dpo.py")
+    return Fingerprint.of(json.loads(path.read_text())["fingerprint"])
+
+
 def git_commit() -> str | None:
     """Commit of the code, `+` if the working tree differs from it; None outside a repository."""
     here = Path(__file__).parent
@@ -369,7 +383,10 @@ def build(cfg: Config, n_units: int) -> UnitLM:
     if cfg.shape:
         return UnitLM(ModelConfig(**{"vocab_size": vocab_size(n_units), "rope_theta": cfg.rope_theta,
                                      "max_position_embeddings": cfg.context} | cfg.shape))
-    return UnitLM.twist(cfg.base, vocab_size(n_units), cfg.init, cfg.n_layers, cfg.rope_theta, cfg.context)
+    try:
+        return UnitLM.twist(cfg.base, vocab_size(n_units), cfg.init, cfg.n_layers, cfg.rope_theta, cfg.context)
+    except ValueError as e:  # a shape that the base does not have
+        raise SystemExit(str(e)) from None
 
 
 def main(cfg: Config) -> None:

@@ -3,7 +3,7 @@
 In:  unit files with durations (prepare_units.py --durations) and the audio they came from.
 Out: a vocoder file (.safetensors), which carries the fingerprint of the units that it speaks.
 
-    python vocoder.py train config/vocoder_embedded.py     # 25 minutes on two CPU cores for the one in assets/
+    python vocoder.py train config/vocoder_embedded.py     # 16 minutes on two CPU cores for the one in assets/
     python vocoder.py train config/vocoder_embedded.py --resume
 
 A regression to the mel spectrogram needs neither a GPU nor a discriminator to be understood; it is not pretty.
@@ -41,11 +41,11 @@ class Config:
     out: str = "out/vocoder"  # run folder: vocoder.safetensors, log.jsonl, trainer.pt
     width: int = 256  # channels
     blocks: int = 4  # ConvNeXt blocks at the unit rate, and as many again at the mel rate
-    minutes: float = 25.0  # length of the training
+    minutes: float = 16.0  # length of the training
     batch: int = 16  # crops in a step
     crop_seconds: float = 4.0  # of each crop
     lr: float = 1e-3  # peak; 2 % warm-up, cosine to zero
-    ema: float = 0.999  # decay of the averaged weights that are kept
+    ema: float = 0.99  # decay of the averaged weights that are kept
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation
     val_every: int = 25  # one utterance in so many is held out
     save_every: int = 500  # steps

@@ -1,6 +1,6 @@
 """The demo's preference tuning: a story's own next sentence against one of another story."""
 out = "out/demo/dpo"
-checkpoint = "out/demo/lm/checkpoint"
+checkpoint = "out/demo/lm"
 pairs = "out/demo/data/pairs_train.jsonl"
 val_pairs = "out/demo/data/pairs_val.jsonl"
 beta = 0.1

@@ -1,6 +1,6 @@
 """Slam's preference tuning (paper, table 5): half an hour on one 24 GB GPU, about 813 steps."""
 out = "out/slam_dpo"
-checkpoint = "out/slam/checkpoint"
+checkpoint = "out/slam"
 pairs = "out/spoken_swag/pairs_train.jsonl"
 val_pairs = "out/spoken_swag/pairs_val.jsonl"
 beta = 0.1
