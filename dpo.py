@@ -161,11 +161,16 @@ def main(cfg: Config) -> None:
         if not pairs[name]:
             raise SystemExit(f"{path}: no pairs in it")
     run = Run(cfg, "dpo")
+    if run.trainer and run.progress() >= 1:
+        return
     lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else start).to(device)
-    reference = reference_logps(lm, pairs, cfg, run)
     optimizer = make_optimizer(lm, cfg)
+    seen: list[Tensor] = []  # since the last log line: loss, margin, accuracy, chosen and rejected log-probability
     if run.trainer:
         optimizer.load_state_dict(run.trainer["optimizer"])
+        seen = [x.to(device) for x in run.trainer["pending"]]
+    run.open()
+    reference = reference_logps(lm, pairs, cfg, run)
     print(f"{lm.n_params() / 1e6:.1f}M parameters from {cfg.checkpoint}, {len(pairs['train']):,} pairs, on {device}")
 
     def evaluate() -> None:
@@ -189,7 +194,6 @@ def main(cfg: Config) -> None:
     if not run.step:
         evaluate()
     lm.train()
-    seen = []  # of the steps since the last log line: loss, margin, accuracy, chosen and rejected log-probability
     while run.progress() < 1 and not run.stopping:
         started = time.perf_counter()
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
@@ -223,8 +227,8 @@ def main(cfg: Config) -> None:
             seen = []
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             run.check_finite(loss if isinstance(loss, float) else loss.item(), norm.item())
-            run.save(lm, optimizer, fingerprint)
-    run.save(lm, optimizer, fingerprint)
+            run.save(lm, optimizer, fingerprint, seen)
+    run.save(lm, optimizer, fingerprint, seen)
     if run.stopping:
         print(f"stopped at step {run.step}; --resume goes on", file=sys.stderr)
         raise SystemExit(run.stopping)

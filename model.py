@@ -83,12 +83,13 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
         self.rows = torch.arange(batch, device=device)[:, None]
+        self.length = capacity  # entries that the longest row fills; attention need not look further
 
-    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, kv_heads, T, D) at `positions` (B, T); return the first `length` entries of each row."""
+    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, kv_heads, T, D) at `positions` (B, T); return all entries so far."""
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             store[self.rows, :, positions] = new.transpose(1, 2)
-        return self.k[layer, :, :, :length], self.v[layer, :, :, :length]
+        return self.k[layer, :, :, :self.length], self.v[layer, :, :, :self.length]
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these."""
@@ -140,7 +141,7 @@ class Attention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions, mask.shape[-1])
+            k, v = cache.update(self.layer, k, v, positions)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -225,7 +226,7 @@ class UnitLM(nn.Module):
         mask = None
         if cache is not None:
             assert positions is not None and targets is None
-            mask = torch.arange(int(positions.max()) + 1, device=tokens.device) <= positions[:, None, :, None]
+            mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
         elif positions is not None:
             utterance = (positions == 0).cumsum(1)
             mask = (utterance[:, None, :, None] == utterance[:, None, None, :]).tril()
@@ -267,6 +268,7 @@ class UnitLM(nn.Module):
         if self.model.norm.weight.dtype != torch.float32:
             dtype = self.model.norm.weight.dtype
         cache = KVCache(self.config, len(prompts), max(lengths) + max_new_tokens, device, dtype)
+        cache.length = max(lengths)
         positions = torch.arange(max(lengths), device=device).expand(tokens.shape)
         position = torch.tensor(lengths, device=device) - 1  # of each row's newest token
         logits = self(tokens, positions=positions, cache=cache, last=position)[0][:, 0]
@@ -295,7 +297,7 @@ class UnitLM(nn.Module):
             if step == max_new_tokens - 1:
                 break
             seen[torch.arange(len(alive), device=device), token] = True
-            position = position + 1
+            position, cache.length = position + 1, cache.length + 1
             logits = self(token[:, None], positions=position[:, None], cache=cache)[0][:, 0]
         return [[t for t in row if t >= 0] for row in new.tolist()]
 

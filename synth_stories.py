@@ -41,7 +41,7 @@ class Config:
     tokenizer: str = "embedded"  # codebook file; `none` stops after the audio
     n_train: int = 400  # stories to train on
     n_val: int = 40  # stories held out: validation units, validation pairs, tStoryCloze pairs
-    pairs_per_story: int = 1  # preference pairs made from each story
+    n_pairs: int = 200  # preference pairs made from the training stories, at most one from each
     n_sblimp: int = 100  # sentence pairs of the sBLIMP-style set
     max_new_tokens: int = 80  # the text LM's part of a story, in text tokens
     temperature: float = 0.6  # of the text LM
@@ -226,12 +226,9 @@ def make_pairs(cfg: Config, pool, stories: list[dict], split: str, tokenizer: Sp
     path = Path(cfg.out) / f"pairs_{split}.jsonl"
     if path.exists():
         return
-    own = {}  # sentences at the same place of different stories are exchanged: only the content tells them apart
-    for k in range(cfg.pairs_per_story):
-        own |= {f"{s['id']}_{k}": (s["sentences"][:3 + k], s["sentences"][3 + k]) for s in stories
-                if len(s["sentences"]) > 3 + k}
-    ids = sorted(own, key=lambda id: (id[-1], id))
-    texts = {}
+    # Fourth sentences of different stories are exchanged: only what they say tells them apart.
+    own = {s["id"]: (s["sentences"][:3], s["sentences"][3]) for s in stories[:cfg.n_pairs]}
+    ids, texts = list(own), {}
     for id in ids:
         texts |= {f"{id} prompt": own[id][0], f"{id} next": [own[id][1]]}
     units = {id: tokenizer.encode(np.concatenate(waves), SAMPLE_RATE)[0].tolist()

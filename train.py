@@ -233,18 +233,21 @@ class Run:
         self.step, self.tokens, self.seconds, self.trainer = 0, 0, 0.0, None
         self.stopping = False
         recover(self.checkpoint)
-        if cfg.overwrite:
-            shutil.rmtree(self.out, ignore_errors=True)
-        if (self.checkpoint / "slam.json").exists():
+        if (self.checkpoint / "slam.json").exists() and not cfg.overwrite:
             if not cfg.resume:
                 raise SystemExit(f"{self.out} holds a run already; --resume goes on with it, --overwrite starts anew")
             self._load()
+
+    def open(self) -> None:
+        """Begin: everything is loaded and fits, so from here on the folder is written to and signals mean `save`."""
+        if self.cfg.overwrite:
+            shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir(parents=True, exist_ok=True)
-        save_config(cfg, self.out / "config.json")
-        # Records after the checkpoint describe steps that will be taken again.
+        save_config(self.cfg, self.out / "config.json")
+        # Records after the checkpoint describe steps that will be taken again; a kill may have cut the last one short.
         log = self.out / "log.jsonl"
-        lines = [x for x in log.read_text().splitlines() if json.loads(x)["step"] <= self.step] if log.exists() else []
-        log.write_text("".join(x + "\n" for x in lines if self.step))
+        whole = log.read_text().split("\n")[:-1] if log.exists() and self.step else []
+        log.write_text("".join(x + "\n" for x in whole if json.loads(x)["step"] <= self.step))
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
 
@@ -263,18 +266,20 @@ class Run:
             raise SystemExit(f"{self.out}: cannot resume with other settings: {'; '.join(changed)}")
         self.step, self.tokens, self.seconds = slam["step"], slam["tokens"], slam["seconds"]
         self.trainer = torch.load(self.checkpoint / "trainer.pt", weights_only=True)
-        print(f"resuming {self.out} at step {self.step}")
+        print(f"resuming {self.out} at step {self.step}" if self.progress() < 1 else f"{self.out} is finished already")
 
     def progress(self) -> float:
         """Share of the run that is done, by steps, tokens or hours, whichever is set."""
         cfg = self.cfg
-        if cfg.steps is not None:
-            return self.step / cfg.steps if cfg.steps else 1.0
-        return self.tokens / cfg.tokens if cfg.tokens is not None else self.seconds / 3600 / cfg.time_budget_hours
+        ways = (self.step, cfg.steps), (self.tokens, cfg.tokens), (self.seconds / 3600, cfg.time_budget_hours)
+        done, whole = next((d, w) for d, w in ways if w is not None)
+        return done / whole if whole else 1.0
 
     def length(self) -> str:
-        cfg = self.cfg
-        return str(cfg.steps or "?") if cfg.steps is not None else f"~{round(self.step / max(self.progress(), 1e-9))}"
+        """Steps of the whole run: as set, or as it looks by now."""
+        if self.cfg.steps is not None:
+            return f"{self.cfg.steps:05d}"
+        return f"~{round(self.step / self.progress()):05d}" if self.step else "?"
 
     def log(self, line: str, **record) -> None:
         """Print a line for a person and append the same record to log.jsonl for a program."""
@@ -298,12 +303,16 @@ class Run:
             raise SystemExit(f"step {self.step}: loss {loss}, gradient norm {norm}: stopped. {self.checkpoint} holds "
                              f"the last good step; lower lr (now {self.cfg.lr:g}) or look at the data before --resume")
 
-    def save(self, lm: UnitLM, optimizer: torch.optim.Optimizer, fingerprint: Fingerprint, **more) -> None:
-        """Write the checkpoint folder: model, slam.json (where it comes from), trainer.pt (how to go on)."""
+    def save(self, lm: UnitLM, optimizer: torch.optim.Optimizer, fingerprint: Fingerprint, pending: list) -> None:
+        """Write the checkpoint folder: model, slam.json (where it comes from), trainer.pt (how to go on).
+
+        pending: what has been measured since the last log line; the next one averages over it, resumed or not.
+        """
         slam = {"stage": self.stage, "fingerprint": fingerprint.to_dict(), "step": self.step, "tokens": self.tokens,
                 "seconds": self.seconds, "finished": self.progress() >= 1, "config": asdict(self.cfg),
-                "model": asdict(lm.config), "git": git_commit(), "torch": torch.__version__} | more
-        lm.save_pretrained(self.checkpoint, slam, {"optimizer": optimizer.state_dict()})
+                "model": asdict(lm.config), "git": git_commit(), "torch": torch.__version__}
+        trainer = {"optimizer": optimizer.state_dict(), "pending": [x.cpu() for x in pending]}
+        lm.save_pretrained(self.checkpoint, slam, trainer)
 
 
 def find_checkpoint(name: str) -> str:
@@ -396,12 +405,17 @@ def main(cfg: Config) -> None:
     reader, val = UnitReader(*cfg.train), UnitReader(*cfg.val)
     require_same(reader.fingerprint, cfg.train[0], val.fingerprint, cfg.val[0])
     run = Run(cfg, "train")
+    if run.trainer and run.progress() >= 1:
+        return
     rows = Rows(reader, cfg.context, cfg.micro_batch * cfg.accumulation, cfg.seed)
     lm = UnitLM.from_pretrained(str(run.checkpoint)) if run.trainer else build(cfg, reader.fingerprint.n_units)
     lm.to(device).train()
     optimizer = make_optimizer(lm, cfg)
+    losses: list[Tensor] = []  # of the steps since the last log line
     if run.trainer:
         optimizer.load_state_dict(run.trainer["optimizer"])
+        losses = [x.to(device) for x in run.trainer["pending"]]
+    run.open()
     forward = torch.compile(lm) if cfg.compile and device.type == "cuda" else lm
     n_params, peak = lm.n_params(), peak_flops(device)
     flops = flops_per_token(lm.config, n_params, cfg.context)
@@ -419,7 +433,7 @@ def main(cfg: Config) -> None:
 
     if not run.step:
         evaluate()
-    losses, since, tokens_then = [], run.seconds, run.tokens
+    since, tokens_then = run.seconds, run.tokens
     while run.progress() < 1 and not run.stopping:
         started = time.perf_counter()
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
@@ -441,10 +455,10 @@ def main(cfg: Config) -> None:
             losses, since, tokens_then = [], run.seconds, run.tokens
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             run.check_finite(loss.item(), norm.item())
-            run.save(lm, optimizer, reader.fingerprint)
+            run.save(lm, optimizer, reader.fingerprint, losses)
         if run.step % cfg.eval_every == 0 and run.progress() < 1:
             evaluate()
-    run.save(lm, optimizer, reader.fingerprint)
+    run.save(lm, optimizer, reader.fingerprint, losses)
     if run.stopping:
         print(f"stopped at step {run.step}; --resume goes on", file=sys.stderr)
         raise SystemExit(run.stopping)

@@ -59,7 +59,7 @@ def test_what_there_is(stories):
         assert fingerprint == reader.fingerprint and len(pairs) == len(reader)
         texts = {r["id"]: r["text"] for r in reader.records()}
         for pair in pairs:
-            own = texts[pair["id"].rsplit("_", 1)[0]]
+            own = texts[pair["id"]]
             assert f"{pair['prompt_text']} {pair['chosen_text']}" in own and pair["rejected_text"] not in own
     for name, n in (("tstorycloze", 4), ("sblimp", 8)):
         pairs = [json.loads(x) for x in (stories / name / "manifest.jsonl").read_text().splitlines()]
