@@ -1,17 +1,27 @@
-"""The demo's unit LM: SmolLM2-135M cut to its first layers, trained for some minutes on two CPU cores."""
+"""The demo's unit LM: SmolLM2-135M cut to its first four layers, trained for three minutes on two CPU cores.
+
+Chosen by measurement: validation loss after 1.5 minutes on two cores and two hours of stories (a bigram model: 1.70)
+    from scratch, 6 layers, 256 wide, 5.2M parameters                    1.43
+    from scratch, the shape of this one, 14.5M                           1.51
+    TWIST, 4 layers, unit embeddings from the text embedding's first rows  1.46
+    TWIST, 2 layers, the same, 7.4M                                      1.29
+    TWIST, 4 layers, random unit embeddings                              1.29
+    TWIST, 4 layers, random unit embeddings, one row a step instead of two  1.25  <- this one
+"""
 out = "out/demo/lm"
 train = ("out/demo/data/units/train",)
 val = ("out/demo/data/units/val",)
 base = "embedded:smollm2-135m"
+init = "random"
 n_layers = 4
 context = 1024
-micro_batch = 2
+micro_batch = 1
 accumulation = 1
-time_budget_hours = 4 / 60
+time_budget_hours = 3.2 / 60
 lr = 2e-3
 min_lr = 1e-4
 warmup = 0.05
 clip = 1.0
-log_every = 20
+log_every = 25
 eval_every = 200
 save_every = 100
