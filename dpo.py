@@ -122,7 +122,7 @@ def all_logps(lm: UnitLM, pairs: list[dict], cfg: Config, desc: str, batch: int 
     sequences = pair_sequences(pairs, cfg.context)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
     out = torch.zeros(len(sequences))
-    for at in tqdm(range(0, len(order), batch), desc=desc, leave=False):
+    for at in tqdm(range(0, len(order), batch), disable=None, desc=desc, leave=False):
         part = order[at:at + batch]
         out[part] = completion_logp(lm, [sequences[i] for i in part], cfg.dtype).float().cpu()
     return out.view(2, -1).T.contiguous()

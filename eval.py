@@ -4,7 +4,8 @@ In:  one or several checkpoints, unit files, folders of benchmark wavs with a ma
 Out: results.json in each run's folder (other metrics in it stay) and one table of all of them.
 
     python eval.py config/demo_eval.py --checkpoint out/demo/lm,out/demo/dpo
-    python eval.py --checkpoint out/slam --pairs out/bench/tstorycloze --generate_from "" --val out/units/val
+    python eval.py --checkpoint out/slam --pairs out/bench/tstorycloze --val out/units/val
+    python eval.py --resynth_from out/demo/data/tstorycloze        # how well tokeniser and vocoder keep words; no model
 
 A minute on two CPU cores for the demo's sets; no disk to speak of.
 """
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from config import load_config
-from embedded import resolve
+from embedded import resolve, sha256
 from model import IGNORE, UnitLM
 from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio, resample
 from train import checkpoint_fingerprint, find_checkpoint, merge_results, pick_device, validation_loss
@@ -39,6 +40,7 @@ class Config:
     pairs: tuple[str, ...] = ()  # folders with a manifest.jsonl of wav pairs; the folder's name names the metric
     generate_from: str = ""  # such a folder whose positive wavs' beginnings are continued for GenPPL and auto-BLEU
     n_generate: int = 1000  # continuations, at most
+    resynth_from: str = ""  # such a folder whose positive wavs are re-synthesised and transcribed; nothing else
     prompt_seconds: float = 3.0  # beginning of a wav that is the prompt
     new_units: int = 150  # units to generate
     temperature: float = 0.8  # of the generation
@@ -55,7 +57,9 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        found = [] if self.val or self.pairs or self.generate_from else ["set val, pairs or generate_from"]
+        found = []
+        if not (self.val or self.pairs or self.generate_from or self.resynth_from):
+            found.append("nothing to do: set val, pairs, generate_from or resynth_from")
         if not self.checkpoint:
             found.append("checkpoint: name at least one")
         return found
@@ -129,12 +133,22 @@ def read_manifest(folder: str) -> list[dict]:
     return pairs
 
 
-def tokenize_wavs(tokenizer: SpeechTokenizer, paths: list[Path], desc: str) -> list[list[int]]:
-    """Wavs -> utterances `1 units 1`. SystemExit naming a file that holds no usable audio."""
-    try:
-        return [to_tokens(tokenizer.encode(load_audio(p), SAMPLE_RATE)[0]) for p in tqdm(paths, desc=desc, unit="wav")]
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
+def tokenize_wavs(tokenizer: SpeechTokenizer, folder: Path, names: list[str]) -> list[list[int]]:
+    """Wavs of a benchmark folder -> utterances `1 units 1`; kept beside them by (sha256 of the file, tokeniser).
+
+    SystemExit naming a file that holds no usable audio.
+    """
+    cache = folder / f"units_{tokenizer.fingerprint.codebook_sha256[:12]}.json"
+    known = json.loads(cache.read_text()) if cache.exists() else {}
+    keys = [sha256(folder / name) for name in names]
+    for name, key in zip(tqdm(names, disable=None, desc=folder.name, unit="wav"), keys):
+        try:
+            known[key] = known.get(key) or tokenizer.encode(load_audio(folder / name), SAMPLE_RATE)[0].tolist()
+        except ValueError as e:
+            raise SystemExit(str(e)) from None
+    cache.with_suffix(".part").write_text(json.dumps(known))
+    cache.with_suffix(".part").replace(cache)
+    return [to_tokens(known[key]) for key in keys]
 
 
 def score_pairs(lm: UnitLM, pairs: list[dict], utterances: list[list[int]], batch: int) -> dict:
@@ -154,14 +168,16 @@ def score_pairs(lm: UnitLM, pairs: list[dict], utterances: list[list[int]], batc
 def transcribe(waves: list[np.ndarray], asr: str, rate: int = SAMPLE_RATE, batch: int = 8) -> list[str]:
     """Whisper's transcripts of waves (T,), of at most 30 s each (longer ones are cut); greedy, deterministic."""
     from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     folder = resolve(asr)
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
     extractor, tokenizer = WhisperFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = []
-    for at in tqdm(range(0, len(waves), batch), desc="transcribing", leave=False):
+    for at in tqdm(range(0, len(waves), batch), disable=None, desc="transcribing", leave=False):
         part = [resample(w, rate, SAMPLE_RATE)[:30 * SAMPLE_RATE] for w in waves[at:at + batch]]
         x = extractor(part, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(model.device)
-        tokens = model.generate(x, attention_mask=torch.ones(x.shape[::2], device=x.device), max_new_tokens=200)
+        tokens = model.generate(x, attention_mask=torch.ones(x.shape[::2], device=x.device), max_length=200)
         texts += [t.strip() for t in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return texts
 
@@ -200,11 +216,13 @@ def text_perplexity(texts: list[str], judge: str) -> tuple[float, int]:
     Texts of fewer than two tokens have no NLL; they are counted as empty and left out.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     folder = resolve(judge)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
     losses = []
-    for text in tqdm(texts, desc="judging", leave=False):
+    for text in tqdm(texts, disable=None, desc="judging", leave=False):
         ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
         if ids.shape[1] >= 2:
             losses.append(model(ids, labels=ids).loss.item())
@@ -217,7 +235,7 @@ def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list = [None] * len(prompts)
     generator = torch.Generator(lm.device).manual_seed(seed)
-    bar = tqdm(total=len(prompts), desc=desc, unit="prompt")
+    bar = tqdm(total=len(prompts), disable=None, desc=desc, unit="prompt")
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
         new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator, forbid=(PAD,),
@@ -236,7 +254,8 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
                for p in paths]
     new = continue_units(lm, prompts, cfg.new_units, cfg.batch, cfg.seed, "continuing", temperature=cfg.temperature,
                          top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty)
-    whole = [vocoder.synthesize(p + c)[0] for p, c in zip(prompts, tqdm(new, desc="vocoding", leave=False))]
+    whole = [vocoder.synthesize(p + c)[0]
+             for p, c in zip(prompts, tqdm(new, disable=None, desc="vocoding", leave=False))]
     spoken_new = [c for c in new if c]
     alone = [vocoder.synthesize(c)[0] for c in spoken_new]
     texts = transcribe(whole, cfg.asr)
@@ -259,6 +278,20 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
                           "n": len(bleu), "settings": settings}}
 
 
+def resynthesis_error(cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder) -> dict:
+    """Word error rate of the ASR on re-synthesised against original speech, with original and predicted durations."""
+    waves = [load_audio(Path(cfg.resynth_from) / p["positive"])[:30 * SAMPLE_RATE]
+             for p in read_manifest(cfg.resynth_from)]
+    encoded = [tokenizer.encode(w, SAMPLE_RATE) for w in tqdm(waves, disable=None, desc="units")]
+    heard, errors = transcribe(waves, cfg.asr), {}
+    for name, spoken in (("original_durations", [vocoder.synthesize(u, d)[0] for u, d in encoded]),
+                         ("predicted_durations", [vocoder.synthesize(u)[0] for u, _ in encoded])):
+        pairs = [word_error_rate(a, b) for a, b in zip(heard, transcribe(spoken, cfg.asr))]
+        errors[name] = round(sum(e for e, _ in pairs) / sum(n for _, n in pairs), 4)
+    return {"resynthesis_word_error_rate": errors, "files": len(waves), "words": sum(n for _, n in pairs),
+            "hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3), "asr": cfg.asr}
+
+
 # ---------------------------------------------------------------- all together
 
 def table(rows: dict[str, dict]) -> str:
@@ -279,6 +312,11 @@ def table(rows: dict[str, dict]) -> str:
 
 def main(cfg: Config) -> None:
     device = pick_device()
+    if cfg.resynth_from:
+        tokenizer, vocoder = SpeechTokenizer.load(cfg.tokenizer, device.type), Vocoder.load(cfg.vocoder).to(device)
+        require_same(tokenizer.fingerprint, cfg.tokenizer, vocoder.fingerprint, cfg.vocoder)
+        print(json.dumps(resynthesis_error(cfg, tokenizer, vocoder)))
+        return
     checkpoints = {name: find_checkpoint(name) for name in cfg.checkpoint}
     tokenizer = SpeechTokenizer.load(cfg.tokenizer, device.type) if cfg.pairs or cfg.generate_from else None
     vocoder = Vocoder.load(cfg.vocoder).to(device) if cfg.generate_from else None
@@ -303,8 +341,8 @@ def main(cfg: Config) -> None:
     benchmarks = {}
     for folder in cfg.pairs:
         pairs = read_manifest(folder)
-        paths = [Path(folder) / p[side] for side in ("positive", "negative") for p in pairs]
-        benchmarks[Path(folder).name] = pairs, tokenize_wavs(tokenizer, paths, Path(folder).name)
+        names = [p[side] for side in ("positive", "negative") for p in pairs]
+        benchmarks[Path(folder).name] = pairs, tokenize_wavs(tokenizer, Path(folder), names)
 
     rows = {}
     for name, folder in checkpoints.items():

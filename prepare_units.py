@@ -198,6 +198,8 @@ class HubertFrames:
 def load_encoder(name: str, layer: int, device: str = "cpu"):
     """The frame extractor for a Whisper- or HuBERT-type model, told by its config.json."""
     from transformers import AutoConfig
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()  # the pipeline's own bars say enough
     try:
         kind = AutoConfig.from_pretrained(resolve(name)).model_type
     except OSError as e:
@@ -275,12 +277,12 @@ def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator) -> tu
     start = x[torch.randperm(len(x), generator=generator)[:50 * k]]
     centroids = start[:1]
     nearest = (start - centroids).square().sum(1)
-    for _ in tqdm(range(k - 1), desc="k-means++", leave=False):
+    for _ in tqdm(range(k - 1), disable=None, desc="k-means++", leave=False):
         chosen = start[torch.multinomial(nearest, 1, generator=generator)]
         centroids = torch.cat([centroids, chosen])
         nearest = torch.minimum(nearest, (start - chosen).square().sum(1))
     inertia = math.inf
-    bar = tqdm(range(iterations), desc="k-means")
+    bar = tqdm(range(iterations), disable=None, desc="k-means")
     for _ in bar:
         labels = assign(x, centroids)
         distance = (x - centroids[labels]).square().sum(1)
@@ -307,7 +309,7 @@ def position_mean(encoder, waves: list[np.ndarray], rng: np.random.Generator) ->
         raise SystemExit(f"{len(joined) / SAMPLE_RATE:.0f} s of audio; fitting a codebook needs minutes at least")
     n = min(120, len(joined) // size)
     total = 0
-    for start in tqdm(rng.integers(0, len(joined) - size, n), desc="position mean"):
+    for start in tqdm(rng.integers(0, len(joined) - size, n), disable=None, desc="position mean"):
         total = total + encoder([joined[start:start + size]])[0][0]
     mean = (total / n).T[None]
     return F.avg_pool1d(F.pad(mean, (12, 12), mode="replicate"), 25, stride=1)[0].T.contiguous()
@@ -338,7 +340,7 @@ def fit(cfg: FitConfig) -> None:
     rng = np.random.default_rng(cfg.seed)
     paths = find_audio(cfg.input)
     waves, seconds, skipped = [], 0.0, []
-    bar = tqdm(total=cfg.hours, desc="reading", unit="h")
+    bar = tqdm(total=cfg.hours, disable=None, desc="reading", unit="h")
     for i in rng.permutation(len(paths)):
         try:
             waves.append(load_audio(paths[i]))
@@ -352,7 +354,7 @@ def fit(cfg: FitConfig) -> None:
     bar.close()
     mean = position_mean(encoder, waves, rng) if isinstance(encoder, WhisperFrames) else None
     x = []
-    for wave in tqdm(waves, desc="features"):
+    for wave in tqdm(waves, disable=None, desc="features"):
         features, positions = encoder([wave])[0]
         x.append(features if mean is None else features - mean[positions])
     x = torch.cat(x)
@@ -409,7 +411,7 @@ def main(cfg: Config) -> None:
         todo = [p for p in paths if names[p] not in writer.done]
         resumed = len(paths) - len(todo)
         batch, waves = [], []
-        for i, path in enumerate(tqdm(todo, desc="units", unit="file")):
+        for i, path in enumerate(tqdm(todo, disable=None, desc="units", unit="file")):
             try:
                 waves.append(load_audio(path))
                 batch.append(names[path])

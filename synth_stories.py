@@ -128,10 +128,11 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
     number = stories[-1]["batch"] + 1 if stories else 0
     instruction = [{"role": "user", "content": "Write a short story for small children in simple words."}]
     frame = tokenizer.apply_chat_template(instruction, tokenize=False, add_generation_prompt=True)
-    bar = tqdm(total=n, initial=len(stories), desc="writing", unit="story")
+    bar = tqdm(total=n, initial=len(stories), disable=None, desc="writing", unit="story")
     while len(stories) < n:
         rng = np.random.default_rng((cfg.seed, number))
-        openings = [opening(rng) for _ in range(cfg.batch)]
+        # About one story in eight is not usable; the last batch is no larger than that asks for.
+        openings = [opening(rng) for _ in range(min(cfg.batch, 4 + (n - len(stories)) * 5 // 4))]
         generator = torch.Generator(lm.device).manual_seed(int(rng.integers(2**31)))
         new = lm.generate([tokenizer(frame + text)["input_ids"] for text in openings], cfg.max_new_tokens,
                           temperature=cfg.temperature, top_k=cfg.top_k, stop=(tokenizer.eos_token_id, 0), forbid=(),
@@ -186,7 +187,7 @@ def speak(job: tuple[list[str], int]) -> list[np.ndarray]:
 def spoken(cfg: Config, pool, texts: dict[str, list[str]], desc: str):
     """Yield (id, sentence waves) of each text in order, spoken by the pool's processes; seeded by (seed, id)."""
     jobs = [(sentences, zlib.crc32(f"{cfg.seed} {id}".encode())) for id, sentences in texts.items()]
-    waves = tqdm(pool.imap(speak, jobs, chunksize=2), total=len(jobs), desc=desc, unit="text")
+    waves = tqdm(pool.imap(speak, jobs, chunksize=2), total=len(jobs), disable=None, desc=desc, unit="text")
     yield from ((id, w) for w, id in zip(waves, texts))  # in this order zip exhausts the bar
 
 

@@ -209,7 +209,7 @@ def load_corpus(cfg: Config, reader: UnitReader, spectra: Spectra) -> list[tuple
         raise SystemExit(f"{cfg.units}: has no durations; make it with prepare_units.py --durations")
     k = round(SAMPLE_RATE / HOP / reader.fingerprint.unit_rate_hz)
     corpus, skipped = [], 0
-    for i, id in enumerate(tqdm(reader.ids(), desc="log-mels", unit="file")):
+    for i, id in enumerate(tqdm(reader.ids(), disable=None, desc="log-mels", unit="file")):
         units, durations = reader.units(i), reader.durations(i)
         try:
             wave = torch.from_numpy(load_audio(Path(cfg.audio) / id))
@@ -299,8 +299,8 @@ def train(cfg: Config) -> None:
             f.write(json.dumps(report) + "\n")
         return report
 
-    bar = tqdm(total=cfg.minutes, initial=seconds / 60, desc="vocoder", unit="min", bar_format="{l_bar}{bar}| {n:.1f}/"
-               "{total:.1f} min{postfix}")
+    bar = tqdm(total=cfg.minutes, initial=seconds / 60, disable=None, desc="vocoder",
+               bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} min{postfix}")
     while seconds < 60 * cfg.minutes:
         started, progress = time.perf_counter(), seconds / 60 / cfg.minutes
         rng = np.random.default_rng((cfg.seed, step))

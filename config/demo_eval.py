@@ -4,4 +4,4 @@ train = ("out/demo/data/units/train",)
 val = ("out/demo/data/units/val",)
 pairs = ("out/demo/data/tstorycloze", "out/demo/data/sblimp")
 generate_from = "out/demo/data/tstorycloze"
-n_generate = 16
+n_generate = 10
