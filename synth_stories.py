@@ -333,6 +333,8 @@ def make_sblimp(cfg: Config, pool) -> None:
 
 def main(cfg: Config) -> None:
     out, record = Path(cfg.out), Path(cfg.out) / "synth.json"
+    if out.exists() and any(out.iterdir()) and not record.exists():
+        raise SystemExit(f"{out} exists and was not made by synth_stories.py; choose another --out")
     if cfg.overwrite:
         shutil.rmtree(out, ignore_errors=True)
     # What decides the files; a folder made with other settings is not resumed.
@@ -343,8 +345,6 @@ def main(cfg: Config) -> None:
         if changed:
             raise SystemExit(f"{out} was made with other settings ({'; '.join(changed)}); choose another --out, or "
                              f"--overwrite")
-    elif out.exists() and any(out.iterdir()):
-        raise SystemExit(f"{out} exists and was not made by synth_stories.py; choose another --out, or --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"settings": settings, "done": False}, indent=2))
 

@@ -73,8 +73,8 @@ def start(corpus, tmp_path_factory):
     return out / "checkpoint"
 
 
-def dpo_flags(start, pairs, out, **more) -> list[str]:
-    settings = dict(out=out, checkpoint=start, pairs=pairs / "train.jsonl", val_pairs=pairs / "val.jsonl", steps=8,
+def dpo_flags(start, folder, out, **more) -> list[str]:
+    settings = dict(out=out, checkpoint=start, pairs=folder / "train.jsonl", val_pairs=folder / "val.jsonl", steps=8,
                     time_budget_hours="none", micro_batch=4, accumulation=2, lr=1e-2, log_every=1, save_every=3,
                     dtype="float32")
     return [f"--{k}={v}" for k, v in (settings | more).items()]
