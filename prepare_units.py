@@ -405,7 +405,7 @@ def main(cfg: Config) -> None:
     tokenizer = SpeechTokenizer.load(cfg.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     out = Path(cfg.out)
     if cfg.overwrite:
-        for old in out.glob("*.safetensors"):
+        for old in out.glob("[0-9]" * 5 + ".safetensors"):  # unit files, and nothing that only ends like them
             old.unlink()
     skipped, seconds = [], 0.0
     with UnitWriter(out, tokenizer.fingerprint, str(root), cfg.durations, cfg.shard_tokens) as writer:

@@ -237,6 +237,9 @@ class Run:
             if not cfg.resume:
                 raise SystemExit(f"{self.out} holds a run already; --resume goes on with it, --overwrite starts anew")
             self._load()
+        if cfg.overwrite and self.out.exists() and any(self.out.iterdir()) and not (self.out / "log.jsonl").exists():
+            raise SystemExit(f"{self.out} exists and is not a run's folder, so --overwrite leaves it alone; choose "
+                             f"another --out")
 
     def open(self) -> None:
         """Begin: everything is loaded and fits, so from here on the folder is written to and signals mean `save`."""

@@ -182,6 +182,10 @@ def test_divergence_stops_and_keeps_the_good_checkpoint(corpus, tmp_path):
 def test_refusals(corpus, whole_run, fingerprint, tmp_path):
     assert "--resume" in refused("train.py", *flags(corpus, whole_run))
     assert "context was 64, now 32" in refused("train.py", *flags(corpus, whole_run, context=32), "--resume")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("x")
+    assert "not a run's folder" in refused("train.py", *flags(corpus, tmp_path / "mine"), "--overwrite")
+    assert (tmp_path / "mine" / "precious.txt").exists()
     assert "exactly one of" in refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6")
     assert "no such folder" in refused("train.py", *flags(corpus, tmp_path / "x", shape="{}"), "--base=out/nowhere")
     with UnitWriter(tmp_path / "other", replace(fingerprint, layer=2)) as writer:
