@@ -27,7 +27,7 @@ from embedded import resolve, sha256
 from model import IGNORE, UnitLM
 from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio, resample
 from train import checkpoint_fingerprint, find_checkpoint, merge_results, pick_device, validation_loss
-from units import BOS, PAD, UnitReader, require_same, to_tokens, vocab_size
+from units import EOS, PAD, UnitReader, require_same, to_tokens, vocab_size
 from vocoder import Vocoder
 
 
@@ -230,16 +230,19 @@ def text_perplexity(texts: list[str], judge: str) -> tuple[float, int]:
 
 
 def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: int, seed: int, desc: str,
-                   **sampling) -> list[list[int]]:
-    """Units -> sampled continuations (units), batched; prompts of like length share a batch."""
+                   may_end: bool = True, **sampling) -> list[list[int]]:
+    """Units -> sampled continuations (units), batched; prompts of like length share a batch.
+
+    may_end: an EOS ends a continuation; else none is drawn, and all have `new_units` units.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list = [None] * len(prompts)
     generator = torch.Generator(lm.device).manual_seed(seed)
     bar = tqdm(total=len(prompts), disable=None, desc=desc, unit="prompt")
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
-        new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator, forbid=(PAD,),
-                          stop=(BOS,), **sampling)
+        new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator,
+                          forbid=(PAD,) if may_end else (PAD, EOS), stop=(EOS,), **sampling)
         for i, tokens in zip(part, new):
             out[i] = [t - 2 for t in tokens]
         bar.update(len(part))

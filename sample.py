@@ -34,6 +34,7 @@ class Config:
     prompt_seconds: float = 10.0  # at most so much of a prompt is used: its end,
     from_start: bool = False  # or, with this, its beginning
     continuation_seconds: float = 8.0  # about so much speech is added
+    may_end: bool = False  # let the model end a continuation early, even at once after a prompt that sounds complete
     temperature: float = 0.8  # 0 takes the most likely unit each time
     top_k: int = 25  # draw from the k most likely units; 0: from all
     top_p: float = 1.0  # draw from the most likely units that make up so much probability
@@ -92,7 +93,7 @@ def main(cfg: Config) -> None:
     rate = sum(map(len, encoded)) / (sum(map(len, waves)) / SAMPLE_RATE)
     prompts = [units for units in encoded for _ in range(cfg.n)]
     new = continue_units(lm, prompts, max(1, round(cfg.continuation_seconds * rate)), 32, cfg.seed, "continuing",
-                         temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+                         may_end=cfg.may_end, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                          repetition_penalty=cfg.repetition_penalty)
     out.mkdir(parents=True, exist_ok=True)
     records = []
