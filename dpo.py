@@ -3,7 +3,7 @@
 In:  a checkpoint of train.py and pair files (synth_stories.py).
 Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json · reference.pt
 
-    python dpo.py                                    # after config/slam.py: half an hour on a 24 GB GPU, 6 GB of disk
+    python dpo.py                                    # after config/slam.py: half an hour on a 24 GB GPU, 9 GB of disk
     python dpo.py config/demo_dpo.py                 # a minute on two CPU cores
 
 The reference is the starting checkpoint; its log-probabilities are computed once, so only one model is in memory.
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,8 +23,8 @@ from tqdm import tqdm
 
 from config import load_config
 from model import IGNORE, UnitLM, fetch
-from train import (Run, autocast, checkpoint_fingerprint, find_checkpoint, make_optimizer, merge_results, pick_device,
-                   schedule)
+from train import (Epochs, Run, autocast, checkpoint_fingerprint, find_checkpoint, make_optimizer, merge_results,
+                   pick_device, run_problems, schedule, update)
 from units import PAD, read_pairs, require_same, to_tokens
 
 
@@ -62,12 +61,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        found = []
-        if sum(x is not None for x in (self.steps, self.tokens, self.time_budget_hours)) != 1:
-            found.append("set exactly one of steps, tokens, time_budget_hours (the others to none)")
-        if self.resume and self.overwrite:
-            found.append("resume and overwrite exclude each other")
-        return found
+        return run_problems(self)
 
 
 def dpo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, reference_chosen_logp: Tensor,
@@ -183,21 +177,14 @@ def main(cfg: Config) -> None:
         merge_results(run.out / "results.json",
                       {k: {"value": v, "n": len(logps), "step": run.step} for k, v in record.items()})
 
-    def drawn(index: int) -> int:
-        """Pair `index` of the endless sequence of epochs: a pure function of (seed, index)."""
-        epoch, i = divmod(index, len(pairs["train"]))
-        if orders.get("epoch") != epoch:
-            orders.update(epoch=epoch, order=np.random.default_rng((cfg.seed, epoch)).permutation(len(pairs["train"])))
-        return int(orders["order"][i])
-
-    orders, size = {}, cfg.micro_batch * cfg.accumulation
+    order, size = Epochs(len(pairs["train"]), cfg.seed), cfg.micro_batch * cfg.accumulation
     if not run.step:
         evaluate()
     lm.train()
     while run.progress() < 1 and not run.stopping:
         started = time.perf_counter()
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
-        indices = [drawn(run.step * size + i) for i in range(size)]
+        indices = [order[run.step * size + i] for i in range(size)]
         for at in range(0, size, cfg.micro_batch):
             part = indices[at:at + cfg.micro_batch]
             sequences = pair_sequences([pairs["train"][i] for i in part], cfg.context)
@@ -208,11 +195,7 @@ def main(cfg: Config) -> None:
             seen.append(torch.stack([loss.detach(), (chosen - rejected).mean(), (chosen > rejected).float().mean(),
                                      *logps.detach().mean(1)]))
             run.tokens += sum(n for _, n in sequences)
-        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), cfg.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(lm, optimizer, lr, cfg.clip)
         run.step += 1
         logging = run.step % cfg.log_every == 0
         if logging or cfg.time_budget_hours:  # else no host sync
@@ -228,10 +211,7 @@ def main(cfg: Config) -> None:
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             run.check_finite(loss if isinstance(loss, float) else loss.item(), norm.item())
             run.save(lm, optimizer, fingerprint, seen)
-    run.save(lm, optimizer, fingerprint, seen)
-    if run.stopping:
-        print(f"stopped at step {run.step}; --resume goes on", file=sys.stderr)
-        raise SystemExit(run.stopping)
+    run.finish(lm, optimizer, fingerprint, seen)
     evaluate()
     print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")
 

