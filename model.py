@@ -411,8 +411,8 @@ def fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:  # huggingface_hub raises a dozen types here; to the user they are one
-        raise SystemExit(f"{name}: could not be fetched from the Hugging Face hub ({type(e).__name__}); check the name "
-                         f"and the network, or give a local folder") from None
+        raise SystemExit(f"{name}: no such folder here, and not to be had from the Hugging Face hub "
+                         f"({type(e).__name__}); check the name and the network") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
