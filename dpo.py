@@ -11,7 +11,6 @@ The reference is the starting checkpoint; its log-probabilities are computed onc
 import hashlib
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import load_config
-from model import IGNORE, UnitLM, fetch
-from train import (Epochs, Run, autocast, checkpoint_fingerprint, find_checkpoint, make_optimizer, merge_results,
-                   pick_device, run_problems, schedule, update)
+from model import IGNORE, UnitLM, fetch, find_checkpoint
+from optim import make_optimizer, schedule, update
+from train import (Epochs, Run, autocast, checkpoint_fingerprint, merge_results, pick_device, run_problems)
 from units import PAD, read_pairs, require_same, to_tokens
 
 
@@ -179,10 +178,10 @@ def main(cfg: Config) -> None:
 
     order, size = Epochs(len(pairs["train"]), cfg.seed), cfg.micro_batch * cfg.accumulation
     if not run.step:
-        evaluate()
+        with run.pause():
+            evaluate()
     lm.train()
     while run.progress() < 1 and not run.stopping:
-        started = time.perf_counter()
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
         indices = [order[run.step * size + i] for i in range(size)]
         for at in range(0, size, cfg.micro_batch):
@@ -197,20 +196,19 @@ def main(cfg: Config) -> None:
             run.tokens += sum(n for _, n in sequences)
         norm = update(lm, optimizer, lr, cfg.clip)
         run.step += 1
-        logging = run.step % cfg.log_every == 0
-        if logging or cfg.time_budget_hours:  # else no host sync
-            norm.item()
-        run.seconds += time.perf_counter() - started
-        if logging or run.progress() >= 1:
+        run.tick()
+        if run.step % cfg.log_every == 0 or run.progress() >= 1:  # the only host sync
             loss, margin, accuracy, chosen, rejected = torch.stack(seen).mean(0).tolist()
-            run.check_finite(loss, norm.item())
+            run.check_finite([loss], norm.item())
+            run.tick()
             run.log(f"loss {loss:.4f} | margin {margin:.3f} | acc {accuracy:.3f} | logp {chosen:.1f} / {rejected:.1f} "
                     f"| lr {lr:.1e} | gnorm {norm.item():.2f} | {run.clock()}", loss=loss, margin=margin,
                     accuracy=accuracy, chosen_logp=chosen, rejected_logp=rejected, lr=lr, gnorm=norm.item())
             seen = []
         if run.step % cfg.save_every == 0 and run.progress() < 1:
-            run.check_finite(loss if isinstance(loss, float) else loss.item(), norm.item())
-            run.save(lm, optimizer, fingerprint, seen)
+            with run.pause():
+                run.check_finite([torch.stack(seen)[:, 0].mean().item() if seen else loss], norm.item())
+                run.save(lm, optimizer, fingerprint, seen)
     run.finish(lm, optimizer, fingerprint, seen)
     evaluate()
     print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from config import load_config
 from embedded import resolve, sha256
-from model import IGNORE, UnitLM
+from model import IGNORE, UnitLM, find_checkpoint
 from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio
-from train import checkpoint_fingerprint, find_checkpoint, merge_results, pick_device, validation_loss
+from train import checkpoint_fingerprint, merge_results, pick_device, validation_loss
 from units import EOS, PAD, UnitReader, require_same, to_tokens, to_units, vocab_size
 from vocoder import Vocoder
 

@@ -5,8 +5,13 @@
     lm.generate([[1, 17, 403]], max_new_tokens=100)          # with a KV cache, batched over prompts of any lengths
     lm.save_pretrained("out/slam/checkpoint")                # a folder that AutoModelForCausalLM reads as it is
 
-Parameter names are transformers' own, so weights travel both ways without a table of names.
+Parameter names are transformers' own, so weights travel both ways without a table of names. OPT and Pythia, the other
+bases of the paper's table 6, run in transformers' code behind the same interface (`HubLM`). SlamKit's checkpoints load
+like any other, and ours become SlamKit's by
+
+    python model.py export out/slam slam_for_slamkit
 """
+import argparse
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -16,10 +21,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from embedded import resolve
 
 IGNORE = -100  # target that counts for nothing
+SLAMKIT = "speech_language_model"  # model_type of SlamKit's checkpoints
+VOCABULARY = ("model.embed_tokens.weight", "model.decoder.embed_tokens.weight", "gpt_neox.embed_in.weight",
+              "lm_head.weight", "embed_out.weight")  # the tables with a row for every token
+NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "decoder.version")  # old files' own
 
 
 @dataclass
@@ -41,16 +51,19 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict, where: str = "config.json") -> "ModelConfig":
-        """From a Hugging Face config.json (Qwen2 or Llama type). ValueError for what this decoder does not do."""
-        kind = config.get("model_type")
+        """From a Hugging Face config.json (Qwen2, Llama or MobileLLM). ValueError for what this decoder does not do."""
+        kind, tied = config.get("model_type"), config.get("tie_word_embeddings", False)
+        if kind == "mobilellm":  # a Llama by another name, whose tying has another name too
+            kind, tied = "llama", config.get("share_embedding", True)
         if kind not in ("qwen2", "llama"):
-            raise ValueError(f"{where}: model_type {kind!r}; this decoder is 'qwen2' or 'llama'")
+            raise ValueError(f"{where}: model_type {kind!r}; known are qwen2, llama, mobilellm, "
+                             f"{', '.join(HubLM.TYPES)} and {SLAMKIT}")
         rope = config.get("rope_parameters") or {}
         scaling = config.get("rope_scaling") or rope
         scaling = scaling.get("rope_type") or scaling.get("type") or "default"  # `type`: the key's older name
         unsupported = {"rope type": scaling != "default", "MLP bias": config.get("mlp_bias"),
                        "o_proj bias": kind == "llama" and config.get("attention_bias"),
-                       "sliding window": config.get("use_sliding_window"),
+                       "sliding window": config.get("use_sliding_window"), "layer sharing": config.get("layer_sharing"),
                        "activation": config.get("hidden_act", "silu") != "silu"}
         if any(unsupported.values()):
             raise ValueError(f"{where}: not supported here: {', '.join(k for k, v in unsupported.items() if v)}")
@@ -60,8 +73,7 @@ class ModelConfig:
         return cls(**same, num_attention_heads=heads, num_key_value_heads=config.get("num_key_value_heads") or heads,
                    head_dim=config.get("head_dim") or config["hidden_size"] // heads,
                    rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-                   attention_bias=kind == "qwen2", tie_word_embeddings=config.get("tie_word_embeddings", False),
-                   model_type=kind)
+                   attention_bias=kind == "qwen2", tie_word_embeddings=tied, model_type=kind)
 
     def to_hf(self) -> dict:
         """As the config.json of a Qwen2ForCausalLM / LlamaForCausalLM."""
@@ -108,6 +120,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+def same_utterance(positions: Tensor) -> Tensor:
+    """Who may attend to whom, (B, 1, T, T) bool: what came before in the same utterance. positions (B, T)."""
+    utterance = (positions == 0).cumsum(1)
+    return (utterance[:, None, :, None] == utterance[:, None, None, :]).tril()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy in nats, fp32, of logits (B, T, V) and targets (B, T); reduction mean, sum or none (-> (B, T))."""
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (B, 1, T, head_dim) of the rotary position embedding (Su et al. 2021), fp32."""
     inverse = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
@@ -142,8 +166,13 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        groups = q.shape[1] // k.shape[1]  # query heads that share a key and value head
+        if T == 1 and cache is not None:  # they see the same keys: as queries of one head, keys need no copies
+            q, groups = q.view(B, k.shape[1], groups, self.head_dim), 1
+        elif mask is not None and q.is_cuda and groups > 1:  # CUDA's fused kernels: a mask or shared heads
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
+        y = y.reshape(B, -1, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -191,6 +220,7 @@ class UnitLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # recompute blocks in the backward pass: less memory, a third more work
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -205,7 +235,15 @@ class UnitLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.norm.weight.device
+        return next(self.parameters()).device
+
+    def hf_config(self) -> dict:
+        """The config.json that describes this model to transformers."""
+        return self.config.to_hf()
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Keep only each block's input for the backward pass, and compute the rest of it again (Chen et al. 2016)."""
+        self.checkpointing = on
 
     def n_params(self) -> int:
         """Number of parameters, tied ones counted once (paper table 6)."""
@@ -228,35 +266,35 @@ class UnitLM(nn.Module):
             assert positions is not None and targets is None
             mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
         elif positions is not None:
-            utterance = (positions == 0).cumsum(1)
-            mask = (utterance[:, None, :, None] == utterance[:, None, None, :]).tril()
+            mask = same_utterance(positions)
         else:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)
         for block in self.model.layers:
-            x = block(x, cos, sin, mask, cache, positions)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, cache, positions, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, positions)
         if last is not None:
             x = x[torch.arange(B, device=x.device), last][:, None]
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         logits = F.linear(self.model.norm(x), head.weight)
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
-                               reduction=reduction)
-        return logits, loss.view(B, T) if reduction == "none" else loss
+        return logits, None if targets is None else cross_entropy(logits, targets, reduction)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
                  top_p: float = 1.0, repetition_penalty: float = 1.0, stop: tuple[int, ...] = (1,),
-                 forbid: tuple[int, ...] = (0,), generator: torch.Generator | None = None,
-                 progress=None) -> list[list[int]]:
+                 forbid: tuple[int, ...] = (0,), generator: torch.Generator | None = None, progress=None,
+                 compile: bool = False) -> list[list[int]]:
         """Sample a continuation of each prompt; the new tokens only, without the stop token.
 
         temperature 0 is greedy. `forbid`: tokens never drawn. `progress(n_done, n_rows)` is called every few steps.
+        compile: one compiled step over a cache of fixed size; pays where many batches of the same size follow.
         generate([[1, 17]], 3, temperature=0) -> [[44, 9, 300]]
         """
         assert all(prompts), "a prompt needs at least one token (BOS)"
+        assert temperature >= 0
         if not prompts:
             return []
         device, lengths = self.device, [len(p) for p in prompts]
@@ -267,11 +305,21 @@ class UnitLM(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         if self.model.norm.weight.dtype != torch.float32:
             dtype = self.model.norm.weight.dtype
-        cache = KVCache(self.config, len(prompts), max(lengths) + max_new_tokens, device, dtype)
+        capacity = max(lengths) + max_new_tokens
+        if compile:  # prompts of about the same length share a compiled step
+            capacity = -(-capacity // 128) * 128
+        cache = KVCache(self.config, len(prompts), capacity, device, dtype)
         cache.length = max(lengths)
         positions = torch.arange(max(lengths), device=device).expand(tokens.shape)
         position = torch.tensor(lengths, device=device) - 1  # of each row's newest token
         logits = self(tokens, positions=positions, cache=cache, last=position)[0][:, 0]
+        decode = self.decode
+        if compile:
+            cache.length = capacity
+            if not hasattr(self, "compiled_decode"):
+                mode = "reduce-overhead" if device.type == "cuda" else "default"  # the former: CUDA graphs
+                self.compiled_decode = torch.compile(self.decode, dynamic=False, mode=mode)
+            decode = self.compiled_decode
 
         new = torch.full((len(prompts), max_new_tokens), -1, device=device)  # -1: not drawn
         stops = torch.tensor(stop, device=device, dtype=torch.long)
@@ -291,44 +339,51 @@ class UnitLM(nn.Module):
                 if done.all():
                     break
                 keep = (~done).nonzero()[:, 0]
-                if len(keep) < 0.8 * len(done):
+                if len(keep) < 0.8 * len(done) and not compile:
                     cache.keep(keep)
                     alive, token, position, done, seen = (x[keep] for x in (alive, token, position, done, seen))
             if step == max_new_tokens - 1:
                 break
             seen[torch.arange(len(alive), device=device), token] = True
-            position, cache.length = position + 1, cache.length + 1
-            logits = self(token[:, None], positions=position[:, None], cache=cache)[0][:, 0]
+            position = position + 1
+            if not compile:
+                cache.length += 1
+            logits = decode(token, position, cache)
         return [[t for t in row if t >= 0] for row in new.tolist()]
+
+    def decode(self, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+        """One token of each row, (B,), at its position -> the logits of the next, (B, V)."""
+        return self(token[:, None], positions=position[:, None], cache=cache)[0][:, 0]
 
     # ------------------------------------------------------------ folders
 
     @classmethod
     def from_pretrained(cls, name: str) -> "UnitLM":
-        """Load a hub id, a local folder or `embedded:NAME` (fp32). SystemExit if it is missing, partial or foreign."""
-        folder = fetch(name)
+        """Load a hub id, a local folder (ours, SlamKit's or transformers') or `embedded:NAME`, in fp32.
+
+        SystemExit if it is missing, partial or foreign.
+        """
+        config, state = read_folder(name)
         try:
-            config = json.loads((folder / "config.json").read_text())
-            lm = cls(ModelConfig.from_hf(config, str(folder / "config.json")))
-            state = {k: v for path in weight_files(folder) for k, v in load_file(path).items()}
-        except (OSError, ValueError, KeyError) as e:
-            raise SystemExit(f"{name}: not a whole checkpoint folder of a Qwen2 or Llama type: {e}") from None
-        except Exception as e:  # safetensors' own error type for a truncated file
-            if type(e).__name__ != "SafetensorError":
-                raise
-            raise SystemExit(f"{name}: damaged weights ({e}); copy or train it again") from None
-        state = {k: v.float() for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
-        if lm.config.tie_word_embeddings:
+            lm = from_config(config, f"{name}: config.json")
+        except (ValueError, KeyError) as e:
+            raise SystemExit(f"{name}: not a model that runs here: {e}") from None
+        lm.load_weights(state, name)
+        return lm
+
+    def load_weights(self, state: dict[str, Tensor], name: str) -> None:
+        """Set every weight; `name` is for the message. SystemExit if one is missing, left over or of another shape."""
+        expected = {k: tuple(v.shape) for k, v in self.state_dict().items()}
+        state = {k: v.float() for k, v in state.items() if k in expected or not k.endswith(NOT_WEIGHTS)}
+        if "lm_head.weight" not in expected:  # tied
             state.pop("lm_head.weight", None)
-        expected = {k: tuple(v.shape) for k, v in lm.state_dict().items()}
         found = {k: tuple(v.shape) for k, v in state.items()}
         if found != expected:
             missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
             other = [f"{k} {found[k]} instead of {v}" for k, v in expected.items() if found.get(k, v) != v]
             raise SystemExit(f"{name}: weights do not fit config.json: missing {missing[:3]}, "
                              f"unexpected {unexpected[:3]}, of another shape {other[:3]}")
-        lm.load_state_dict(state)
-        return lm
+        self.load_state_dict(state)
 
     @classmethod
     def twist(cls, base_name: str, vocab_size: int, init: str = "first_rows", n_layers: int | None = None,
@@ -342,23 +397,18 @@ class UnitLM(nn.Module):
         if init not in ("first_rows", "random", "none"):
             raise ValueError(f"TWIST init {init!r}; expected first_rows, random or none")
         base = cls.from_pretrained(base_name)
-        config = ModelConfig(**asdict(base.config) | {
-            "vocab_size": vocab_size, "num_hidden_layers": n_layers or base.config.num_hidden_layers,
-            "rope_theta": rope_theta or base.config.rope_theta, "tie_word_embeddings": True,
-            "max_position_embeddings": context or base.config.max_position_embeddings})
-        if config.num_hidden_layers > base.config.num_hidden_layers:
-            raise ValueError(f"{base_name} has {base.config.num_hidden_layers} layers, not {n_layers}")
-        if init == "first_rows" and vocab_size > base.config.vocab_size:
-            raise ValueError(f"{base_name} has {base.config.vocab_size} embedding rows, fewer than vocab_size "
+        config = base.hf_config()
+        if (n_layers or 0) > config["num_hidden_layers"]:
+            raise ValueError(f"{base_name} has {config['num_hidden_layers']} layers, not {n_layers}")
+        if init == "first_rows" and vocab_size > config["vocab_size"]:
+            raise ValueError(f"{base_name} has {config['vocab_size']} embedding rows, fewer than vocab_size "
                              f"{vocab_size}; use init random")
-        lm = cls(config)
+        lm = from_config(twisted(config, vocab_size, n_layers, rope_theta, context), base_name)
         if init != "none":
-            state = lm.state_dict()
-            kept = {k: v for k, v in base.state_dict().items() if k in state}
-            rows = kept.pop("model.embed_tokens.weight")
-            if init == "first_rows":
-                state["model.embed_tokens.weight"] = rows[:vocab_size]
-            lm.load_state_dict(state | kept)
+            state, theirs = lm.state_dict(), base.state_dict()
+            kept = {k: theirs[k] for k in state if k not in VOCABULARY}
+            rows = {k: theirs[k][:vocab_size] for k in state if k in VOCABULARY and init == "first_rows"}
+            lm.load_state_dict(state | kept | rows)
         return lm
 
     def save_pretrained(self, folder: str | Path, slam: dict | None = None, trainer: dict | None = None) -> None:
@@ -366,18 +416,179 @@ class UnitLM(nn.Module):
 
         A kill at any moment leaves a whole checkpoint: the old one or the new one.
         """
-        folder = Path(folder).resolve()
-        new = folder.with_name(folder.name + ".new")
-        shutil.rmtree(new, ignore_errors=True)
+        write_folder(folder, self.hf_config(), self.state_dict(), slam, trainer)
+
+
+class HubLM(UnitLM):
+    """OPT or Pythia (GPT-NeoX): transformers' own code behind UnitLM's interface. Dropout is off, as in the paper."""
+    TYPES = ("opt", "gpt_neox")
+
+    def __init__(self, config: dict):
+        from transformers import AutoConfig, AutoModelForCausalLM
+        nn.Module.__init__(self)
+        no_dropout = {k: 0.0 for k in config if "dropout" in k or k == "layerdrop"}
+        self.config = AutoConfig.for_model(**config | no_dropout | {"dtype": "float32"})
+        self.lm = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+
+    def hf_config(self) -> dict:
+        """The config.json that describes this model to transformers."""
+        return json.loads(self.config.to_json_string(use_diff=False)) | {"architectures": [type(self.lm).__name__]}
+
+    def set_checkpointing(self, on: bool) -> None:
+        """As UnitLM's."""
+        switch = "enable" if on else "disable"  # the method's older name is deprecated, its newer one not everywhere
+        names = (f"{kind}_checkpointing_{switch}" for kind in ("activation", "gradient"))
+        getattr(self.lm, next(name for name in names if hasattr(self.lm, name)))()
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Weights by the names in the hub's files; a tied one once."""
+        state = self.lm.state_dict(*args, **kwargs)
+        if "lm_head.weight" in state:  # newer versions of transformers call Pythia's embed_out so in memory
+            head = state.pop("lm_head.weight")
+            if not self.config.tie_word_embeddings:
+                state["embed_out.weight"] = head
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
+        """As nn.Module's, by the names in the hub's files."""
+        own = self.lm.state_dict()
+        if "lm_head.weight" in own:
+            head = "model.decoder.embed_tokens.weight" if self.config.tie_word_embeddings else "embed_out.weight"
+            state = {k: v for k, v in state.items() if k in own} | {"lm_head.weight": state[head]}
+        self.lm.load_state_dict(state, strict=strict)
+
+    def load_weights(self, state: dict[str, Tensor], name: str) -> None:
+        """As UnitLM's."""
+        super().load_weights({f"model.{k}" if k.startswith("decoder.") else k: v for k, v in state.items()}, name)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
+                last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
+        """As UnitLM's, without a cache."""
+        mask = None if positions is None else same_utterance(positions)
+        logits = self.lm(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        if last is not None:
+            logits = logits[torch.arange(len(logits), device=logits.device), last][:, None]
+        return logits, None if targets is None else cross_entropy(logits, targets, reduction)
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, repetition_penalty: float = 1.0, stop: tuple[int, ...] = (1,),
+                 forbid: tuple[int, ...] = (0,), generator: torch.Generator | None = None, progress=None,
+                 compile: bool = False) -> list[list[int]]:
+        """As UnitLM's, by transformers' `generate`; the random numbers are others."""
+        assert all(prompts), "a prompt needs at least one token (BOS)"
+        if not prompts or not max_new_tokens:
+            return [[] for _ in prompts]
+        width = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)  # padded on the left
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        how = {"do_sample": False} if temperature == 0 else \
+            {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # transformers draws from the global generator
+            torch.manual_seed(torch.randint(2**62, (), generator=generator, device=generator and generator.device))
+            new = self.lm.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **how,
+                                   repetition_penalty=repetition_penalty, suppress_tokens=list(forbid) or None,
+                                   eos_token_id=list(stop) or None, pad_token_id=0)[:, width:].tolist()
+        if progress:
+            progress(max_new_tokens, len(prompts))
+        ends = [next((i for i, t in enumerate(row) if t in stop), len(row)) for row in new]
+        return [row[:end] for row, end in zip(new, ends)]
+
+
+def from_config(config: dict, where: str = "config.json") -> UnitLM:
+    """A new model of the shape of a Hugging Face config.json. ValueError or KeyError for one that does not run here."""
+    if config.get("model_type") in HubLM.TYPES:
+        return HubLM(config)
+    return UnitLM(ModelConfig.from_hf(config, where))
+
+
+def twisted(config: dict, vocab_size: int, n_layers: int | None = None, rope_theta: float | None = None,
+            context: int | None = None) -> dict:
+    """The config.json of a text LM -> that of the unit LM made from it; None keeps what the base has."""
+    limit = config["max_position_embeddings"]
+    if config["model_type"] == "opt" and context:
+        if context > limit:
+            raise ValueError(f"context {context}: OPT has learned positions, {limit} of them")
+        context = None
+    new = {"vocab_size": vocab_size, "num_hidden_layers": n_layers or config["num_hidden_layers"],
+           "max_position_embeddings": context or limit, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    if config["model_type"] not in HubLM.TYPES:
+        new["tie_word_embeddings"] = True
+    if rope_theta and config["model_type"] != "opt":
+        new["rope_parameters"] = (config.get("rope_parameters") or {}) | {"rope_theta": rope_theta}
+    return config | new
+
+
+def export(name: str, folder: str | Path, base_name: str | None = None) -> None:
+    """Write a checkpoint in SlamKit's layout: a nested config.json, weights named `lm.*`; slam.json goes along.
+
+    base_name: the hub model whose config SlamKit starts from and then overrides; by default the smallest of the type.
+    """
+    lm = UnitLM.from_pretrained(name)
+    base = lm.hf_config()
+    base_names = {"qwen2": "Qwen/Qwen2.5-0.5B", "llama": "HuggingFaceTB/SmolLM2-135M", "opt": "facebook/opt-125m",
+                  "gpt_neox": "EleutherAI/pythia-160m"}
+    config = {"model_type": SLAMKIT, "architectures": ["UnitLM"], "base_config": base, "twist_init": True,
+              "base_model_name": base_name or base_names[base["model_type"]], "vocab_size": base["vocab_size"],
+              "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "torch_dtype": "float32",
+              "tie_word_embeddings": base["tie_word_embeddings"]}
+    slam = fetch(name) / "slam.json"
+    write_folder(folder, config, {f"lm.{k}": v for k, v in lm.state_dict().items()},
+                 json.loads(slam.read_text()) if slam.is_file() else None)
+
+
+def read_folder(name: str) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and weights of a model name, SlamKit's layout unwrapped. SystemExit if they are not whole."""
+    folder = fetch(name)
+    try:
+        config, state = json.loads((folder / "config.json").read_text()), read_weights(folder)
+        if config.get("model_type") == SLAMKIT:
+            config = config["base_config"] | {"vocab_size": config["vocab_size"]}
+            state = {k.removeprefix("lm."): v for k, v in state.items()}
+    except (OSError, ValueError, KeyError) as e:
+        raise SystemExit(f"{name}: not a whole checkpoint folder: {e}") from None
+    except Exception as e:  # safetensors' and pickle's own error types for a truncated file
+        if type(e).__name__ not in ("SafetensorError", "UnpicklingError", "RuntimeError"):
+            raise
+        raise SystemExit(f"{name}: damaged weights ({e}); copy or train it again") from None
+    return config, state
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder, from one file or shards, safetensors or (read without running code) pickle."""
+    for stem, load in (("model.safetensors", load_file),
+                       ("pytorch_model.bin", lambda path: torch.load(path, map_location="cpu", weights_only=True))):
+        index = folder / f"{stem}.index.json"
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [stem]
+        if not index.is_file() and not (folder / stem).is_file():
+            continue
+        for name in names:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{name} is missing")
+        return {k: v for name in names for k, v in load(folder / name).items()}
+    raise FileNotFoundError("model.safetensors is missing")
+
+
+def write_folder(folder: str | Path, config: dict, state: dict[str, Tensor], slam: dict | None = None,
+                 trainer: dict | None = None) -> None:
+    """Write a checkpoint folder beside `folder`, then swap it in. OSError if it can't be written; the old one stays."""
+    folder = Path(folder).resolve()
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
         new.mkdir(parents=True)
-        state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
-        (new / "config.json").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if slam is not None:
             (new / "slam.json").write_text(json.dumps(slam, indent=2) + "\n")
         if trainer is not None:
             torch.save(trainer, new / "trainer.pt")
-        swap_in(new, folder)
+        save_file({k: v.detach().contiguous() for k, v in state.items()}, new / "model.safetensors",
+                  metadata={"format": "pt"})
+    except Exception as e:  # safetensors and torch.save each wrap an OSError in a type of their own
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"{folder}: could not be written ({e})") from e
+    swap_in(new, folder)
 
 
 def swap_in(new: Path, folder: Path) -> None:
@@ -398,6 +609,12 @@ def recover(folder: Path) -> None:
         old.rename(folder)
 
 
+def find_checkpoint(name: str) -> str:
+    """A run folder -> its checkpoint folder; a checkpoint folder or hub id -> itself."""
+    inner = Path(name) / "checkpoint"
+    return str(inner) if inner.is_dir() or inner.with_name("checkpoint.old").is_dir() else name
+
+
 def fetch(name: str) -> Path:
     """Local folder of a model name; a hub id is downloaded into Hugging Face's own cache first."""
     folder = Path(name).resolve()
@@ -409,21 +626,13 @@ def fetch(name: str) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):  # OPT and MobileLLM were published before that format
+            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except Exception as e:  # huggingface_hub raises a dozen types here; to the user they are one
         raise SystemExit(f"{name}: no such folder here, and not to be had from the Hugging Face hub "
                          f"({type(e).__name__}); check the name and the network") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder, sharded or not. FileNotFoundError if there are none, or one is missing."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else \
-        ["model.safetensors"]
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{name} is missing")
-    return [folder / name for name in names]
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, repetition_penalty: float, seen: Tensor,
@@ -448,3 +657,20 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, repetit
     # The exponential race: exact sampling without torch.multinomial's host sync.
     drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
     return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["export"], help="export: write a checkpoint in SlamKit's layout")
+    parser.add_argument("checkpoint", help="run folder, checkpoint folder or hub id")
+    parser.add_argument("out", help="folder to write; must not exist")
+    parser.add_argument("--base", help="hub model that SlamKit takes the config from, and then overrides")
+    args = parser.parse_args()
+    if Path(args.out).exists():
+        raise SystemExit(f"{args.out} exists; choose another folder")
+    export(find_checkpoint(args.checkpoint), args.out, args.base)
+    print(f"{args.out}: a checkpoint for SlamKit")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,9 +17,9 @@ import soundfile
 
 from config import load_config
 from eval import continue_units, transcribe
-from model import UnitLM
+from model import UnitLM, find_checkpoint
 from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio
-from train import checkpoint_fingerprint, find_checkpoint, pick_device
+from train import checkpoint_fingerprint, pick_device
 from units import require_same
 from vocoder import Vocoder
 

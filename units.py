@@ -14,7 +14,7 @@ its name is whole.
 import json
 import os
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -69,11 +69,18 @@ class Fingerprint:
 
     def __str__(self) -> str:
         return (f"{self.encoder} layer {self.layer}, {self.unit_rate_hz:g} Hz, {self.n_units} units, "
-                f"{'dedup' if self.dedup else 'no dedup'}, codebook {self.codebook_sha256[:12]}")
+                f"{'dedup' if self.dedup else 'no dedup'}, codebook {self.codebook_sha256[:12] or 'not recorded'}")
+
+
+def published_fingerprint(vocab: int) -> Fingerprint:
+    """What SlamKit's checkpoints, which do not say it, are taken to speak; their codebook is not recorded."""
+    return Fingerprint("slprl/mhubert-base-25hz", 11, 25.0, vocab - OFFSET, True, "")
 
 
 def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
-    """SystemExit naming both files and both fingerprints unless they are equal."""
+    """SystemExit naming both files and both fingerprints unless they are equal; an unrecorded codebook fits any."""
+    if not (a.codebook_sha256 and b.codebook_sha256):
+        a, b = replace(a, codebook_sha256=""), replace(b, codebook_sha256="")
     if a != b:
         raise SystemExit(f"units of different tokenisers:\n  {a_name}: {a}\n  {b_name}: {b}\n"
                          f"  make one of them again with the other's tokeniser (prepare_units.py)")
@@ -152,6 +159,7 @@ class Shard:
     def __init__(self, path: Path):
         self.path = path
         try:
+            self.stat = path.stat().st_size, path.stat().st_mtime_ns
             with open(path, "rb") as f:
                 length, = struct.unpack("<Q", f.read(8))
                 if length > 100_000_000:
@@ -167,7 +175,7 @@ class Shard:
             arrays = {}
             for name, t in tensors.items():
                 begin, end = t["data_offsets"]
-                if 8 + length + end > path.stat().st_size:
+                if 8 + length + end > self.stat[0]:
                     raise ValueError("file is cut short")
                 arrays[name] = np.memmap(path, dtypes[t["dtype"]], "r", 8 + length + begin, tuple(t["shape"]))
             self.tokens, self.offsets, self._records = arrays["tokens"], arrays["offsets"], arrays["records"]
@@ -176,6 +184,15 @@ class Shard:
                 raise ValueError("offsets and tokens disagree")
         except (OSError, ValueError, KeyError, TypeError, struct.error) as e:
             raise SystemExit(f"{path}: not a whole unit file ({e}); remove it and run the stage again") from None
+
+    def check(self) -> None:
+        """SystemExit if the file is no longer there as it was: reading on would kill the process, or lie."""
+        try:
+            now = self.path.stat()
+        except OSError as e:
+            raise SystemExit(f"{self.path}: gone while in use ({e.strerror})") from None
+        if (now.st_size, now.st_mtime_ns) != self.stat:
+            raise SystemExit(f"{self.path}: changed while in use")
 
     def records(self) -> list[dict]:
         return [json.loads(line) for line in self._records.tobytes().decode().split("\n")]
@@ -206,6 +223,11 @@ class UnitReader:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def check(self) -> None:
+        """SystemExit, naming it, if a file has vanished or changed since it was opened."""
+        for shard in self.shards:
+            shard.check()
 
     def _slice(self, i: int) -> tuple[Shard, slice]:
         s = int(np.searchsorted(self.starts, i, side="right")) - 1

@@ -1,0 +1,197 @@
+"""From gradients to new weights: the learning rate's schedule and four optimisers.
+
+In:  a model with gradients, and a config that names an optimiser and its settings.
+Out: make_optimizer -> an optimiser of the model's weights, and update -> a step with it.
+
+    adamw     Loshchilov & Hutter 2019, arXiv 1711.05101: mean gradient over root mean square, both running
+    ademamix  Pagliardini et al. 2024, arXiv 2409.03137: a second, much slower mean of the gradient beside the first
+    adalomo   Lv et al. 2023, arXiv 2310.10195: next to no memory; no mean of the gradient, its square in factors
+    muon      Jordan et al. 2024, kellerjordan.github.io/posts/muon: orthogonal steps for the blocks' matrices
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def schedule(kind: str, p: float, warmup: float, floor: float) -> float:
+    """Learning rate / peak at progress p in [0, 1]; `warmup` is a share of the run, `floor` = min_lr / lr.
+
+    cosine: floor + (1 - floor) (1 + cos pi q) / 2 with q the progress after the warm-up (transformers'
+    cosine_with_min_lr). inverse_sqrt: sqrt(warmup / p). wsd: flat, then linear to the floor in the last fifth.
+    """
+    if p < warmup:
+        return p / warmup
+    if kind == "constant":
+        return 1.0
+    if kind == "inverse_sqrt":
+        return math.sqrt(max(warmup, 1e-4) / max(p, 1e-4))
+    if kind == "wsd":
+        return 1 - (1 - floor) * max(0.0, min(p, 1.0) - 0.8) / 0.2
+    q = min(1.0, (p - warmup) / (1 - warmup))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * q)) / 2
+
+
+class AdEMAMix(torch.optim.Optimizer):
+    """AdamW with a second, slow mean of the gradient (Pagliardini et al. 2024, algorithm 1). With alpha 0 it is AdamW.
+
+    m1 = beta1 m1 + (1 - beta1) g    m2 = beta3 m2 + (1 - beta3) g    v = beta2 v + (1 - beta2) g^2
+    w -= lr ((m1 / (1 - beta1^t) + alpha m2) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w)
+
+    warmup_steps: the paper's T_alpha = T_beta3, there the length of the run. So long alpha rises linearly from 0, and
+        beta3 from beta1 so that its half-life does; 0: both are as given from the start.
+    The state has the weights' type, as with torch's optimisers; bfloat16 is too coarse for a beta of 0.9999.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+                 alpha: float = 5.0, eps: float = 1e-8, weight_decay: float = 0.0, warmup_steps: int = 0):
+        super().__init__(params, dict(lr=lr, betas=betas, alpha=alpha, eps=eps, weight_decay=weight_decay,
+                                      warmup_steps=warmup_steps, step=0))
+
+    @staticmethod
+    def warmed(group: dict) -> tuple[float, float]:
+        """alpha and beta3 of the group's present step."""
+        (beta1, _, beta3), done = group["betas"], group["step"] / max(group["warmup_steps"], 1)
+        if done >= 1:
+            return group["alpha"], beta3
+        half_life = (1 - done) / math.log(max(beta1, 1e-8)) + done / math.log(beta3)  # over ln 0.5
+        return done * group["alpha"], math.exp(1 / half_life)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every weight that has a gradient; all of a group at once, for few kernel launches."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            group["step"] += 1
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update({name: torch.zeros_like(p) for name in ("fast", "slow", "square")})
+            grads = [p.grad for p in params]
+            fast, slow, square = ([self.state[p][name] for p in params] for name in ("fast", "slow", "square"))
+            (beta1, beta2, _), (alpha, beta3) = group["betas"], self.warmed(group)
+            torch._foreach_lerp_(fast, grads, 1 - beta1)
+            torch._foreach_lerp_(slow, grads, 1 - beta3)
+            torch._foreach_mul_(square, beta2)
+            torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
+            root = torch._foreach_sqrt(square)
+            torch._foreach_div_(root, math.sqrt(1 - beta2 ** group["step"]))
+            torch._foreach_add_(root, group["eps"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_addcdiv_(params, fast, root, -group["lr"] / (1 - beta1 ** group["step"]))
+            torch._foreach_addcdiv_(params, slow, root, -group["lr"] * alpha)
+
+
+class AdaLomo(torch.optim.Optimizer):
+    """Adaptive steps of a size relative to the weights', with next to no state (Lv et al. 2023, algorithm 1).
+
+    For a matrix only the row means r and column means c of g^2 are kept, v = r c / mean(r) as in Adafactor (Shazeer &
+    Stern 2018); for a vector v itself. All are running means with beta_t = 1 - t^decay_rate and no bias. Then
+
+    u = g / sqrt(v)    w -= lr max(eps[1], rms(w)) (u / max(1, rms(u) / clip_threshold) + weight_decay w)
+
+    beta_t, eps[0], which is added to g^2, and clip_threshold are as in the authors' code (OpenLMLab/LOMO). That also
+    updates within the backward pass, and so never holds all gradients at once. Not so here: gradients are accumulated
+    over micro-batches and clipped by their global norm first.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, decay_rate: float = -0.8, eps: tuple[float, float] = (1e-30, 1e-3),
+                 clip_threshold: float = 1.0, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, decay_rate=decay_rate, eps=eps, clip_threshold=clip_threshold,
+                                      weight_decay=weight_decay, step=0))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every weight that has a gradient; one at a time, so that only one needs room for its u."""
+        for group in self.param_groups:
+            group["step"] += 1
+            new = group["step"] ** group["decay_rate"]  # 1 - beta_t; 1 at first
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                square = p.grad.square().add_(group["eps"][0])
+                if p.ndim >= 2:
+                    r = self._mean(p, "r", square.mean(-1, keepdim=True), new)
+                    c = self._mean(p, "c", square.mean(-2, keepdim=True), new)
+                    u = p.grad * (r / r.mean(-2, keepdim=True)).rsqrt() * c.rsqrt()
+                else:
+                    u = p.grad * self._mean(p, "v", square, new).rsqrt()
+                u /= (rms(u) / group["clip_threshold"]).clamp_(min=1)
+                u.add_(p, alpha=group["weight_decay"])
+                p.sub_(u.mul_(group["lr"] * rms(p).clamp_(min=group["eps"][1])))
+
+    def _mean(self, p: Tensor, name: str, x: Tensor, new: float) -> Tensor:
+        return self.state[p].setdefault(name, x).lerp_(x, new)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root of the mean square, ()."""
+    return x.norm() / math.sqrt(x.numel())
+
+
+class Together:
+    """Several optimisers, each with its own weights, behind the interface of one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for x in self.optimizers for group in x.param_groups]
+
+    def step(self) -> None:
+        for x in self.optimizers:
+            x.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for x in self.optimizers:
+            x.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [x.state_dict() for x in self.optimizers]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for x, theirs in zip(self.optimizers, state["optimizers"], strict=True):
+            x.load_state_dict(theirs)
+
+
+def make_optimizer(lm: nn.Module, cfg) -> torch.optim.Optimizer | Together:
+    """The optimiser `cfg.optimizer` (AdamW if there is no such field) of all weights that are not frozen.
+
+    `cfg` has lr, beta1, beta2, eps, weight_decay, which is for matrices only, and may have beta3, alpha, alpha_warmup
+    (AdEMAMix's warmup_steps) and muon_momentum. AdaLomo takes lr and weight_decay alone.
+
+    muon: torch's for the blocks' matrices, which are the linear layers within a ModuleList; AdamW for the rest:
+    embeddings, head, projections beside them, norms, biases. Steps have the RMS of AdamW's (Liu et al. 2025, arXiv
+    2502.16982), so that one learning rate serves both.
+    """
+    kind = getattr(cfg, "optimizer", "adamw")
+    params = [p for p in lm.parameters() if p.requires_grad]
+    if kind == "muon":
+        blocks = [x for x in lm.modules() if isinstance(x, nn.ModuleList)]
+        inner = {id(x.weight) for block in blocks for x in block.modules() if isinstance(x, nn.Linear)}
+        muon = torch.optim.Muon([p for p in params if id(p) in inner], lr=cfg.lr, weight_decay=cfg.weight_decay,
+                                momentum=getattr(cfg, "muon_momentum", 0.95), adjust_lr_fn="match_rms_adamw")
+        params = [p for p in params if id(p) not in inner]
+    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    if kind == "adalomo":
+        return AdaLomo(groups, lr=cfg.lr)
+    if kind == "ademamix":
+        return AdEMAMix(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2, getattr(cfg, "beta3", 0.9999)), eps=cfg.eps,
+                        alpha=getattr(cfg, "alpha", 5.0), warmup_steps=getattr(cfg, "alpha_warmup", 0))
+    if kind not in ("adamw", "muon"):
+        raise ValueError(f"optimizer {kind!r}; expected adamw, ademamix, adalomo or muon")
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    return Together(muon, adamw) if kind == "muon" else adamw
+
+
+def update(lm: nn.Module, optimizer: torch.optim.Optimizer | Together, lr: float, clip: float) -> Tensor:
+    """Clip the gradients, take a step at this learning rate, forget the gradients; their norm before clipping, ()."""
+    norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
