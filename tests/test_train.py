@@ -1,7 +1,11 @@
 """train.py: packing, order, schedule, accumulation, resume."""
+import functools
+import importlib.util
 import json
 import math
-import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,23 +198,123 @@ def test_it_learns_and_leaves_a_record(whole_run):
                                atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_resumed_is_bit_equal(corpus, whole_run, tmp_path, sig):
-    """Killed somewhere after the first checkpoint, then resumed: same losses, same weights, nothing lost or twice."""
-    out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "train.py", *flags(corpus, out)], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+def start(*args) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def weights(out) -> bytes:
+    return (out / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def test_sigterm_saves_and_a_resumed_run_is_bit_equal(corpus, whole_run, tmp_path):
+    out = tmp_path / "stopped"
+    process = start("train.py", *flags(corpus, out))
     for line in process.stdout:
         if line.startswith("step 00005"):
-            os.kill(process.pid, sig)
+            process.terminate()
             break
-    process.communicate()
-    assert process.returncode == (-signal.SIGKILL if sig == signal.SIGKILL else 128 + signal.SIGTERM)
-    done = run("train.py", *flags(corpus, out), "--resume")
-    assert "resuming" in done.stdout
-    assert losses(out) == losses(whole_run)
-    weights = [(o / "checkpoint" / "model.safetensors").read_bytes() for o in (out, whole_run)]
-    assert weights[0] == weights[1]
+    rest = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM and "stopped at step" in rest
+    assert "resuming" in run("train.py", *flags(corpus, out), "--resume").stdout
+    assert losses(out) == losses(whole_run) and weights(out) == weights(whole_run)
+
+
+def test_killed_again_and_again_it_is_bit_equal(corpus, whole_run, tmp_path):
+    """kill -9 five times at random moments: the same losses and weights, nothing lost, nothing twice."""
+    out, rng, kills = tmp_path / "killed", random.Random(0), 0
+    while kills < 5:
+        process, goal = start("train.py", *flags(corpus, out), "--resume"), rng.randint(1, 9)
+        lines = 0
+        for line in process.stdout:
+            lines += line.startswith("step ")
+            if lines == goal:
+                time.sleep(rng.random() * 0.05)  # also between two lines, as when a checkpoint is being written
+                break
+        process.kill()
+        process.communicate()
+        if process.returncode != -signal.SIGKILL:  # it was faster
+            out.rename(tmp_path / f"finished{kills}")
+            continue
+        kills += 1
+    run("train.py", *flags(corpus, out), "--resume")
+    assert losses(out) == losses(whole_run) and weights(out) == weights(whole_run)
+
+
+def test_two_processes_do_what_one_does(corpus, whole_run, tmp_path):
+    """torchrun with two ranks: the same losses; its checkpoint is resumed by one process, and by two."""
+    out, other = tmp_path / "two", tmp_path / "one"
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"
+    run(*torchrun, *flags(corpus, out, steps=6, schedule="constant", warmup=0))
+    shutil.copytree(out, other)
+    more = flags(corpus, out, steps=12, schedule="constant", warmup=0)
+    run(*torchrun, *more, "--resume")
+    run("train.py", *more, f"--out={other}", "--resume")
+    run("train.py", *more, f"--out={tmp_path / 'whole'}")
+    expected = losses(tmp_path / "whole")
+    for found in (losses(out), losses(other)):
+        assert [s for s, _ in found] == list(range(1, 13))
+        assert [x for _, x in found] == pytest.approx([x for _, x in expected], rel=1e-4)
+    two, one = (json.loads((o / "results.json").read_text())["val_loss"] for o in (out, tmp_path / "whole"))
+    assert two["n"] == one["n"] and two["value"] == pytest.approx(one["value"], rel=1e-4)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
+    out = tmp_path / "full"
+    run("train.py", *flags(corpus, out, steps=4))
+    before = weights(out)
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes
+    done = run("train.py", *flags(corpus, out, steps=8), "--resume", check=False, preexec_fn=limited)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "could not be written" in done.stderr and "make room" in done.stderr
+    assert weights(out) == before and [p.name for p in out.iterdir() if "checkpoint" in p.name] == ["checkpoint"]
+    run("train.py", *flags(corpus, out, steps=8), "--resume")
+    assert [s for s, _ in losses(out)] == list(range(1, 9))
+
+
+def test_a_vanished_data_file_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "data")
+    process = start("train.py", *flags(tmp_path / "data", tmp_path / "x", steps=100_000))
+    for line in process.stdout:
+        if line.startswith("step 00005"):
+            (tmp_path / "data" / "train" / "00000.safetensors").unlink()
+            break
+    rest = process.communicate()[0]
+    assert process.returncode == 1 and "Traceback" not in rest
+    assert "00000.safetensors: gone while in use" in rest
+    UnitLM.from_pretrained(str(tmp_path / "x" / "checkpoint"))
+
+
+def test_extra_loggers_and_the_plot(corpus, tmp_path):
+    out = tmp_path / "logged"
+    if importlib.util.find_spec("tensorboard") is None:
+        assert "tensorboard is not installed" in refused("train.py", *flags(corpus, out), "--loggers=tensorboard")
+    else:
+        run("train.py", *flags(corpus, out, steps=3), "--loggers=tensorboard")
+        assert list((out / "tensorboard").iterdir())
+    assert "'tensorbord' is none" in refused("train.py", *flags(corpus, out), "--loggers=tensorbord")
+    if importlib.util.find_spec("matplotlib"):
+        run("train.py", *flags(corpus, tmp_path / "plotted", steps=3))
+        assert (tmp_path / "plotted" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("optimizer, more", [("muon", {}), ("ademamix", {}), ("adalomo", {"lr": 0.1}),
+                                             ("adamw", {"dtype": "pure_bfloat16"})])
+def test_other_optimisers_and_pure_bf16(corpus, tmp_path, optimizer, more):
+    """They learn; stopped half-way, by saving and loading all they remember, they give the same weights."""
+    from train import main
+    cfg = Config(out=str(tmp_path / "x"), train=(str(corpus / "train"),), val=(str(corpus / "val"),), shape=SHAPE,
+                 context=64, micro_batch=4, batch_tokens=256, steps=8, optimizer=optimizer, warmup=0.0, eval_every=99,
+                 schedule="constant", **{"lr": 1e-2, "dtype": "float32"} | more)
+    main(cfg)
+    results = json.loads((tmp_path / "x" / "results.json").read_text())
+    assert results["val_loss"]["value"] < results["val_loss_before_training"]["value"]
+    half = replace(cfg, out=str(tmp_path / "y"))
+    main(replace(half, steps=4))
+    main(replace(half, resume=True))
+    assert weights(tmp_path / "y") == weights(tmp_path / "x")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_time_budget_ends_the_run_with_a_whole_schedule(corpus, tmp_path):
@@ -231,7 +335,7 @@ def test_divergence_stops_and_keeps_the_good_checkpoint(corpus, tmp_path):
     for entry in state["optimizer"]["state"].values():
         entry["exp_avg"].fill_(math.nan)
     torch.save(state, out / "checkpoint" / "trainer.pt")
-    error = refused("train.py", *flags(corpus, out, steps=8), "--resume")
+    error = refused("train.py", *flags(corpus, out, steps=8, log_every=3), "--resume")
     assert "step 6: loss nan" in error and str(out) in error
     assert (out / "checkpoint" / "model.safetensors").read_bytes() == before
 
@@ -243,7 +347,8 @@ def test_refusals(corpus, whole_run, fingerprint, tmp_path):
     (tmp_path / "mine" / "precious.txt").write_text("x")
     assert "not a run's folder" in refused("train.py", *flags(corpus, tmp_path / "mine"), "--overwrite")
     assert (tmp_path / "mine" / "precious.txt").exists()
-    assert "exactly one of" in refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6")
+    error = refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6", "--batch_tokens=300", "--weights=1,2")
+    assert "exactly one of" in error and "multiple of context" in error and "weights: 2 for 1" in error
     assert "no such folder" in refused("train.py", *flags(corpus, tmp_path / "x", shape="{}"), "--base=out/nowhere")
     with UnitWriter(tmp_path / "other", replace(fingerprint, layer=2)) as writer:
         writer.add("x", np.arange(9), np.ones(9))

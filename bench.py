@@ -1,0 +1,254 @@
+"""Speed and memory of the stages, beside the peer's way of doing the same, in one process.
+
+    python bench.py train config/demo_train.py           # tokens/s of training: ours, and as SlamKit trains
+    python bench.py generate --checkpoint out/demo/lm    # tokens/s of sampling: ours, and transformers' generate
+    python bench.py memory config/slam.py                # GPU memory of a training run, counted without a GPU
+
+Each case is one JSON line: ours, peer, their ratio, the shape, the device and the versions. On a CPU the two sides take
+turns, since other work on the machine slows whoever runs; on a GPU each has the memory to itself.
+"""
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Callable
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from config import load_config
+from model import ModelConfig, UnitLM, find_checkpoint, from_config
+from optim import make_optimizer, update
+from train import (Config as TrainConfig, Loader, Rows, accumulate, autocast, build, collate, cut, flops_per_token,
+                   peak_flops, pick_device)
+from units import UnitReader, to_tokens
+
+
+def report(case: str, ours: float, peer: float, unit: str, **more) -> None:
+    """Print one case."""
+    device = pick_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(json.dumps({"case": case, "ours": round(ours, 1), "peer": round(peer, 1), "unit": unit,
+                      "ratio": round(ours / peer, 2), **more, "device": name, "torch": torch.__version__,
+                      "transformers": transformers.__version__}), flush=True)
+
+
+def rates(sides: dict[str, Callable[[], Callable[[], int]]], rounds: int, warm: int = 2) -> dict[str, tuple]:
+    """Median rate and peak GPU memory (GB) of each side; a side makes a function that works and returns its count."""
+    def seconds_per(work: Callable[[], int]) -> float:
+        started = time.perf_counter()
+        n = work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / n
+
+    found = {name: [] for name in sides}
+    if torch.cuda.is_available():
+        memory = {}
+        for name, make in sides.items():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            work = make()
+            found[name] = [seconds_per(work) for _ in range(warm + rounds)][warm:]
+            memory[name] = torch.cuda.max_memory_allocated() / 1e9
+            del work
+    else:
+        memory, made = dict.fromkeys(sides), {name: make() for name, make in sides.items()}
+        for i in range(warm + rounds):
+            for name, work in made.items():
+                found[name] += [seconds_per(work)] * (i >= warm)
+    return {name: (1 / statistics.median(x), memory[name]) for name, x in found.items()}
+
+
+# ---------------------------------------------------------------- training
+
+@dataclass
+class BenchTrain(TrainConfig):
+    """Training steps, ours and the peer's; the settings are those of train.py."""
+    rounds: int = 5  # steps timed of each side, after two more
+
+
+def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch.device) -> Callable[[], int]:
+    """What SlamKit runs: transformers' model with SDPA, bf16 autocast, torch's AdamW; utterances cut one by one.
+
+    Chunks of at most `context` tokens, not filled up, are drawn at random; `micro_batch` of them stand in one row,
+    positions begin anew with each, and transformers keeps attention within a chunk. The loss is summed over the step
+    and divided by its number of targets. No torch.compile (SlamKit's default).
+    """
+    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**lm.hf_config()),
+                                                       attn_implementation="sdpa")
+    hf.load_state_dict(lm.state_dict(), strict=False)
+    dtype = torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32
+    hf = hf.to(device, dtype).train()
+    optimizer = torch.optim.AdamW(hf.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    chunks, rng = cut(reader.lengths, cfg.context), np.random.default_rng(cfg.seed)
+    rows = cfg.batch_tokens // cfg.context
+
+    def flatten(chosen: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = chosen[:, 2].tolist()
+        parts = collate(reader, list(chosen[:, None]), max(lengths))
+        return tuple(torch.cat([row[:n] for row, n in zip(x, lengths)])[None].to(device) for x in parts)
+
+    def step() -> int:
+        chosen = chunks[rng.choice(len(chunks), rows)]
+        n = int(chosen[:, 2].sum())
+        for at in range(0, rows, cfg.micro_batch):
+            tokens, targets, positions = flatten(chosen[at:at + cfg.micro_batch])
+            with autocast(device, cfg.dtype):
+                logits = hf(tokens, position_ids=positions, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.float()[0], targets[0], reduction="sum") / n
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(hf.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return n
+
+    return step
+
+
+def our_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch.device) -> Callable[[], int]:
+    """train.py's step: filled rows, prefetched; compiled on a GPU."""
+    lm.to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
+    lm.set_checkpointing(cfg.checkpointing)
+    forward = torch.compile(lm) if cfg.compile and device.type == "cuda" else lm
+    optimizer, done = make_optimizer(lm, cfg), 0
+    loader = Loader(reader, Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed),
+                    cfg.micro_batch, device)
+
+    def step() -> int:
+        nonlocal done
+        micro, n = loader.step(done)
+        accumulate(forward, micro, n, device, cfg.dtype)
+        update(lm, optimizer, cfg.lr, cfg.clip)
+        done += 1
+        return n
+
+    return step
+
+
+def bench_train(cfg: BenchTrain) -> None:
+    """Useful tokens (targets) per second, MFU and peak memory of both sides."""
+    device = pick_device()
+    torch.set_float32_matmul_precision("high")
+    reader = UnitReader(*cfg.train)
+    lm = build(cfg, reader.fingerprint.n_units)
+    flops, peak = flops_per_token(lm, cfg.context), peak_flops(device)
+    shape = f"{lm.n_params() / 1e6:.1f}M, context {cfg.context}, micro-batch {cfg.micro_batch}, {cfg.dtype}"
+    found = rates({"ours": lambda: our_training(cfg, reader, lm, device),
+                   "peer": lambda: peer_training(cfg, reader, lm, device)}, cfg.rounds)
+    (ours, our_memory), (peer, peer_memory) = found["ours"], found["peer"]
+    chunks = cut(reader.lengths, cfg.context)[:, 2]
+    more = {"mfu": round(ours * flops / peak, 3), "peer_mfu": round(peer * flops / peak, 3)} if peak else {}
+    if our_memory:
+        more |= {"memory_gb": round(our_memory, 2), "peer_memory_gb": round(peer_memory, 2)}
+    report("train", ours, peer, "useful tokens/s", **more, shape=shape, mean_chunk=round(float(chunks.mean()), 1),
+           optimizer=cfg.optimizer)
+
+
+# ---------------------------------------------------------------- generation
+
+@dataclass
+class BenchGenerate:
+    """Sampling, ours and transformers' `generate`, with the same settings."""
+    checkpoint: str = ""  # run folder, checkpoint folder or hub id; empty: random weights
+    shape: dict = field(default_factory=dict)  # fields of ModelConfig, for random weights; empty: Slam's
+    batches: tuple[int, ...] = (1, 16)  # prompts at once
+    prompt_units: int = 60  # 3 s
+    max_new_tokens: int = 150
+    temperature: float = 0.8
+    top_k: int = 25
+    rounds: int = 5  # timed of each side, after two more
+
+
+def bench_generate(cfg: BenchGenerate) -> None:
+    """New tokens per second of both sides, one case a batch size; weights bf16 on a GPU, fp32 on a CPU."""
+    device = pick_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    lm = UnitLM.from_pretrained(find_checkpoint(cfg.checkpoint)) if cfg.checkpoint else \
+        UnitLM(ModelConfig(**cfg.shape))
+    lm = lm.to(device, dtype).eval()
+    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**lm.hf_config()),
+                                                       attn_implementation="sdpa")
+    hf.load_state_dict(lm.state_dict(), strict=False)
+    hf, n = hf.to(device, dtype).eval(), cfg.max_new_tokens
+    how = {"temperature": cfg.temperature, "top_k": cfg.top_k}
+    rng = np.random.default_rng(0)
+    for batch in cfg.batches:
+        prompts = [to_tokens(rng.integers(0, lm.config.vocab_size - 2, cfg.prompt_units))[:-1] for _ in range(batch)]
+        tokens = torch.tensor(prompts, device=device)
+
+        def ours() -> int:
+            new = lm.generate(prompts, n, **how, stop=(), forbid=(0, 1), compile=device.type == "cuda")
+            return sum(map(len, new))
+
+        def peer() -> int:
+            new = hf.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, do_sample=True, **how,
+                              top_p=1.0, suppress_tokens=[0, 1], eos_token_id=None, pad_token_id=0)
+            return new[:, tokens.shape[1]:].numel()
+
+        found = rates({"ours": lambda: ours, "peer": lambda: peer}, cfg.rounds)
+        report("generate", found["ours"][0], found["peer"][0], "new tokens/s", batch=batch, dtype=str(dtype),
+               shape=f"{lm.n_params() / 1e6:.1f}M, {cfg.prompt_units} + {n} tokens")
+
+
+# ---------------------------------------------------------------- memory
+
+@dataclass
+class BenchMemory(TrainConfig):
+    """Memory of a training run, counted on a CPU; the settings are those of train.py."""
+
+    def problems(self) -> list[str]:
+        """No data is needed."""
+        return []
+
+
+def bench_memory(cfg: BenchMemory) -> None:
+    """Weights, gradients, optimiser state, and what autograd keeps of one micro-batch, in GB.
+
+    The last is counted on one row, tensor by tensor, in bf16 autocast without torch.compile, and multiplied; compiled
+    code keeps less. What the kernels need for themselves and the allocator wastes comes on top.
+    """
+    if cfg.shape or cfg.base == TrainConfig().base:  # the hub is not needed for the shape of Qwen2.5-0.5B
+        lm = from_config(ModelConfig(**cfg.shape).to_hf())
+    else:
+        lm = build(cfg, 500)
+    pure = cfg.dtype == "pure_bfloat16"
+    lm = lm.to(torch.bfloat16 if pure else torch.float32).train()
+    lm.set_checkpointing(cfg.checkpointing)
+    tokens, sizes = torch.randint(2, 502, (1, cfg.context)), {p.data_ptr(): 0 for p in lm.parameters()}
+    half = torch.arange(cfg.context) % (cfg.context // 2)
+
+    def keep(x: Tensor) -> Tensor:
+        sizes.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+        return x
+
+    kept = []  # so that no storage is freed, and its address used again
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or keep(x), lambda x: x), \
+            autocast(torch.device("cpu"), "pure_bfloat16" if pure else "bfloat16"):
+        lm(tokens, tokens, half[None])
+    weights = sum(p.numel() * p.element_size() for p in lm.parameters())
+    for p in lm.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer = make_optimizer(lm, cfg)
+    optimizer.step()
+    states = getattr(optimizer, "optimizers", [optimizer])
+    state = sum(x.numel() * x.element_size() for o in states for s in o.state.values() for x in s.values()
+                if isinstance(x, Tensor))
+    row, gb = sum(sizes.values()), 1e9
+    print(json.dumps({
+        "case": "memory", "parameters": lm.n_params(), "weights_and_gradients_gb": round(2 * weights / gb, 2),
+        "optimizer_gb": round(state / gb, 2), "activations_gb_per_row": round(row / gb, 3),
+        "micro_batch": cfg.micro_batch, "total_gb": round((2 * weights + state + cfg.micro_batch * row) / gb, 1),
+        "optimizer": cfg.optimizer, "dtype": cfg.dtype, "checkpointing": cfg.checkpointing, "context": cfg.context}))
+
+
+if __name__ == "__main__":
+    cases = {"train": (BenchTrain, bench_train), "generate": (BenchGenerate, bench_generate),
+             "memory": (BenchMemory, bench_memory)}
+    if len(sys.argv) < 2 or sys.argv[1] not in cases:
+        raise SystemExit(f"{__doc__.strip()}\n\nusage: python bench.py {'|'.join(cases)} [CONFIG.py ...] [--key=value]")
+    Config, run = cases[sys.argv[1]]
+    run(load_config(Config, sys.argv[2:], __doc__))

@@ -1,0 +1,13 @@
+"""Slam (scaled) before DPO: the day's recipe with twice the batch on two A100s for 48 h, 16.7B tokens in the paper.
+
+    torchrun --nproc_per_node=2 train.py config/slam_scaled.py
+
+On an A5000 it would be 12 days: its tokens are 12 times slam.py's. Memory per GPU: slam.py's with micro-batch 16, for
+which config/gpu_24gb.py gives the sum; A100s have room for more.
+"""
+from config.slam import *
+
+out = "out/slam_scaled"
+micro_batch = 16
+batch_tokens = 2 * 8 * 16 * 1024
+tokens = 16.7e9

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The paper's ablations of pre-training, each run config/slam.py with a few settings changed.
+#
+#   bash runs/ablations.sh models        # families and sizes, with and without TWIST (figures 2 and 3)
+#   bash runs/ablations.sh optimizers    # optimiser and schedule (figure 4)
+#   bash runs/ablations.sh data          # what is trained on
+#   bash runs/ablations.sh batch         # context and batch
+#   bash runs/ablations.sh models --dry  # only print the commands
+#   bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none   # flags for every run
+#
+# Every run has slam.py's 1.4B tokens: a day on an A5000 for 358M parameters, by FLOPs a quarter of it for 87M. Finished
+# runs are skipped, killed ones go on. Memory: at most slam.py's (config/gpu_24gb.py), but ademamix adds a third moment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:-}; shift || true
+dry=; [ "${1:-}" = --dry ] && { dry=echo; shift; }
+[ "${1:-}" = -- ] && shift
+more=("$@")
+
+run() { # run NAME FLAG...
+    local name=$1; shift
+    $dry python train.py config/slam.py --out="out/ablations/$name" "$@" "${more[@]}" --resume
+}
+
+case $what in
+models)
+    for base in Qwen/Qwen2.5-0.5B facebook/opt-125m facebook/opt-350m HuggingFaceTB/SmolLM2-135M \
+                HuggingFaceTB/SmolLM2-360M facebook/MobileLLM-125M facebook/MobileLLM-350M EleutherAI/pythia-160m \
+                EleutherAI/pythia-410m; do
+        for init in first_rows none; do run "${base##*/}_$init" --base="$base" --init=$init; done
+    done ;;
+optimizers)
+    for optimizer in adamw ademamix adalomo; do
+        for schedule in cosine inverse_sqrt; do
+            run "${optimizer}_$schedule" --optimizer=$optimizer --schedule=$schedule
+        done
+    done
+    run muon_cosine --optimizer=muon ;;
+data)
+    people=out/units/libri_light,out/units/librispeech
+    diverse=out/units/swc,out/units/tedlium,out/units/peoplespeech,out/units/voxpopuli
+    run libri --train=$people
+    run libri_diverse --train=$people,$diverse
+    run libri_tinystories --train=$people,out/units/stinystories
+    run libri_diverse_tinystories --train=$people,$diverse,out/units/stinystories ;;
+batch)
+    for context in 512 1024; do
+        for rows in 128 256; do run "context${context}_batch$rows" --context=$context --batch_tokens=$((context * rows)); done
+    done ;;
+*)
+    sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
