@@ -208,8 +208,8 @@ class BenchMemory(TrainConfig):
 def bench_memory(cfg: BenchMemory) -> None:
     """Weights, gradients, optimiser state, and what autograd keeps of one micro-batch, in GB.
 
-    The last is counted on one row, tensor by tensor, in bf16 autocast without torch.compile, and multiplied; compiled
-    code keeps less. What the kernels need for themselves and the allocator wastes comes on top.
+    The last is counted tensor by tensor on one and two rows, without torch.compile, and extrapolated; compiled code
+    keeps less. What the kernels need for themselves and the allocator wastes comes on top.
     """
     if cfg.shape or cfg.base == TrainConfig().base:  # the hub is not needed for the shape of Qwen2.5-0.5B
         lm = from_config(ModelConfig(**cfg.shape).to_hf())
@@ -218,17 +218,20 @@ def bench_memory(cfg: BenchMemory) -> None:
     pure = cfg.dtype == "pure_bfloat16"
     lm = lm.to(torch.bfloat16 if pure else torch.float32).train()
     lm.set_checkpointing(cfg.checkpointing)
-    tokens, sizes = torch.randint(2, 502, (1, cfg.context)), {p.data_ptr(): 0 for p in lm.parameters()}
-    half = torch.arange(cfg.context) % (cfg.context // 2)
 
-    def keep(x: Tensor) -> Tensor:
-        sizes.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
-        return x
+    def kept_for_backward(rows: int) -> int:
+        """Bytes of the storages that autograd holds on to after a forward pass, parameters not counted."""
+        tokens = torch.randint(2, lm.config.vocab_size, (rows, cfg.context))
+        positions = (torch.arange(cfg.context) % (cfg.context // 2)).expand(rows, -1)  # two utterances a row
+        kept, known = [], {p.data_ptr() for p in lm.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x), \
+                autocast(torch.device("cpu"), "pure_bfloat16" if pure else "bfloat16"):
+            _, loss = lm(tokens, tokens, positions)  # alive, or else what it keeps would be freed and counted anew
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept
+                    if x.untyped_storage().data_ptr() not in known}.values())
 
-    kept = []  # so that no storage is freed, and its address used again
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or keep(x), lambda x: x), \
-            autocast(torch.device("cpu"), "pure_bfloat16" if pure else "bfloat16"):
-        lm(tokens, tokens, half[None])
+    one, two = kept_for_backward(1), kept_for_backward(2)
+    row, fixed = two - one, 2 * one - two  # fixed: bf16 copies of the weights, under autocast
     weights = sum(p.numel() * p.element_size() for p in lm.parameters())
     for p in lm.parameters():
         p.grad = torch.zeros_like(p)
@@ -237,11 +240,11 @@ def bench_memory(cfg: BenchMemory) -> None:
     states = getattr(optimizer, "optimizers", [optimizer])
     state = sum(x.numel() * x.element_size() for o in states for s in o.state.values() for x in s.values()
                 if isinstance(x, Tensor))
-    row, gb = sum(sizes.values()), 1e9
+    gb, total = 1e9, 2 * weights + state + fixed + cfg.micro_batch * row
     print(json.dumps({
         "case": "memory", "parameters": lm.n_params(), "weights_and_gradients_gb": round(2 * weights / gb, 2),
         "optimizer_gb": round(state / gb, 2), "activations_gb_per_row": round(row / gb, 3),
-        "micro_batch": cfg.micro_batch, "total_gb": round((2 * weights + state + cfg.micro_batch * row) / gb, 1),
+        "activations_gb_fixed": round(fixed / gb, 2), "micro_batch": cfg.micro_batch, "total_gb": round(total / gb, 1),
         "optimizer": cfg.optimizer, "dtype": cfg.dtype, "checkpointing": cfg.checkpointing, "context": cfg.context}))
 
 

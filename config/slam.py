@@ -1,4 +1,4 @@
-"""Slam's pre-training, -DPO row of the paper's table 2, settings of table 4: one day on one 24 GB GPU.
+"""Slam's pre-training, the paper's row -DPO, settings of table 4: one day on one 24 GB GPU.
 
 1.4B tokens; 23.5 h on an A5000 in the paper (17,625 steps of the paper's rows, which are 60 % full; rows here are
 filled, so the length is given in tokens). Peak memory: config/gpu_24gb.py. bfloat16 there means weights and optimiser

@@ -1,4 +1,4 @@
-"""TWIST-350M's original recipe, with sTinyStories among its data: the paper's next row of table 2 (51.21 / 54.17 / 72.40).
+"""TWIST-350M's original recipe, with sTinyStories among its data: the paper's next row (51.21 / 54.17 / 72.40).
 
 Budget, hours and memory as twist_opt350m.py.
 """

@@ -8,15 +8,17 @@ from conftest import ROOT, run
 
 from config import load_config
 
-STAGES = ["prepare_units", "synth_stories", "vocoder", "train", "dpo", "eval", "sample"]
-SUBCOMMANDS = {("prepare_units", "fit"): "FitConfig", ("vocoder", "train"): "Config"}
+STAGES = ["prepare_units", "synth_stories", "vocoder", "model", "train", "dpo", "eval", "sample", "bench"]
+SUBCOMMANDS = {("prepare_units", "fit"): "FitConfig", ("vocoder", "train"): "Config", ("bench", "train"): "BenchTrain",
+               ("bench", "generate"): "BenchGenerate", ("bench", "memory"): "BenchMemory"}
 
 
 def commands() -> list[str]:
     texts = [(ROOT / "README.md").read_text(), *((ROOT / f"{s}.py").read_text().split('"""')[1] for s in STAGES),
-             *((p.read_text()) for p in (ROOT / "runs").glob("*.sh"))]
+             *(p.read_text() for folder in ("runs", "config") for p in (ROOT / folder).glob("[!_]*.*"))]
     joined = "\n".join(texts).replace("\\\n", " ")
-    found = re.findall(r"python (\w+\.py[^#\n`;|)]*)", joined)
+    joined = re.sub(r'"\$(@|\{\w+\[@\]\})"', "", joined)  # a script's own arguments
+    found = re.findall(r"(?:python|--nproc_per_node=\d) (\w+\.py[^#\n`;|)]*)", joined)
     return sorted({re.sub(r"\$\w+|\"\$[^\"]*\"", "x", c).strip() for c in found})
 
 
@@ -31,6 +33,9 @@ def test_command(command):
     stage = script.removesuffix(".py")
     if stage == "embedded":
         return
+    if stage == "model":  # no config, as it is no stage
+        assert arguments[0] in run(script, "--help").stdout
+        return
     name = "Config"
     if arguments and (stage, arguments[0]) in SUBCOMMANDS:
         name = SUBCOMMANDS[stage, arguments.pop(0)]
@@ -44,14 +49,18 @@ def test_command(command):
 
 
 def test_every_config_file_is_a_whole_config():
+    on_top = {"study": "slam", "gpu_24gb": "slam", "gpu_16gb": "slam", "gpu_12gb": "slam", "gpu_8gb": "slam"}
     stages = {"fit_embedded": ("prepare_units", "FitConfig"), "units_embedded": ("prepare_units", "Config"),
               "corpus_units": ("prepare_units", "Config"), "vocoder_embedded": ("vocoder", "Config"),
-              "slam": ("train", "Config"), "demo_train": ("train", "Config"), "slam_dpo": ("dpo", "Config"),
+              **{name: ("train", "Config") for name in (
+                  "slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories",
+                  "demo_train", *on_top)}, "slam_dpo": ("dpo", "Config"),
               "demo_dpo": ("dpo", "Config"), "demo_eval": ("eval", "Config"),
               "demo_stories": ("synth_stories", "Config"), "corpus_stories": ("synth_stories", "Config")}
     assert set(stages) == {p.stem for p in (ROOT / "config").glob("*.py")} - {"__init__"}
     for name, (stage, kind) in stages.items():
-        load_config(getattr(importlib.import_module(stage), kind), [str(ROOT / "config" / f"{name}.py")])
+        files = [str(ROOT / "config" / f"{x}.py") for x in (on_top.get(name), name) if x]
+        load_config(getattr(importlib.import_module(stage), kind), files)
 
 
 def test_what_the_readme_names_exists():
