@@ -232,6 +232,9 @@ def bench_memory(cfg: BenchMemory) -> None:
 
     one, two = kept_for_backward(1), kept_for_backward(2)
     row, fixed = two - one, 2 * one - two  # fixed: bf16 copies of the weights, under autocast
+    if cfg.checkpointing:  # and what of one block is computed again
+        lm.set_checkpointing(False)
+        row += (kept_for_backward(2) - kept_for_backward(1)) // lm.config.num_hidden_layers
     weights = sum(p.numel() * p.element_size() for p in lm.parameters())
     for p in lm.parameters():
         p.grad = torch.zeros_like(p)

@@ -2,7 +2,7 @@
 
     python train.py config/slam.py config/study.py --seed=0
 
-Two layers of SmolLM2-135M, 600k tokens of the demo pipeline's stories, batch and micro-batch a 32nd. Unit embeddings
+Two layers of SmolLM2-135M, 400k tokens of the demo pipeline's stories, batch and micro-batch a 32nd. Unit embeddings
 are drawn anew for both: on a base cut in depth the text's first rows start at 23 nats.
 """
 train = ("out/study/data/units/train",)
@@ -12,7 +12,7 @@ n_layers = 2
 init = "random"
 micro_batch = 4
 batch_tokens = 4 * 1024
-tokens = 6e5
+tokens = 4e5
 time_budget_hours = None
 log_every = 10
 eval_every = 10_000
