@@ -369,6 +369,9 @@ def main(cfg: Config) -> None:
         for benchmark, (pairs, utterances) in benchmarks.items():
             results[benchmark] = score_pairs(lm, pairs, utterances, cfg.batch)
         where = Path(folder).parent if Path(folder).name == "checkpoint" else Path(folder)
+        if not where.is_dir():  # a hub id
+            where = Path("out") / folder.replace("/", "--")
+            where.mkdir(parents=True, exist_ok=True)
         if cfg.generate_from:
             results |= generative_metrics(lm, cfg, tokenizer, vocoder, where)
         merge_results(where / "results.json", results)

@@ -1,7 +1,9 @@
 """Every base of the paper's table 6, SlamKit's layout, gradient checkpointing and compiled generation."""
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from model import HubLM, UnitLM, from_config, twisted
 from train import checkpoint_fingerprint
+from units import UnitWriter, write_pairs
 
 # The shapes in the hub's config.json files, less what has no part in the shape.
 LLAMA = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 1e4, "hidden_act": "silu"}
@@ -215,11 +218,30 @@ def test_slamkit_checkpoints_load(tmp_path):
     assert (fingerprint.encoder, fingerprint.layer, fingerprint.n_units) == ("slprl/mhubert-base-25hz", 11, 58)
 
 
-def test_slamkit_checkpoints_start_a_dpo_run(tmp_path):
-    """It is scored and tuned like one of ours, from pairs of its own tokeniser."""
-    from units import write_pairs
-    slamkit_folder(tmp_path / "slam", hf_model("qwen2"))
+def test_slamkit_checkpoints_are_scored_continued_and_tuned(tmp_path):
+    """Like ours: a validation loss on units of the published tokeniser, a continuation, a DPO run."""
+    hf = hf_model("qwen2")
+    slamkit_folder(tmp_path / "slam", hf)
     fingerprint = checkpoint_fingerprint(str(tmp_path / "slam"))
+    with UnitWriter(tmp_path / "val", replace(fingerprint, codebook_sha256="a" * 64)) as writer:
+        writer.add("x", np.arange(30), np.ones(30))
+    run("eval.py", f"--checkpoint={tmp_path / 'slam'}", f"--val={tmp_path / 'val'}")
+    x = torch.arange(1, 33)[None] % 32
+    x[0, -1] = 1  # BOS, units 0 to 29, EOS
+    with torch.no_grad():
+        expected = F.cross_entropy(hf(x[:, :-1]).logits[0], x[0, 1:]).item()
+    results = json.loads((tmp_path / "slam" / "results.json").read_text())
+    assert results["val_loss"]["value"] == pytest.approx(expected, rel=1e-4)
+    other = replace(fingerprint, encoder="facebook/hubert-base-ls960")
+    with UnitWriter(tmp_path / "other", other) as writer:
+        writer.add("x", np.arange(30), np.ones(30))
+    assert "hubert-base-ls960" in refused("eval.py", f"--checkpoint={tmp_path / 'slam'}", f"--val={tmp_path / 'other'}")
+
+    lm = UnitLM.from_pretrained(str(tmp_path / "slam"))
+    with torch.no_grad():
+        theirs = hf.generate(x[:, :8], max_new_tokens=9, do_sample=False, suppress_tokens=[0], eos_token_id=None)
+    assert lm.generate([x[0, :8].tolist()], 9, temperature=0, stop=()) == theirs[:, 8:].tolist()
+
     pairs = [{"id": str(i), "prompt": [i, i + 1], "chosen": [i + 2, 5], "rejected": [i + 3, 40]} for i in range(8)]
     for split in ("train", "val"):
         write_pairs(tmp_path / f"{split}.jsonl", fingerprint, pairs)
