@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from config import load_config
-from model import ModelConfig, UnitLM, find_checkpoint, from_config
+from model import ModelConfig, UnitLM, fetch, find_checkpoint, from_config, twisted
 from optim import make_optimizer, update
 from train import (Config as TrainConfig, Loader, Rows, accumulate, autocast, build, collate, cut, flops_per_token,
                    peak_flops, pick_device)
@@ -138,7 +138,7 @@ def bench_train(cfg: BenchTrain) -> None:
     flops, peak = flops_per_token(lm, cfg.context), peak_flops(device)
     shape = f"{lm.n_params() / 1e6:.1f}M, context {cfg.context}, micro-batch {cfg.micro_batch}, {cfg.dtype}"
     found = rates({"ours": lambda: our_training(cfg, reader, lm, device),
-                   "peer": lambda: peer_training(cfg, reader, lm, device)}, cfg.rounds)
+                   "peer": lambda: peer_training(cfg, reader, lm.cpu(), device)}, cfg.rounds)
     (ours, our_memory), (peer, peer_memory) = found["ours"], found["peer"]
     chunks = cut(reader.lengths, cfg.context)[:, 2]
     more = {"mfu": round(ours * flops / peak, 3), "peer_mfu": round(peer * flops / peak, 3)} if peak else {}
@@ -214,7 +214,8 @@ def bench_memory(cfg: BenchMemory) -> None:
     if cfg.shape or cfg.base == TrainConfig().base:  # the hub is not needed for the shape of Qwen2.5-0.5B
         lm = from_config(ModelConfig(**cfg.shape).to_hf())
     else:
-        lm = build(cfg, 500)
+        config = json.loads((fetch(cfg.base) / "config.json").read_text())
+        lm = from_config(twisted(config, 502, cfg.n_layers, cfg.rope_theta, cfg.context))
     pure = cfg.dtype == "pure_bfloat16"
     lm = lm.to(torch.bfloat16 if pure else torch.float32).train()
     lm.set_checkpointing(cfg.checkpointing)

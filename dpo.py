@@ -23,7 +23,7 @@ from tqdm import tqdm
 from config import load_config
 from model import IGNORE, UnitLM, fetch, find_checkpoint
 from optim import make_optimizer, schedule, update
-from train import (Epochs, Run, autocast, checkpoint_fingerprint, merge_results, pick_device, run_problems)
+from train import Epochs, Run, autocast, checkpoint_fingerprint, pick_device, run_problems
 from units import PAD, read_pairs, require_same, to_tokens
 
 
@@ -151,6 +151,7 @@ def main(cfg: Config) -> None:
     for name, path in (("train", cfg.pairs), ("val", cfg.val_pairs)):
         theirs, pairs[name] = read_pairs(path)
         require_same(fingerprint, cfg.checkpoint, theirs, path)
+        fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's do not record it
         if not pairs[name]:
             raise SystemExit(f"{path}: no pairs in it")
     run = Run(cfg, "dpo")
@@ -173,8 +174,7 @@ def main(cfg: Config) -> None:
         record = {"val_dpo_loss": loss.item(), "val_margin": (chosen - rejected).mean().item(),
                   "val_reward_accuracy": (chosen > rejected).float().mean().item(), "val_chosen_preferred": correct}
         run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in record.items()), **record)
-        merge_results(run.out / "results.json",
-                      {k: {"value": v, "n": len(logps), "step": run.step} for k, v in record.items()})
+        run.results({k: {"value": v, "n": len(logps), "step": run.step} for k, v in record.items()})
 
     order, size = Epochs(len(pairs["train"]), cfg.seed), cfg.micro_batch * cfg.accumulation
     if not run.step:
@@ -197,10 +197,12 @@ def main(cfg: Config) -> None:
         norm = update(lm, optimizer, lr, cfg.clip)
         run.step += 1
         run.tick()
+        run.agree()
         if run.step % cfg.log_every == 0 or run.progress() >= 1:  # the only host sync
             loss, margin, accuracy, chosen, rejected = torch.stack(seen).mean(0).tolist()
             run.check_finite([loss], norm.item())
             run.tick()
+            run.agree()
             run.log(f"loss {loss:.4f} | margin {margin:.3f} | acc {accuracy:.3f} | logp {chosen:.1f} / {rejected:.1f} "
                     f"| lr {lr:.1e} | gnorm {norm.item():.2f} | {run.clock()}", loss=loss, margin=margin,
                     accuracy=accuracy, chosen_logp=chosen, rejected_logp=rejected, lr=lr, gnorm=norm.item())
@@ -209,6 +211,8 @@ def main(cfg: Config) -> None:
             with run.pause():
                 run.check_finite([torch.stack(seen)[:, 0].mean().item() if seen else loss], norm.item())
                 run.save(lm, optimizer, fingerprint, seen)
+    if seen:
+        run.check_finite([torch.stack(seen)[:, 0].mean().item()], norm.item())
     run.finish(lm, optimizer, fingerprint, seen)
     evaluate()
     print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")

@@ -89,11 +89,13 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, (B, kv_heads, capacity, head_dim); row b may be at its own position."""
+    """Keys and values, of every layer (B, kv_heads, capacity, head_dim); row b may be at its own position."""
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device, dtype):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        # A tensor for each layer: compiled code writes into these in place, and copies the whole of a stacked one.
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+                          for _ in "kv")
         self.rows = torch.arange(batch, device=device)[:, None]
         self.length = capacity  # entries that the longest row fills; attention need not look further
 
@@ -101,11 +103,11 @@ class KVCache:
         """Write k, v (B, kv_heads, T, D) at `positions` (B, T); return all entries so far."""
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             store[self.rows, :, positions] = new.transpose(1, 2)
-        return self.k[layer, :, :, :self.length], self.v[layer, :, :, :self.length]
+        return self.k[layer][:, :, :self.length], self.v[layer][:, :, :self.length]
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these."""
-        self.k, self.v, self.rows = self.k[:, rows], self.v[:, rows], self.rows[:len(rows)]
+        self.k, self.v, self.rows = [x[rows] for x in self.k], [x[rows] for x in self.v], self.rows[:len(rows)]
 
 
 class RMSNorm(nn.Module):
@@ -169,7 +171,8 @@ class Attention(nn.Module):
         groups = q.shape[1] // k.shape[1]  # query heads that share a key and value head
         if T == 1 and cache is not None:  # they see the same keys: as queries of one head, keys need no copies
             q, groups = q.view(B, k.shape[1], groups, self.head_dim), 1
-        elif mask is not None and q.is_cuda and groups > 1:  # CUDA's fused kernels: a mask or shared heads
+        elif q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
+            # CUDA's fused kernels do not share heads in these cases
             k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
         y = y.reshape(B, -1, T, self.head_dim)
@@ -306,9 +309,11 @@ class UnitLM(nn.Module):
         if self.model.norm.weight.dtype != torch.float32:
             dtype = self.model.norm.weight.dtype
         capacity = max(lengths) + max_new_tokens
-        if compile:  # prompts of about the same length share a compiled step
+        if compile:  # prompts of about the same length share a compiled step, and its cache
             capacity = -(-capacity // 128) * 128
-        cache = KVCache(self.config, len(prompts), capacity, device, dtype)
+            cache = self._static_cache(len(prompts), capacity, dtype)
+        else:
+            cache = KVCache(self.config, len(prompts), capacity, device, dtype)
         cache.length = max(lengths)
         positions = torch.arange(max(lengths), device=device).expand(tokens.shape)
         position = torch.tensor(lengths, device=device) - 1  # of each row's newest token
@@ -350,6 +355,16 @@ class UnitLM(nn.Module):
                 cache.length += 1
             logits = decode(token, position, cache)
         return [[t for t in row if t >= 0] for row in new.tolist()]
+
+    def _static_cache(self, batch: int, capacity: int, dtype: torch.dtype) -> KVCache:
+        """A cache at an address that stays, as CUDA graphs need; the last one again, if it has the size."""
+        key, cache = getattr(self, "last_cache", (None, None))
+        if key != (batch, capacity, dtype):
+            cache = KVCache(self.config, batch, capacity, self.device, dtype)
+            for x in (*cache.k, *cache.v):
+                torch._dynamo.mark_static_address(x)
+            self.last_cache = (batch, capacity, dtype), cache
+        return cache
 
     def decode(self, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
         """One token of each row, (B,), at its position -> the logits of the next, (B, V)."""
@@ -479,7 +494,9 @@ class HubLM(UnitLM):
         assert all(prompts), "a prompt needs at least one token (BOS)"
         if not prompts or not max_new_tokens:
             return [[] for _ in prompts]
-        width = max(map(len, prompts))
+        width, limit = max(map(len, prompts)), self.config.max_position_embeddings
+        if self.config.model_type == "opt" and width + max_new_tokens > limit:
+            raise ValueError(f"{width} tokens and {max_new_tokens} new: OPT has learned positions, {limit} of them")
         tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)  # padded on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         how = {"do_sample": False} if temperature == 0 else \
@@ -644,8 +661,8 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, repetit
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalised, logits)
-    if forbid:
-        logits[:, list(forbid)] = -torch.inf
+    for token in forbid:  # one by one: a list as an index would be copied to the GPU, and waited for
+        logits[:, token] = -torch.inf
     if temperature == 0:
         return logits.argmax(-1)
     # Sorted best first; only what top-k leaves is worth sorting, drawing noise for, and summing.

@@ -8,9 +8,10 @@ Out: a run folder:  checkpoint/ (a Hugging Face folder + slam.json + trainer.pt)
     python train.py config/demo_train.py             # minutes on two CPU cores
     torchrun --nproc_per_node=2 train.py config/slam_scaled.py
 
-SIGTERM and ctrl-C save and exit; `--resume` goes on bit by bit as if nothing had happened (on a CPU).
+SIGTERM and ctrl-C save and exit after the step; `--resume` goes on bit by bit as if nothing had happened (on a CPU).
+torchrun gives its processes 30 s to do so; killed instead, a run has its last saved checkpoint.
 """
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -89,11 +90,16 @@ class Config:
             found.append("train and val: name at least one unit file or folder each")
         if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
             found.append(f"weights: {len(self.weights)} for {len(self.train)} of train; give each a positive one")
-        if self.batch_tokens % (self.context * self.micro_batch):
+        if self.micro_batch < 1 or self.context < 1:
+            found.append("micro_batch and context must be at least 1")
+        elif self.batch_tokens < 1 or self.batch_tokens % (self.context * self.micro_batch):
             found.append(f"batch_tokens {self.batch_tokens} must be a multiple of context x micro_batch = "
                          f"{self.context * self.micro_batch}")
-        for name in set(self.loggers) - {"tensorboard", "wandb"}:
-            found.append(f"loggers: {name!r} is none; known are tensorboard and wandb")
+        for name in self.loggers:
+            if name not in ("tensorboard", "wandb"):
+                found.append(f"loggers: {name!r} is none; known are tensorboard and wandb")
+            elif importlib.util.find_spec(name) is None:
+                found.append(f"loggers: {name} is not installed; pip install {name}")
         return found
 
 
@@ -102,6 +108,8 @@ def run_problems(cfg) -> list[str]:
     found = []
     if sum(x is not None for x in (cfg.steps, cfg.tokens, cfg.time_budget_hours)) != 1:
         found.append("set exactly one of steps, tokens, time_budget_hours (the others to none)")
+    if not 0 <= cfg.warmup < 1:
+        found.append(f"warmup {cfg.warmup} is a share of the run: at least 0 and below 1")
     if cfg.resume and cfg.overwrite:
         found.append("resume and overwrite exclude each other")
     return found
@@ -207,6 +215,8 @@ class Rows:
         self.orders = [Epochs(len(rows), seed, k) for k, rows in enumerate(self.sources)]
         shares = np.cumsum(weights or [1]) / sum(weights or [1])
         self.counts = np.diff(np.round(shares * self.BLOCK).astype(int), prepend=0)  # of each source's rows in a block
+        if 0 in self.counts:
+            raise SystemExit(f"weights: a share below 1/{self.BLOCK} would give no rows at all")
         self.seed, self.block, self.turns = seed, -1, np.zeros((self.BLOCK, 2), dtype=np.int64)
 
     def row(self, index: int) -> np.ndarray:
@@ -293,7 +303,8 @@ def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
 def autocast(device: torch.device, dtype: str):
     """Context of mixed precision: bfloat16 matrix products over fp32 weights, or nothing for the other dtypes."""
     if dtype == "auto":
-        fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        onednn = torch.backends.mkldnn.is_available()  # not in every build for Macs
+        fast = device.type == "cuda" or onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
@@ -323,7 +334,7 @@ class Run:
         self.cfg, self.stage, self.out, self.rank = cfg, stage, Path(cfg.out), rank
         self.checkpoint = self.out / "checkpoint"
         self.step, self.tokens, self.seconds, self.trainer = 0, 0, 0.0, None
-        self.stopping = False
+        self.own_seconds, self.asked_to_stop, self.stopping = 0.0, 0, 0  # what `agree` makes seconds and stopping of
         if not rank:
             recover(self.checkpoint)
         over_ranks([0.0])  # nobody looks before that
@@ -344,20 +355,23 @@ class Run:
         over_ranks([0.0])  # everybody has looked at the folder
         if self.rank:
             return
-        if self.cfg.overwrite:
-            shutil.rmtree(self.out, ignore_errors=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        save_config(self.cfg, self.out / "config.json")
-        # Records after the checkpoint describe steps that will be taken again; a kill may have cut the last one short.
-        log = self.out / "log.jsonl"
-        whole = log.read_text().split("\n")[:-1] if log.exists() and self.step else []
-        log.write_text("".join(x + "\n" for x in whole if json.loads(x)["step"] <= self.step))
+        with self.writing():
+            if self.cfg.overwrite:
+                shutil.rmtree(self.out, ignore_errors=True)
+            self.out.mkdir(parents=True, exist_ok=True)
+            save_config(self.cfg, self.out / "config.json")
+            # Records after the checkpoint describe steps that will be taken again; a kill may have cut the last one.
+            log = self.out / "log.jsonl"
+            whole = log.read_text().split("\n")[:-1] if log.exists() and self.step else []
+            part = log.with_suffix(".part")
+            part.write_text("".join(x + "\n" for x in whole if json.loads(x)["step"] <= self.step))
+            part.replace(log)
         self.loggers = [make_logger(name, self) for name in getattr(self.cfg, "loggers", ())]
 
     def _stop(self, signum, frame) -> None:
-        if self.stopping:  # asked twice: stop now
+        if self.asked_to_stop:  # twice: stop now
             raise SystemExit(128 + signum)
-        self.stopping = 128 + signum
+        self.asked_to_stop = 128 + signum
         print(f"{signal.Signals(signum).name}: saving after this step", file=sys.stderr)
 
     def _load(self) -> None:
@@ -368,15 +382,16 @@ class Run:
         if changed:
             raise SystemExit(f"{self.out}: cannot resume with other settings: {'; '.join(changed)}")
         self.step, self.tokens, self.seconds = slam["step"], slam["tokens"], slam["seconds"]
-        self.trainer = torch.load(self.checkpoint / "trainer.pt", weights_only=True)
+        self.own_seconds = self.seconds
+        self.trainer = torch.load(self.checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
         if not self.rank:
             print(f"resuming {self.out} at step {self.step}" if self.progress() < 1 else
                   f"{self.out} is finished already")
 
     def tick(self) -> None:
-        """Count the time since the last call as training time."""
+        """Count the time since the last call as training time, on this rank's clock; `agree` makes it count."""
         now = time.perf_counter()
-        self.seconds, self.started = self.seconds + now - self.started, now
+        self.own_seconds, self.started = self.own_seconds + now - self.started, now
 
     @contextmanager
     def pause(self):
@@ -388,9 +403,20 @@ class Run:
         self.started = time.perf_counter()
 
     def agree(self) -> None:
-        """Make the clock and a signal's request to stop the same on all ranks."""
-        self.seconds, self.stopping = over_ranks([self.seconds, self.stopping], dist.ReduceOp.MAX)
-        self.stopping = int(self.stopping)
+        """Set the clock and a signal's request to stop, the same on all ranks; decisions are made by these alone."""
+        self.seconds, stopping = over_ranks([self.own_seconds, self.asked_to_stop], dist.ReduceOp.MAX)
+        self.own_seconds, self.stopping = self.seconds, int(stopping)
+
+    @contextmanager
+    def writing(self):
+        """What is done inside may find the disk full: SystemExit with what to do."""
+        try:
+            yield
+        except OSError as e:
+            raise SystemExit(f"step {self.step}: {e}: stopped. {self._kept()}; make room, then --resume") from None
+
+    def _kept(self) -> str:
+        return f"{self.checkpoint} is as it was last saved" if self.checkpoint.exists() else "Nothing was saved yet"
 
     def progress(self) -> float:
         """Share of the run that is done, by steps, tokens or hours, whichever is set."""
@@ -413,15 +439,19 @@ class Run:
         for logger in self.loggers:
             logger(record, self.step)
         record = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | record
-        try:
-            with open(self.out / "log.jsonl", "a") as f:
-                f.write(json.dumps(record) + "\n")
-        except OSError as e:
-            self._cannot_write(e)
+        with self.writing(), open(self.out / "log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
 
-    def _cannot_write(self, error: OSError) -> None:
-        raise SystemExit(f"step {self.step}: {error}: stopped. {self.checkpoint} is as it was last saved; make room, "
-                         f"then --resume")
+    def results(self, results: dict) -> None:
+        """Merge into the run's results.json."""
+        if not self.rank:
+            with self.writing():
+                merge_results(self.out / "results.json", results)
+
+    def evaluated(self) -> bool:
+        """Whether results.json has the validation loss of this very step."""
+        path = self.out / "results.json"
+        return path.exists() and json.loads(path.read_text()).get("val_loss", {}).get("step") == self.step
 
     def clock(self) -> str:
         """`0.16B tok | 3.21h/24h | eta 5.4h`"""
@@ -440,9 +470,9 @@ class Run:
         bad = next((i for i, x in enumerate(losses) if not math.isfinite(x)), None)
         if bad is not None or not math.isfinite(norm):
             bad = len(losses) - 1 if bad is None else bad
-            raise SystemExit(f"step {self.step - len(losses) + 1 + bad}: loss {losses[bad]}, and gradient norm {norm} "
-                             f"at step {self.step}: stopped. {self.checkpoint} holds the last good step; lower lr (now "
-                             f"{self.cfg.lr:g}) or look at the data before --resume")
+            step = self.step - len(losses) + 1 + bad
+            raise SystemExit(f"step {step}: loss {losses[bad]}, and gradient norm {norm} at step {self.step}: stopped. "
+                             f"{self._kept()}; lower lr (now {self.cfg.lr:g}) or look at the data before --resume")
 
     def save(self, lm: UnitLM, optimizer, fingerprint: Fingerprint, pending: list) -> None:
         """Write the checkpoint folder: model, slam.json (where it comes from), trainer.pt (how to go on).
@@ -455,10 +485,8 @@ class Run:
                 "seconds": self.seconds, "finished": self.progress() >= 1, "config": asdict(self.cfg),
                 "model": lm.hf_config(), "git": git_commit(), "torch": torch.__version__}
         trainer = {"optimizer": optimizer.state_dict(), "pending": [x.cpu() for x in pending]}
-        try:
+        with self.writing():
             lm.save_pretrained(self.checkpoint, slam, trainer)
-        except OSError as e:
-            self._cannot_write(e)
 
     def finish(self, *what) -> None:
         """The last `save`; if a signal asked for it, the process ends here with the signal's exit code."""
@@ -471,14 +499,15 @@ class Run:
 
 def make_logger(name: str, run: Run) -> Callable[[dict, int], None]:
     """A function of (record, step) that hands a log record on to TensorBoard or Weights & Biases."""
-    try:
-        if name == "tensorboard":
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(run.out / "tensorboard")
-            return lambda record, step: [writer.add_scalar(k, v, step) for k, v in record.items()]
-        wandb = importlib.import_module("wandb")
-    except ImportError as e:
-        raise SystemExit(f"loggers: {name} is not installed ({e}); pip install {name}") from None
-    wandb.init(project="slam", name=run.out.name, id=run.out.name, resume="allow", dir=run.out, config=asdict(run.cfg))
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(run.out / "tensorboard", purge_step=run.step + 1, flush_secs=10)
+        return lambda record, step: [writer.add_scalar(k, v, step) for k, v in record.items()]
+    wandb, name_file = importlib.import_module("wandb"), run.out / "wandb_id"
+    if not name_file.exists():
+        name_file.write_text(wandb.util.generate_id())
+    wandb.init(project="slam", name=str(run.out), id=name_file.read_text(), resume="allow", dir=run.out,
+               config=asdict(run.cfg))
     return lambda record, step: wandb.log(record, step=step)
 
 
@@ -541,6 +570,7 @@ def merge_results(path: Path, results: dict) -> None:
 def validation_loss(lm: UnitLM, reader: UnitReader, context: int, micro_batch: int, dtype: str, rank: int = 0,
                     world: int = 1) -> tuple[float, int]:
     """Mean cross-entropy in nats per target over a whole corpus, and the number of targets; shared out over ranks."""
+    reader.check()
     packed, total, n = Packed(cut(reader.lengths, context), context, None), 0.0, 0
     rows = list(packed)[rank::world]
     for at in range(0, len(rows), micro_batch):
@@ -553,22 +583,30 @@ def validation_loss(lm: UnitLM, reader: UnitReader, context: int, micro_batch: i
     return total / n, int(n)
 
 
-def accumulate(forward, micro: list[tuple], n_targets: int, device: torch.device, dtype: str, world: int = 1) -> Tensor:
+def accumulate(forward, micro: list[tuple], n_targets: int, device: torch.device, dtype: str) -> Tensor:
     """Forward and backward passes of a step, without a host sync; this rank's part of the loss, ().
 
     The loss is the mean over all targets of all ranks' micro-batches, whatever these are. `forward`: the model,
-    compiled and wrapped for data parallelism, or not.
+    compiled or not.
     """
     total = torch.zeros((), device=device)
-    for i, tensors in enumerate(micro):
+    for tensors in micro:
         tokens, targets, positions = (x.to(device, non_blocking=True) for x in tensors)
-        if world > 1:  # ranks exchange gradients after the last micro-batch only
-            forward.require_backward_grad_sync = i == len(micro) - 1
         with autocast(device, dtype):
             loss = forward(tokens, targets, positions, reduction="sum")[1] / n_targets
-        (loss * world).backward()  # gradients are averaged over the ranks
+        loss.backward()
         total += loss.detach()
     return total
+
+
+def sum_gradients(lm: UnitLM) -> None:
+    """Add up the ranks' gradients. The loss is divided by all ranks' targets already.
+
+    Once a step, after all micro-batches: of a step's seconds the exchange is a few hundredths, and without
+    DistributedDataParallel's hooks the compiled model stays one graph.
+    """
+    for p in lm.parameters():
+        dist.all_reduce(p.grad)
 
 
 def n_graphs() -> int:
@@ -598,7 +636,7 @@ def main(cfg: Config) -> None:
     reader, val = UnitReader(*cfg.train), UnitReader(*cfg.val)
     require_same(reader.fingerprint, cfg.train[0], val.fingerprint, cfg.val[0])
     run = Run(cfg, "train", rank)
-    if run.trainer and run.progress() >= 1:
+    if run.trainer and run.progress() >= 1 and run.evaluated():
         return
     rows = Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world,
                 [len(UnitReader(path)) for path in cfg.train], cfg.weights)
@@ -610,10 +648,9 @@ def main(cfg: Config) -> None:
     if run.trainer:
         optimizer.load_state_dict(run.trainer["optimizer"])
         losses = [x.to(device) / world for x in run.trainer["pending"]]
+        run.trainer = None  # the memory
     run.open()
     forward = torch.compile(lm) if cfg.compile and device.type == "cuda" else lm
-    if world > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(forward)
     loader = Loader(reader, rows, cfg.micro_batch, device)
     flops, peak = flops_per_token(lm, cfg.context), peak_flops(device)
     if not rank:
@@ -629,8 +666,7 @@ def main(cfg: Config) -> None:
         lm.train()
         run.log(f"val loss {loss:.4f} | ppl {math.exp(loss):.2f}", val_loss=loss)
         name = "val_loss" if run.step else "val_loss_before_training"
-        if not rank:
-            merge_results(run.out / "results.json", {name: {"value": loss, "n": n, "step": run.step}})
+        run.results({name: {"value": loss, "n": n, "step": run.step}})
 
     def measured() -> list[float]:
         """The losses since the last log line, over all ranks: the only host sync of the loop."""
@@ -642,17 +678,19 @@ def main(cfg: Config) -> None:
         how(lm, optimizer, reader.fingerprint, list(map(torch.tensor, measured())))
 
     with run.pause():
-        if not run.step:
-            evaluate()
+        if not run.step or run.step % cfg.eval_every == 0 and run.progress() < 1 and not run.evaluated():
+            evaluate()  # also what a kill after the last save prevented
         if forward is not lm and run.progress() < 1:  # compile before the clock runs
-            accumulate(forward, loader.step(run.step)[0][:1], 1, device, cfg.dtype, world)
+            accumulate(forward, loader.step(run.step)[0][:1], 1, device, cfg.dtype)
             optimizer.zero_grad(set_to_none=True)
     graphs = n_graphs()
     norm, since, tokens_then = torch.zeros(()), run.seconds, run.tokens
     while run.progress() < 1 and not run.stopping:
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
         micro, n = loader.step(run.step)
-        losses.append(accumulate(forward, micro, n, device, cfg.dtype, world))
+        losses.append(accumulate(forward, micro, n, device, cfg.dtype))
+        if world > 1:
+            sum_gradients(lm)
         norm = update(lm, optimizer, lr, cfg.clip)
         run.step, run.tokens = run.step + 1, run.tokens + n
         run.tick()
@@ -660,6 +698,7 @@ def main(cfg: Config) -> None:
         if run.step % cfg.log_every == 0 or run.progress() >= 1:
             found = measured()
             run.tick()
+            run.agree()
             mean, rate = sum(found) / len(found), (run.tokens - tokens_then) / max(run.seconds - since, 1e-9)
             mfu = rate * flops / peak / world if peak else None
             memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
@@ -677,7 +716,8 @@ def main(cfg: Config) -> None:
         save(run.finish)
         evaluate()
     if not rank:
-        plot(run.out)
+        with run.writing():
+            plot(run.out)
         memory = f", peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
         print(f"{run.checkpoint}: {run.step} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} min of training, "
               f"{n_graphs() - graphs} recompilations{memory}")

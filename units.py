@@ -14,6 +14,7 @@ its name is whole.
 import json
 import os
 import struct
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -78,8 +79,10 @@ def published_fingerprint(vocab: int) -> Fingerprint:
 
 
 def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
-    """SystemExit naming both files and both fingerprints unless they are equal; an unrecorded codebook fits any."""
-    if not (a.codebook_sha256 and b.codebook_sha256):
+    """SystemExit naming both files and both fingerprints unless they are equal; says so if a codebook is unrecorded."""
+    if bool(a.codebook_sha256) != bool(b.codebook_sha256):
+        silent, other = (a_name, b_name) if b.codebook_sha256 else (b_name, a_name)
+        print(f"{silent} does not say which codebook its units are of; taken to be that of {other}", file=sys.stderr)
         a, b = replace(a, codebook_sha256=""), replace(b, codebook_sha256="")
     if a != b:
         raise SystemExit(f"units of different tokenisers:\n  {a_name}: {a}\n  {b_name}: {b}\n"

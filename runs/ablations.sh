@@ -9,7 +9,9 @@
 #   bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none   # flags for every run
 #
 # Every run has slam.py's 1.4B tokens: a day on an A5000 for 358M parameters, by FLOPs a quarter of it for 87M. Finished
-# runs are skipped, killed ones go on. Memory: at most slam.py's (config/gpu_24gb.py), but ademamix adds a third moment.
+# runs are skipped, killed ones go on. The optimisers are compared with fp32 weights: AdEMAMix's slow mean moves by
+# 1e-4 of a gradient a step, which bf16 rounds away. Memory: at most slam.py's (config/gpu_24gb.py), there slam_fast.py's
+# and one or, with AdEMAMix, two GB more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-}; shift || true
@@ -32,10 +34,10 @@ models)
 optimizers)
     for optimizer in adamw ademamix adalomo; do
         for schedule in cosine inverse_sqrt; do
-            run "${optimizer}_$schedule" --optimizer=$optimizer --schedule=$schedule
+            run "${optimizer}_$schedule" --optimizer=$optimizer --schedule=$schedule --dtype=bfloat16
         done
     done
-    run muon_cosine --optimizer=muon ;;
+    run muon_cosine --optimizer=muon --dtype=bfloat16 ;;
 data)
     people=out/units/libri_light,out/units/librispeech
     diverse=out/units/swc,out/units/tedlium,out/units/peoplespeech,out/units/voxpopuli
@@ -48,5 +50,5 @@ batch)
         for rows in 128 256; do run "context${context}_batch$rows" --context=$context --batch_tokens=$((context * rows)); done
     done ;;
 *)
-    sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

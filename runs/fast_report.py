@@ -22,8 +22,9 @@ for slam in sorted(out.glob("slam_[0-9]")):
     print(f"seed {seed}: slam {tokens:,} tokens -> {loss:.4f}; fast " +
           ", ".join(f"{n:,} -> {x:.4f}" for n, x in runs))
     losses = [x for _, x in runs]
-    if not min(losses) <= loss <= max(losses):
-        raise SystemExit("slam's loss is not between the fast runs': choose other lengths in fast_study.sh")
+    if losses != sorted(losses, reverse=True) or not losses[-1] <= loss <= losses[0]:
+        raise SystemExit("the fast runs' losses do not fall, or slam's is not between them: choose other lengths in "
+                         "fast_study.sh")
     # each run has a whole schedule of its own, so that between two of them the loss is a function of the length
     needed = np.exp(np.interp(-loss, [-x for x in losses], [np.log(n) for n, _ in runs]))
     ratios.append(needed / tokens)

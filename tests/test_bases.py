@@ -13,7 +13,7 @@ from test_model import hf_model, our_model, random_tokens, randomise
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
 from model import HubLM, UnitLM, from_config, twisted
-from train import checkpoint_fingerprint
+from train import accumulate, checkpoint_fingerprint, n_graphs
 from units import UnitWriter, write_pairs
 
 # The shapes in the hub's config.json files, less what has no part in the shape.
@@ -170,13 +170,16 @@ def test_training_runs_on_it_and_resumes(hub, corpus, tmp_path):
     """train.py, with gradient checkpointing: the loss falls; stopped half-way and resumed, it is the same run."""
     folder, *_ = hub
     flags = [f"--base={folder}", f"--train={corpus / 'train'}", f"--val={corpus / 'val'}", "--context=64",
-             "--micro_batch=2", "--batch_tokens=256", "--steps=8", "--lr=1e-2", "--dtype=float32", "--log_every=1",
-             "--checkpointing", "--init=random"]
-    run("train.py", *flags, f"--out={tmp_path / 'whole'}")
-    run("train.py", *flags, f"--out={tmp_path / 'parts'}", "--steps=4", "--schedule=constant", "--warmup=0")
-    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+             "--micro_batch=2", "--batch_tokens=256", "--lr=1e-2", "--dtype=float32", "--log_every=3",
+             "--checkpointing", "--init=random", "--schedule=constant", "--warmup=0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("train.py", *flags, f"--out={whole}", "--steps=8")
+    run("train.py", *flags, f"--out={parts}", "--steps=4")
+    run("train.py", *flags, f"--out={parts}", "--steps=8", "--resume")
+    results = json.loads((whole / "results.json").read_text())
     assert results["val_loss"]["value"] < results["val_loss_before_training"]["value"]
-    UnitLM.from_pretrained(str(tmp_path / "whole" / "checkpoint"))
+    one, two = (load_file(x / "checkpoint" / "model.safetensors") for x in (whole, parts))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
 # ---------------------------------------------------------------- MobileLLM
@@ -225,7 +228,8 @@ def test_slamkit_checkpoints_are_scored_continued_and_tuned(tmp_path):
     fingerprint = checkpoint_fingerprint(str(tmp_path / "slam"))
     with UnitWriter(tmp_path / "val", replace(fingerprint, codebook_sha256="a" * 64)) as writer:
         writer.add("x", np.arange(30), np.ones(30))
-    run("eval.py", f"--checkpoint={tmp_path / 'slam'}", f"--val={tmp_path / 'val'}")
+    done = run("eval.py", f"--checkpoint={tmp_path / 'slam'}", f"--val={tmp_path / 'val'}")
+    assert "slam does not say which codebook" in done.stderr
     x = torch.arange(1, 33)[None] % 32
     x[0, -1] = 1  # BOS, units 0 to 29, EOS
     with torch.no_grad():
@@ -296,6 +300,35 @@ def test_gradient_checkpointing_changes_no_gradient(kind, tmp_path):
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
     assert saved[1] < saved[0] / 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["qwen2", "opt", "gpt_neox"])
+def test_training_compiles_to_one_graph(kind, checkpointing, tmp_path):
+    """As on a GPU, but for the code behind the graph: one graph, none after the first step, whatever the packing."""
+    torch._dynamo.reset()
+    if kind == "qwen2":
+        lm = our_model()
+    else:
+        hub_model(kind).save_pretrained(tmp_path)
+        lm = UnitLM.from_pretrained(str(tmp_path))
+    lm.train().set_checkpointing(checkpointing)
+    forward, before = torch.compile(lm, backend="aot_eager"), n_graphs()
+    x = random_tokens(2, 24)
+    for seed, cuts in enumerate(([24], [5, 19], [3, 3, 18])):
+        positions = torch.cat([torch.arange(n) for n in cuts]).expand(2, 24)
+        loss = accumulate(forward, [(x, x.roll(-1, 1), positions)] * 2, 96, lm.device, "bfloat16")
+        assert loss.item() == pytest.approx(accumulate(lm, [(x, x.roll(-1, 1), positions)] * 2, 96, lm.device,
+                                                       "bfloat16").item(), rel=2e-2)
+        with torch.inference_mode():
+            lm(x, positions=positions)
+    assert n_graphs() - before == 1
+
+
+def test_opt_says_so_when_its_positions_run_out(tmp_path):
+    hub_model("opt").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="learned positions"):
+        UnitLM.from_pretrained(str(tmp_path)).generate([[1] * 200], 100)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")

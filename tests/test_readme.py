@@ -19,7 +19,7 @@ def commands() -> list[str]:
     joined = "\n".join(texts).replace("\\\n", " ")
     joined = re.sub(r'"\$(@|\{\w+\[@\]\})"', "", joined)  # a script's own arguments
     found = re.findall(r"(?:python|--nproc_per_node=\d) (\w+\.py[^#\n`;|)]*)", joined)
-    return sorted({re.sub(r"\$\w+|\"\$[^\"]*\"", "x", c).strip() for c in found})
+    return sorted({re.sub(r"\$\w+|\"\$[^\"]*\"", "1", c).strip() for c in found})
 
 
 def test_there_are_commands():

@@ -34,7 +34,7 @@ def tiny(seed=0) -> UnitLM:
 
 def flags(corpus, out, **more) -> list[str]:
     settings = dict(out=out, train=corpus / "train", val=corpus / "val", shape=json.dumps(SHAPE), context=64,
-                    micro_batch=2, batch_tokens=256, steps=12, log_every=1, save_every=4, eval_every=6, lr=1e-2,
+                    micro_batch=2, batch_tokens=256, steps=12, log_every=3, save_every=4, eval_every=6, lr=1e-2,
                     dtype="float32")
     return [f"--{k}={v}" for k, v in (settings | more).items()]
 
@@ -121,6 +121,10 @@ def test_no_utterance_leaks_into_another(corpus):
     other[0, start:start + length] = 2 + (other[0, start:start + length] + 5) % N_UNITS
     losses = [lm(x, targets, positions, reduction="none")[1][0] for x in (tokens, other)]
     same_loss = losses[0] == losses[1]
+    table = lm.model.embed_tokens.weight
+    gradients = [torch.autograd.grad(lm(x, targets, positions, reduction="none")[1][0, :start].sum(), table)[0]
+                 for x in (tokens, other)]
+    assert torch.equal(*gradients)
     assert same_loss[:start].all() and same_loss[start + length:].all() and not same_loss[start:start + length].any()
 
 
@@ -190,7 +194,7 @@ def test_it_learns_and_leaves_a_record(whole_run):
     assert results["val_loss"]["value"] < results["val_loss_before_training"]["value"] - 0.1
     slam = json.loads((whole_run / "checkpoint" / "slam.json").read_text())
     assert slam["finished"] and slam["step"] == 12 and slam["fingerprint"]["n_units"] == N_UNITS
-    assert [s for s, _ in losses(whole_run)] == list(range(1, 13))
+    assert [s for s, _ in losses(whole_run)] == [3, 6, 9, 12]
     from transformers import AutoModelForCausalLM
     theirs = AutoModelForCausalLM.from_pretrained(whole_run / "checkpoint")
     x = torch.tensor([[1, 5, 7, 2]])
@@ -211,7 +215,7 @@ def test_sigterm_saves_and_a_resumed_run_is_bit_equal(corpus, whole_run, tmp_pat
     out = tmp_path / "stopped"
     process = start("train.py", *flags(corpus, out))
     for line in process.stdout:
-        if line.startswith("step 00005"):
+        if line.startswith("step 00003"):
             process.terminate()
             break
     rest = process.communicate()[0]
@@ -221,24 +225,29 @@ def test_sigterm_saves_and_a_resumed_run_is_bit_equal(corpus, whole_run, tmp_pat
 
 
 def test_killed_again_and_again_it_is_bit_equal(corpus, whole_run, tmp_path):
-    """kill -9 five times at random moments: the same losses and weights, nothing lost, nothing twice."""
-    out, rng, kills = tmp_path / "killed", random.Random(0), 0
-    while kills < 5:
-        process, goal = start("train.py", *flags(corpus, out), "--resume"), rng.randint(1, 9)
-        lines = 0
-        for line in process.stdout:
-            lines += line.startswith("step ")
-            if lines == goal:
-                time.sleep(rng.random() * 0.05)  # also between two lines, as when a checkpoint is being written
-                break
+    """kill -9 five times at random moments of a run: the same losses and weights, nothing lost, nothing twice."""
+    out, rng = tmp_path / "killed", random.Random(0)
+    for goal in (0, 3, 2, 3, 1):  # lines that it gets to print; then a moment more, as when a checkpoint is written
+        process, lines = start("train.py", *flags(corpus, out), "--resume"), 0
+        while lines < goal:
+            lines += process.stdout.readline().startswith("step ")
+        time.sleep(rng.random() * (0.02 if goal else 2.0))
         process.kill()
         process.communicate()
-        if process.returncode != -signal.SIGKILL:  # it was faster
-            out.rename(tmp_path / f"finished{kills}")
-            continue
-        kills += 1
-    run("train.py", *flags(corpus, out), "--resume")
+        assert process.returncode == -signal.SIGKILL
+    done = run("train.py", *flags(corpus, out), "--resume")
+    assert "resuming" in done.stdout
     assert losses(out) == losses(whole_run) and weights(out) == weights(whole_run)
+
+
+def test_a_kill_in_the_last_evaluation_loses_nothing(corpus, whole_run, tmp_path):
+    """The checkpoint of a finished run without its results: --resume evaluates, and trains no more."""
+    shutil.copytree(whole_run, tmp_path / "x")
+    results = json.loads((tmp_path / "x" / "results.json").read_text())
+    (tmp_path / "x" / "results.json").write_text(json.dumps({"val_loss_before_training": {"value": 3.0}}))
+    run("train.py", *flags(corpus, tmp_path / "x"), "--resume")
+    assert json.loads((tmp_path / "x" / "results.json").read_text())["val_loss"] == results["val_loss"]
+    assert weights(tmp_path / "x") == weights(whole_run)
 
 
 def test_two_processes_do_what_one_does(corpus, whole_run, tmp_path):
@@ -253,8 +262,11 @@ def test_two_processes_do_what_one_does(corpus, whole_run, tmp_path):
     run("train.py", *more, f"--out={tmp_path / 'whole'}")
     expected = losses(tmp_path / "whole")
     for found in (losses(out), losses(other)):
-        assert [s for s, _ in found] == list(range(1, 13))
+        assert [s for s, _ in found] == [3, 6, 9, 12]
         assert [x for _, x in found] == pytest.approx([x for _, x in expected], rel=1e-4)
+    timed = [x for x in flags(corpus, tmp_path / "timed", log_every=1, save_every=5) if not x.startswith("--steps")]
+    run(*torchrun, *timed, f"--time_budget_hours={1 / 3600}")  # each has a clock of its own; both must stop at once
+    assert json.loads((tmp_path / "timed" / "checkpoint" / "slam.json").read_text())["finished"]
     two, one = (json.loads((o / "results.json").read_text())["val_loss"] for o in (out, tmp_path / "whole"))
     assert two["n"] == one["n"] and two["value"] == pytest.approx(one["value"], rel=1e-4)
 
@@ -269,14 +281,14 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
     assert "could not be written" in done.stderr and "make room" in done.stderr
     assert weights(out) == before and [p.name for p in out.iterdir() if "checkpoint" in p.name] == ["checkpoint"]
     run("train.py", *flags(corpus, out, steps=8), "--resume")
-    assert [s for s, _ in losses(out)] == list(range(1, 9))
+    assert [s for s, _ in losses(out)] == [3, 4, 6, 8]  # a run that ends logs
 
 
 def test_a_vanished_data_file_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "data")
     process = start("train.py", *flags(tmp_path / "data", tmp_path / "x", steps=100_000))
     for line in process.stdout:
-        if line.startswith("step 00005"):
+        if line.startswith("step 00006"):
             (tmp_path / "data" / "train" / "00000.safetensors").unlink()
             break
     rest = process.communicate()[0]
@@ -318,11 +330,20 @@ def test_other_optimisers_and_pure_bf16(corpus, tmp_path, optimizer, more):
 
 
 def test_time_budget_ends_the_run_with_a_whole_schedule(corpus, tmp_path):
+    """Stopped on the way and resumed: the time before it counts, and the schedule comes to its end."""
     out, started = tmp_path / "timed", time.time()
-    arguments = [f for f in flags(corpus, out) if not f.startswith("--steps")]
-    run("train.py", *arguments, f"--time_budget_hours={3 / 3600}")
+    arguments = [f for f in flags(corpus, out, log_every=1) if not f.startswith("--steps")]
+    process = start("train.py", *arguments, f"--time_budget_hours={3 / 3600}")
+    for line in process.stdout:
+        if line.startswith("step 00010"):
+            process.terminate()
+    process.communicate()
+    seconds = json.loads((out / "checkpoint" / "slam.json").read_text())["seconds"]
+    assert 0 < seconds < 3
+    run("train.py", *arguments, f"--time_budget_hours={3 / 3600}", "--resume")
     records = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
-    lrs = [r["lr"] for r in records if "lr" in r]
+    lrs, times = [r["lr"] for r in records if "lr" in r], [r["seconds"] for r in records]
+    assert times == sorted(times) and min(abs(t - seconds) for t in times) < 0.2
     assert 3 <= records[-1]["seconds"] < 6 and time.time() - started < 60
     assert lrs[-1] < 0.1 * max(lrs) == pytest.approx(0.1e-2, rel=0.2)
 
@@ -348,6 +369,7 @@ def test_refusals(corpus, whole_run, fingerprint, tmp_path):
     assert "not a run's folder" in refused("train.py", *flags(corpus, tmp_path / "mine"), "--overwrite")
     assert (tmp_path / "mine" / "precious.txt").exists()
     error = refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6", "--batch_tokens=300", "--weights=1,2")
+    assert "at least 1" in refused("train.py", *flags(corpus, tmp_path / "x", micro_batch=0, warmup=1))
     assert "exactly one of" in error and "multiple of context" in error and "weights: 2 for 1" in error
     assert "no such folder" in refused("train.py", *flags(corpus, tmp_path / "x", shape="{}"), "--base=out/nowhere")
     with UnitWriter(tmp_path / "other", replace(fingerprint, layer=2)) as writer:
