@@ -53,6 +53,7 @@ class Config:
     keep_audio: bool = False  # keep the generated wavs beside results.json
     context: int = 1024  # tokens in a row of the validation set
     batch: int = 16  # sequences in a forward pass
+    compile: bool = True  # torch.compile of the sampling, on a GPU and where there are several full batches
     seed: int = 0  # of the generation
 
     def problems(self) -> list[str]:
@@ -242,7 +243,7 @@ def text_perplexity(texts: list[str], judge: str) -> tuple[float, int]:
 
 
 def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: int, seed: int, desc: str,
-                   may_end: bool = True, **sampling) -> list[list[int]]:
+                   may_end: bool = True, compile: bool = False, **sampling) -> list[list[int]]:
     """Units -> sampled continuations (units), batched; prompts of like length share a batch.
 
     may_end: an EOS ends a continuation; else none is drawn, and all have `new_units` units.
@@ -254,7 +255,8 @@ def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: 
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
         new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator,
-                          forbid=(PAD,) if may_end else (PAD, EOS), stop=(EOS,), **sampling)
+                          forbid=(PAD,) if may_end else (PAD, EOS), stop=(EOS,),
+                          compile=compile and len(part) == batch, **sampling)
         for i, tokens in zip(part, new):
             out[i] = to_units(tokens)
         bar.update(len(part))
@@ -268,7 +270,8 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
     prompts = [tokenizer.encode(load_audio(p)[:round(cfg.prompt_seconds * SAMPLE_RATE)], SAMPLE_RATE)[0].tolist()
                for p in paths]
     new = continue_units(lm, prompts, cfg.new_units, cfg.batch, cfg.seed, "continuing", temperature=cfg.temperature,
-                         top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty)
+                         top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty,
+                         compile=cfg.compile and lm.device.type == "cuda" and len(prompts) >= 4 * cfg.batch)
     whole = [vocoder.synthesize(p + c)[0]
              for p, c in zip(prompts, tqdm(new, disable=None, desc="vocoding", leave=False))]
     texts = transcribe(whole, cfg.asr)

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 train.py config/slam_scaled.py
 
-On an A5000 it would be 12 days: its tokens are 12 times slam.py's. Memory per GPU: slam.py's with micro-batch 16, for
-which config/gpu_24gb.py gives the sum; A100s have room for more.
+On an A5000 it would be 12 days: its tokens are 12 times slam.py's. Peak memory of a GPU: 27.8 GB counted by `bench.py
+memory`, as in gpu_24gb.py. A signal to torchrun leaves 30 s for the step and the save; killed, --resume goes on.
 """
 from config.slam import *
 

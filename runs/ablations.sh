@@ -8,10 +8,17 @@
 #   bash runs/ablations.sh models --dry  # only print the commands
 #   bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none   # flags for every run
 #
-# Every run has slam.py's 1.4B tokens: a day on an A5000 for 358M parameters, by FLOPs a quarter of it for 87M. Finished
-# runs are skipped, killed ones go on. The optimisers are compared with fp32 weights: AdEMAMix's slow mean moves by
-# 1e-4 of a gradient a step, which bf16 rounds away. Memory: at most slam.py's (config/gpu_24gb.py), there slam_fast.py's
-# and one or, with AdEMAMix, two GB more.
+# Finished runs are skipped, killed ones go on. Every run has slam.py's 1.4B tokens. Hours on an A5000: the paper's 23.5
+# for Qwen2.5-0.5B, others by their FLOPs. GB: what `python bench.py memory config/slam.py --base=...` counts.
+#
+#                    parameters  hours    GB                        parameters  hours    GB
+#     Qwen2.5-0.5B         358M   23.5  15.4      SmolLM2-360M            315M   22.1  14.9
+#     OPT-125M              87M    6.2   2.8      MobileLLM-125M          106M    8.3   8.0
+#     OPT-350M             306M   20.8   7.7      MobileLLM-350M          315M   22.1  14.9
+#     SmolLM2-135M         106M    8.3   8.0      Pythia-160M / 410M  86M/303M  6.1/20.7  3.7/10.1
+#
+# The optimisers are compared with fp32 weights (AdamW: 20.0 GB): AdEMAMix's slow mean moves by 1e-4 of a gradient a
+# step, which bf16 rounds away. `data` and `batch` are as slam.py; context 512 halves the memory of a row.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-}; shift || true
@@ -50,5 +57,5 @@ batch)
         for rows in 128 256; do run "context${context}_batch$rows" --context=$context --batch_tokens=$((context * rows)); done
     done ;;
 *)
-    sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
