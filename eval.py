@@ -26,7 +26,7 @@ from config import load_config
 from embedded import resolve, sha256
 from model import IGNORE, UnitLM, find_checkpoint
 from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio
-from train import checkpoint_fingerprint, merge_results, pick_device, validation_loss
+from train import autocast, checkpoint_fingerprint, merge_results, pick_device, validation_loss
 from units import EOS, PAD, UnitReader, require_same, to_tokens, to_units, vocab_size
 from vocoder import Vocoder
 
@@ -254,9 +254,10 @@ def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: 
     bar = tqdm(total=len(prompts), disable=None, desc=desc, unit="prompt")
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
-        new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator,
-                          forbid=(PAD,) if may_end else (PAD, EOS), stop=(EOS,),
-                          compile=compile and len(part) == batch, **sampling)
+        with autocast(lm.device, "bfloat16" if lm.device.type == "cuda" else "float32"):
+            new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator,
+                              forbid=(PAD,) if may_end else (PAD, EOS), stop=(EOS,),
+                              compile=compile and len(part) == batch, **sampling)
         for i, tokens in zip(part, new):
             out[i] = to_units(tokens)
         bar.update(len(part))

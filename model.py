@@ -119,13 +119,36 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        if torch.is_autocast_enabled(x.device.type):  # cast once for all the linear layers that take it, not in each
+            return y.to(torch.get_autocast_dtype(x.device.type))
+        return y.to(x.dtype)
 
 
 def same_utterance(positions: Tensor) -> Tensor:
     """Who may attend to whom, (B, 1, T, T) bool: what came before in the same utterance. positions (B, T)."""
     utterance = (positions == 0).cumsum(1)
     return (utterance[:, None, :, None] == utterance[:, None, None, :]).tril()
+
+
+def utterance_lengths(positions: Tensor) -> list[int]:
+    """Lengths of the utterances of all rows, one after the other: [[0, 1, 0], [0, 1, 2]] -> [2, 1, 3]."""
+    starts = positions == 0
+    starts[:, 0] = True
+    edges = starts.flatten().nonzero()[:, 0].tolist() + [positions.numel()]
+    return [b - a for a, b in zip(edges, edges[1:])]
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within each utterance, (B, H, T, D), one by one: no work on what a mask would hide.
+
+    What a CPU does: there a call costs little, and a row of two utterances half of what a masked one does.
+    """
+    B, _, T, _ = q.shape
+    parts = [x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)]  # (n, H, D) each
+    y = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in qkv), is_causal=True, enable_gqa=True)
+         for qkv in zip(*parts)]
+    return torch.cat(y, 2).transpose(1, 2).view(B, T, *q.shape[1::2]).transpose(1, 2)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -135,16 +158,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, head_dim) of the rotary position embedding (Su et al. 2021), fp32."""
+    """cos and ∓sin (B, 1, T, head_dim) of the rotary position embedding (Su et al. 2021), fp32, for `rotate`."""
     inverse = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = (positions[:, None, :, None].float() * inverse).repeat(1, 1, 1, 2)
-    return angles.cos(), angles.sin()
+    angles = positions[:, None, :, None].float() * inverse
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head, (B, H, T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    """Rotate the pairs (i, i + head_dim / 2) of each head, (B, H, T, D)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -160,7 +183,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | list[int] | None, cache: KVCache | None,
                 positions: Tensor) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -174,8 +197,11 @@ class Attention(nn.Module):
         elif q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
             # CUDA's fused kernels do not share heads in these cases
             k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
-        y = y.reshape(B, -1, T, self.head_dim)
+        if isinstance(mask, list):
+            y = attend_within(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
+            y = y.reshape(B, -1, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -269,7 +295,8 @@ class UnitLM(nn.Module):
             assert positions is not None and targets is None
             mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
         elif positions is not None:
-            mask = same_utterance(positions)
+            eager_cpu = positions.device.type == "cpu" and not torch.compiler.is_compiling()
+            mask = utterance_lengths(positions) if eager_cpu else same_utterance(positions)
         else:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)

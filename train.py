@@ -74,7 +74,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32", "pure_bfloat16"] = "auto"  # of the computation; weights and optimiser
     # are fp32, but for pure_bfloat16. auto: bfloat16 where the hardware multiplies it fast
     checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, a third more work
-    compile: bool = True  # torch.compile, on a GPU
+    compile: bool | None = None  # torch.compile; none: on a GPU. A CPU needs a C++ compiler and half a minute for it
     loggers: tuple[str, ...] = ()  # beside log.jsonl: tensorboard, wandb; each must be installed
     log_every: int = 10  # steps
     eval_every: int = 1000  # steps
@@ -609,6 +609,11 @@ def sum_gradients(lm: UnitLM) -> None:
         dist.all_reduce(p.grad)
 
 
+def compiled(lm: UnitLM, wanted: bool | None) -> Callable:
+    """The model's forward, compiled if `wanted`, or, if that is None, on a GPU."""
+    return torch.compile(lm) if (lm.device.type == "cuda" if wanted is None else wanted) else lm
+
+
 def n_graphs() -> int:
     """Graphs that torch.compile has made so far."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not imported before something is compiled, which takes seconds
@@ -650,7 +655,7 @@ def main(cfg: Config) -> None:
         losses = [x.to(device) / world for x in run.trainer["pending"]]
         run.trainer = None  # the memory
     run.open()
-    forward = torch.compile(lm) if cfg.compile and device.type == "cuda" else lm
+    forward = compiled(lm, cfg.compile)
     loader = Loader(reader, rows, cfg.micro_batch, device)
     flops, peak = flops_per_token(lm, cfg.context), peak_flops(device)
     if not rank:

@@ -5,9 +5,9 @@ config/gpu_24gb.py`, which counts weights, gradients, optimiser and what is kept
 need a GPU; the allocator and the kernels come on top, torch.compile takes off. Not measured on these cards.
 
                           micro-batch   slam.py   slam_fast.py
-    gpu_24gb.py                     8   15.4 GB        18.6 GB
-    gpu_16gb.py                     4    9.1 GB        11.8 GB
-    gpu_12gb.py                     2    6.0 GB         8.4 GB
-    gpu_8gb.py   checkpointing      4    3.4 GB         5.0 GB, a third more work
+    gpu_24gb.py                     8   15.3 GB        17.5 GB
+    gpu_16gb.py                     4    9.1 GB        11.2 GB
+    gpu_12gb.py                     2    6.0 GB         8.1 GB
+    gpu_8gb.py   checkpointing      4    3.3 GB         4.9 GB, a third more work
 """
 micro_batch = 8

@@ -12,12 +12,12 @@
 # for Qwen2.5-0.5B, others by their FLOPs. GB: what `python bench.py memory config/slam.py --base=...` counts.
 #
 #                    parameters  hours    GB                        parameters  hours    GB
-#     Qwen2.5-0.5B         358M   23.5  15.4      SmolLM2-360M            315M   22.1  14.9
-#     OPT-125M              87M    6.2   2.8      MobileLLM-125M          106M    8.3   8.0
+#     Qwen2.5-0.5B         358M   23.5  15.3      SmolLM2-360M            315M   22.1  14.9
+#     OPT-125M              87M    6.2   2.8      MobileLLM-125M          106M    8.3   7.8
 #     OPT-350M             306M   20.8   7.7      MobileLLM-350M          315M   22.1  14.9
-#     SmolLM2-135M         106M    8.3   8.0      Pythia-160M / 410M  86M/303M  6.1/20.7  3.7/10.1
+#     SmolLM2-135M         106M    8.3   7.8      Pythia-160M / 410M  86M/303M  6.1/20.7  3.7/10.1
 #
-# The optimisers are compared with fp32 weights (AdamW: 20.0 GB): AdEMAMix's slow mean moves by 1e-4 of a gradient a
+# The optimisers are compared with fp32 weights (AdamW: 18.9 GB): AdEMAMix's slow mean moves by 1e-4 of a gradient a
 # step, which bf16 rounds away. `data` and `batch` are as slam.py; context 512 halves the memory of a row.
 set -euo pipefail
 cd "$(dirname "$0")/.."
