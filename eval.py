@@ -46,6 +46,7 @@ class Config:
     temperature: float = 0.8  # of the generation
     top_k: int = 25  # of the generation
     repetition_penalty: float = 1.1  # of the generation
+    may_end: bool = True  # an EOS ends a continuation; else none is drawn, for encoders that hear a cut as an ending
     tokenizer: str = "embedded"  # codebook file; must be the checkpoint's
     vocoder: str = "embedded"  # vocoder file; must speak the checkpoint's units
     asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes the continuations
@@ -271,7 +272,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
     prompts = [tokenizer.encode(load_audio(p)[:round(cfg.prompt_seconds * SAMPLE_RATE)], SAMPLE_RATE)[0].tolist()
                for p in paths]
     new = continue_units(lm, prompts, cfg.new_units, cfg.batch, cfg.seed, "continuing", temperature=cfg.temperature,
-                         top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty,
+                         top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty, may_end=cfg.may_end,
                          compile=cfg.compile and lm.device.type == "cuda" and len(prompts) >= 4 * cfg.batch)
     whole = [vocoder.synthesize(p + c)[0]
              for p, c in zip(prompts, tqdm(new, disable=None, desc="vocoding", leave=False))]
@@ -282,15 +283,16 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
     ppl_alone, empty_alone = text_perplexity(texts_alone, cfg.judge)
     bleu = [100 * auto_bleu(t) for t in texts]
     settings = {k: v for k, v in asdict(cfg).items() if k in (
-        "generate_from", "prompt_seconds", "new_units", "temperature", "top_k", "repetition_penalty", "asr", "judge",
-        "seed")}
+        "generate_from", "prompt_seconds", "new_units", "temperature", "top_k", "repetition_penalty", "may_end", "asr",
+        "judge", "seed")}
     (out / "generated.jsonl").write_text("".join(
         json.dumps({"prompt": p.name, "text": t, "continuation_text": a}) + "\n"
         for p, t, a in zip(paths, texts, texts_alone)))
     if cfg.keep_audio:
         for path, wave in zip(paths, whole):
             soundfile.write(out / f"generated_{path.stem}.wav", wave, SAMPLE_RATE)
-    return {"gen_ppl": {"value": ppl, "n": len(texts) - empty, "empty": empty, "continuation_only": ppl_alone,
+    return {"gen_ppl": {"value": ppl, "n": len(texts) - empty, "empty": empty,
+                        "continuation_only": None if math.isnan(ppl_alone) else ppl_alone,
                         "continuation_empty": empty_alone, "settings": settings},
             "auto_bleu": {"value": float(np.mean(bleu)), "se": float(np.std(bleu, ddof=1) / math.sqrt(len(bleu))),
                           "n": len(bleu), "settings": settings}}

@@ -386,11 +386,11 @@ class UnitLM(nn.Module):
     def _static_cache(self, batch: int, capacity: int, dtype: torch.dtype) -> KVCache:
         """A cache at an address that stays, as CUDA graphs need; the last one again, if it has the size."""
         key, cache = getattr(self, "last_cache", (None, None))
-        if key != (batch, capacity, dtype):
+        if key != (batch, capacity, dtype, self.device):
             cache = KVCache(self.config, batch, capacity, self.device, dtype)
             for x in (*cache.k, *cache.v):
                 torch._dynamo.mark_static_address(x)
-            self.last_cache = (batch, capacity, dtype), cache
+            self.last_cache = (batch, capacity, dtype, self.device), cache
         return cache
 
     def decode(self, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:

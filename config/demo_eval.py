@@ -5,3 +5,4 @@ val = ("out/demo/data/units/val",)
 pairs = ("out/demo/data/tstorycloze", "out/demo/data/sblimp")
 generate_from = "out/demo/data/tstorycloze"
 n_generate = 10
+may_end = False  # Whisper's units say that speech ends where a prompt is cut, and EOS would follow at once

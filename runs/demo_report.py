@@ -8,7 +8,7 @@ before, lm, dpo = (json.loads((out / run / "results.json").read_text()) for run 
 
 
 def cell(results: dict, metric: str, key: str = "value") -> str:
-    if metric not in results:
+    if results.get(metric, {}).get(key) is None:
         return "-"
     se = results[metric].get("se") if key == "value" else None
     return f"{results[metric][key]:.2f}" + (f" ± {se:.1f}" if se is not None else "")
