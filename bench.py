@@ -63,6 +63,14 @@ def rates(sides: dict[str, Callable[[], Callable[[], int]]], rounds: int, warm: 
     return {name: (1 / statistics.median(x), memory[name]) for name, x in found.items()}
 
 
+def peer_model(lm: UnitLM) -> torch.nn.Module:
+    """transformers' own model with the same shape and weights, and SDPA."""
+    config = transformers.AutoConfig.for_model(**lm.hf_config())
+    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    hf.load_state_dict(lm.state_dict(), strict=False)  # not strict: a tied head is in it twice
+    return hf
+
+
 # ---------------------------------------------------------------- training
 
 @dataclass
@@ -82,11 +90,7 @@ def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch
     positions begin anew with each, and transformers keeps attention within a chunk. The loss is summed over the step
     and divided by its number of targets. No torch.compile (SlamKit's default).
     """
-    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**lm.hf_config()),
-                                                       attn_implementation="sdpa")
-    hf.load_state_dict(lm.state_dict(), strict=False)
-    dtype = torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32
-    hf = hf.to(device, dtype).train()
+    hf = peer_model(lm).to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
     optimizer = torch.optim.AdamW(hf.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     chunks, rng = cut(reader.lengths, cfg.context), np.random.default_rng(cfg.seed)
     rows = cfg.batch_tokens // cfg.context
@@ -174,10 +178,7 @@ def bench_generate(cfg: BenchGenerate) -> None:
     lm = UnitLM.from_pretrained(find_checkpoint(cfg.checkpoint)) if cfg.checkpoint else \
         UnitLM(ModelConfig(**cfg.shape))
     lm = lm.to(device, dtype).eval()
-    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**lm.hf_config()),
-                                                       attn_implementation="sdpa")
-    hf.load_state_dict(lm.state_dict(), strict=False)
-    hf, n = hf.to(device, dtype).eval(), cfg.max_new_tokens
+    hf, n = peer_model(lm).to(device, dtype).eval(), cfg.max_new_tokens
     how = {"temperature": cfg.temperature, "top_k": cfg.top_k}
     rng = np.random.default_rng(0)
     for batch in cfg.batches:

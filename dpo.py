@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +176,11 @@ def main(cfg: Config) -> None:
         run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in record.items()), **record)
         run.results({k: {"value": v, "n": len(logps), "step": run.step} for k, v in record.items()})
 
+    def save(how: Callable) -> None:
+        if seen:  # else the log line has just checked
+            run.check_finite([torch.stack(seen)[:, 0].mean().item()], norm.item())
+        how(lm, optimizer, fingerprint, seen)
+
     order, size = Epochs(len(pairs["train"]), cfg.seed), cfg.micro_batch * cfg.accumulation
     if not run.step:
         with run.pause():
@@ -209,11 +214,8 @@ def main(cfg: Config) -> None:
             seen = []
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             with run.pause():
-                run.check_finite([torch.stack(seen)[:, 0].mean().item() if seen else loss], norm.item())
-                run.save(lm, optimizer, fingerprint, seen)
-    if seen:
-        run.check_finite([torch.stack(seen)[:, 0].mean().item()], norm.item())
-    run.finish(lm, optimizer, fingerprint, seen)
+                save(run.save)
+    save(run.finish)
     evaluate()
     print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")
 

@@ -13,12 +13,14 @@ like any other, and ours become SlamKit's by
 """
 import argparse
 import json
+import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -592,9 +594,7 @@ def read_folder(name: str) -> tuple[dict, dict[str, Tensor]]:
             state = {k.removeprefix("lm."): v for k, v in state.items()}
     except (OSError, ValueError, KeyError) as e:
         raise SystemExit(f"{name}: not a whole checkpoint folder: {e}") from None
-    except Exception as e:  # safetensors' and pickle's own error types for a truncated file
-        if type(e).__name__ not in ("SafetensorError", "UnpicklingError", "RuntimeError"):
-            raise
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as e:  # of a truncated file
         raise SystemExit(f"{name}: damaged weights ({e}); copy or train it again") from None
     return config, state
 
@@ -629,7 +629,7 @@ def write_folder(folder: str | Path, config: dict, state: dict[str, Tensor], sla
             torch.save(trainer, new / "trainer.pt")
         save_file({k: v.detach().contiguous() for k, v in state.items()}, new / "model.safetensors",
                   metadata={"format": "pt"})
-    except Exception as e:  # safetensors and torch.save each wrap an OSError in a type of their own
+    except (OSError, SafetensorError, RuntimeError) as e:  # safetensors and torch.save wrap an OSError in their own
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"{folder}: could not be written ({e})") from e
     swap_in(new, folder)

@@ -644,7 +644,7 @@ def main(cfg: Config) -> None:
     if run.trainer and run.progress() >= 1 and run.evaluated():
         return
     rows = Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world,
-                [len(UnitReader(path)) for path in cfg.train], cfg.weights)
+                reader.sizes, cfg.weights)
     lm = UnitLM.from_pretrained(str(run.checkpoint)) if run.trainer else build(cfg, reader.fingerprint.n_units)
     lm.to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
     lm.set_checkpointing(cfg.checkpointing)

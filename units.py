@@ -209,17 +209,19 @@ class UnitReader:
     """
 
     def __init__(self, *paths: str | Path):
-        files = []
+        files, n_files = [], []
         for path in map(Path, paths):
             found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
             if not found or not found[0].is_file():
                 raise SystemExit(f"{path}: no unit files here; prepare_units.py and synth_stories.py write them")
             files += found
+            n_files.append(len(files))
         self.shards = [Shard(f) for f in files]
         self.fingerprint = self.shards[0].fingerprint
         for shard in self.shards:
             require_same(self.fingerprint, self.shards[0].path, shard.fingerprint, shard.path)
         self.starts = np.cumsum([0] + [len(s.offsets) - 1 for s in self.shards])
+        self.sizes = np.diff(self.starts[[0, *n_files]]).tolist()  # utterances of each of `paths`
         self.lengths = np.concatenate([np.diff(s.offsets) for s in self.shards])  # in tokens, BOS and EOS included
         self.n_tokens = int(self.lengths.sum())
         self.hours = sum(s.hours for s in self.shards)

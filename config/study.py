@@ -2,7 +2,7 @@
 
     python train.py config/slam.py config/study.py --seed=0
 
-Two layers of SmolLM2-135M, 400k tokens of the demo pipeline's stories, batch and micro-batch a 32nd. Unit embeddings
+Two layers of SmolLM2-135M, 400k tokens of the demo pipeline's stories, a 32nd of the batch. Unit embeddings
 are drawn anew for both: on a base cut in depth the text's first rows start at 23 nats.
 """
 train = ("out/study/data/units/train",)

@@ -91,3 +91,8 @@ def test_pairs(tmp_path, fingerprint):
             read_pairs(path)
     with pytest.raises(SystemExit, match="no such pair file"):
         read_pairs(tmp_path / "none.jsonl")
+
+
+def test_sizes_are_of_the_paths_not_of_the_shards(corpus):
+    reader = UnitReader(corpus / "val", corpus / "train", corpus / "val" / "00000.safetensors")
+    assert len(reader.shards) == 4 and reader.sizes == [30, 200, 30]
