@@ -22,10 +22,11 @@ import soundfile
 import torch
 from tqdm import tqdm
 
+from audio import SAMPLE_RATE, load_audio
 from config import load_config
 from embedded import resolve, sha256
 from model import IGNORE, UnitLM, find_checkpoint
-from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio
+from speech_tokenizer import SpeechTokenizer
 from train import autocast, checkpoint_fingerprint, merge_results, pick_device, validation_loss
 from units import EOS, PAD, UnitReader, require_same, to_tokens, to_units, vocab_size
 from vocoder import Vocoder
@@ -274,10 +275,10 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
     new = continue_units(lm, prompts, cfg.new_units, cfg.batch, cfg.seed, "continuing", temperature=cfg.temperature,
                          top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty, may_end=cfg.may_end,
                          compile=cfg.compile and lm.device.type == "cuda" and len(prompts) >= 4 * cfg.batch)
-    whole = [vocoder.synthesize(p + c)[0]
+    whole = [vocoder.synthesize(tokenizer.to_units(p + c))[0]
              for p, c in zip(prompts, tqdm(new, disable=None, desc="vocoding", leave=False))]
     texts = transcribe(whole, cfg.asr)
-    heard = iter(transcribe([vocoder.synthesize(c)[0] for c in new if c], cfg.asr))
+    heard = iter(transcribe([vocoder.synthesize(tokenizer.to_units(c))[0] for c in new if c], cfg.asr))
     texts_alone = [next(heard) if c else "" for c in new]  # a continuation may be empty
     ppl, empty = text_perplexity(texts, cfg.judge)
     ppl_alone, empty_alone = text_perplexity(texts_alone, cfg.judge)
@@ -333,20 +334,20 @@ def table(rows: dict[str, dict]) -> str:
 def main(cfg: Config) -> None:
     device = pick_device()
     if cfg.resynth_from:
-        tokenizer, vocoder = SpeechTokenizer.load(cfg.tokenizer, device.type), Vocoder.load(cfg.vocoder).to(device)
+        tokenizer, vocoder = SpeechTokenizer.load(cfg.tokenizer, device.type).base, Vocoder.load(cfg.vocoder).to(device)
         require_same(tokenizer.fingerprint, cfg.tokenizer, vocoder.fingerprint, cfg.vocoder)
         print(json.dumps(resynthesis_error(cfg, tokenizer, vocoder)))
         return
     checkpoints = {name: find_checkpoint(name) for name in cfg.checkpoint}
     tokenizer = SpeechTokenizer.load(cfg.tokenizer, device.type) if cfg.pairs or cfg.generate_from else None
     vocoder = Vocoder.load(cfg.vocoder).to(device) if cfg.generate_from else None
+    if vocoder:
+        require_same(tokenizer.base_fingerprint, cfg.tokenizer, vocoder.fingerprint, f"vocoder {cfg.vocoder}")
     val = UnitReader(*cfg.val) if cfg.val else None
     fingerprints = {name: checkpoint_fingerprint(folder) for name, folder in checkpoints.items()}
     for name, fingerprint in fingerprints.items():
         if tokenizer:
             require_same(fingerprint, name, tokenizer.fingerprint, f"tokenizer {cfg.tokenizer}")
-        if vocoder:
-            require_same(fingerprint, name, vocoder.fingerprint, f"vocoder {cfg.vocoder}")
         if val:
             require_same(fingerprint, name, val.fingerprint, cfg.val[0])
 
@@ -372,6 +373,8 @@ def main(cfg: Config) -> None:
             loss, n = validation_loss(lm, val, cfg.context, cfg.batch, "float32")
             results["val_loss"] = {"value": loss, "n": n}
             results["val_ppl"] = {"value": math.exp(loss), "n": n}
+            if val.hours:  # the same for all vocabularies, as units or pieces per second are not
+                results["val_bits_per_second"] = {"value": loss * n / math.log(2) / (3600 * val.hours), "n": n}
         for benchmark, (pairs, utterances) in benchmarks.items():
             results[benchmark] = score_pairs(lm, pairs, utterances, cfg.batch)
         where = Path(folder).parent if Path(folder).name == "checkpoint" else Path(folder)

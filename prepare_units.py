@@ -1,302 +1,176 @@
 """Speech to units: the speech tokeniser (encoder + k-means + dedup), fitting its codebook, tokenising a corpus.
 
-In:  audio files (a folder, searched recursively; any rate, any number of channels).
-Out: a folder of unit files (units.py), or a codebook (.safetensors) that is the whole definition of a tokeniser.
+In:  audio: a folder (any libsndfile format, any rate, any number of channels), a tar or tar.gz archive, a parquet file,
+     a list of paths; or units in SlamKit's .jsonl.
+Out: a folder of unit files (units.py) with a report; or a codebook (.safetensors), the whole definition of a tokeniser.
 
     python prepare_units.py config/units_embedded.py --input my_speech --out out/my_units
+    python prepare_units.py verify out/my_units                    # is it whole? hours, tokens, entropy
     python prepare_units.py fit config/fit_embedded.py --input my_speech --codebook my_codebook.safetensors
+    python prepare_units.py check --tokenizer my_codebook.safetensors --input my_speech   # how steady its units are
+    python prepare_units.py convert --source mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin   # a published k-means
+    python prepare_units.py bpe --units out/my_units --out out/my_bpe                     # pieces of several units
 
-Two cores tokenise about 80 times faster than real time with the embedded encoder; an hour of units takes 0.15 MB.
+One process, or several that share a folder: `--shard=3/8` is the third of eight, torchrun's processes share by
+themselves. Killed, the same command goes on, and writes what it would have written. Two cores tokenise about 80 times
+faster than real time with the embedded encoder; an hour of units takes 0.15 MB.
 """
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import re
 import sys
-from dataclasses import dataclass
+import threading
+import time
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
+from queue import Full, Queue
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from config import load_config
-from embedded import resolve
-from units import Fingerprint, UnitWriter, dedup
-
-ASSETS = Path(__file__).parent / "assets"
-EMBEDDED_TOKENIZER = ASSETS / "codebook.safetensors"
-SAMPLE_RATE = 16_000  # of every encoder here
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au"}
+from audio import SAMPLE_RATE, Item, check_extent, check_wave, read_blocks, read_input, split_at_silences
+from config import load_config, save_config
+from speech_tokenizer import (DTYPES, Bpe, HubertFrames, SpeechTokenizer, WhisperFrames, assign, codebook_fingerprints,
+                              load_encoder, read_codebook, windows, write_codebook)
+from units import Shard, UnitReader, UnitWriter, dedup, require_same, to_bytes, vocab_size
 
 
 @dataclass
 class Config:
-    """Tokenise a folder of audio files."""
-    input: str = ""  # folder of audio files (searched recursively), or one file
+    """Tokenise a corpus."""
+    input: str = ""  # folder (searched recursively), audio file, .tar, .tar.gz, .parquet, list of paths, SlamKit .jsonl
     out: str = "out/units"  # folder of unit files to write; an interrupted run resumes in it
     tokenizer: str = "embedded"  # codebook file; `embedded` is the one shipped in assets/
     durations: bool = False  # keep frames per unit beside the units (training a vocoder needs them)
+    text: bool = False  # keep what is said: LibriSpeech's .trans.txt, .txt beside the audio, a parquet's column `text`
+    audio_column: str = "audio"  # of a parquet file
+    max_utterance_seconds: float = 0.0  # cut longer recordings at silences into utterances so long; 0: leave them whole
+    max_bad_share: float = 0.01  # of recordings that can't be used, before the run stops with an error
+    dtype: str = "auto"  # of the encoder: float32, float16, bfloat16; auto is float16 on a GPU, float32 on a CPU
     batch_seconds: float = 60.0  # audio encoded together
+    workers: int = 0  # threads that read, decode and resample ahead of the encoder; 0: one per core, at most 16
+    shard: str = ""  # this process's part of the work, 1/8 to 8/8; all parts write into the same `out`
     shard_tokens: int = 1_000_000  # tokens per unit file; a killed run loses at most one
     overwrite: bool = False  # start anew instead of resuming
+
+    def problems(self) -> list[str]:
+        """Cross-field checks of the loader."""
+        found = [] if self.input else ["input: name a folder of audio files"]
+        try:
+            part_of(self.shard)
+        except ValueError:
+            found.append(f"shard: {self.shard!r} is not a part such as 1/8 to 8/8")
+        if self.dtype not in ("auto", *DTYPES):
+            found.append(f"dtype: {self.dtype!r}; expected auto, {', '.join(DTYPES)}")
+        if 0 < self.max_utterance_seconds < 1:
+            found.append("max_utterance_seconds: at least 1, or 0")
+        if self.batch_seconds <= 0 or self.shard_tokens <= 0:
+            found.append("batch_seconds and shard_tokens are positive")
+        return found
 
 
 @dataclass
 class FitConfig:
     """Fit a codebook (k-means on an encoder's features)."""
-    input: str = ""  # folder of audio files
+    input: str = ""  # folder of audio files, or any other input of prepare_units.py
     codebook: str = "out/codebook.safetensors"  # file to write
     encoder: str = "embedded:whisper-tiny.en"  # hub id, folder or embedded:NAME of a Whisper or HuBERT model
     layer: int = 3  # hidden state to cluster (0 = before the first transformer layer)
     n_units: int = 500  # clusters
-    hours: float = 1.5  # audio to fit on, drawn at random from the folder
-    iterations: int = 30  # of Lloyd's algorithm, at most
+    hours: float = 1.5  # audio to fit on, drawn at random from the folder; its features are held in memory
+    seconds_per_file: float = 60.0  # at most so much of each file, from its beginning
+    iterations: int = 30  # of k-means, at most
+    minibatch: int = 0  # frames per iteration (mini-batch k-means, for many hours); 0: all of them (Lloyd's)
     seed: int = 0  # of the draw and of the k-means++ start
     overwrite: bool = False  # replace an existing codebook
 
 
-# ---------------------------------------------------------------- audio
-
-def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
-    """Polyphase resampling of (T,) float32 from `rate` to `to` Hz, with scipy's anti-aliasing filter."""
-    if rate == to:
-        return wave
-    from scipy.signal import resample_poly
-    g = math.gcd(rate, to)
-    return resample_poly(wave, to // g, rate // g).astype(np.float32)
-
-
-def check_wave(wave: np.ndarray, name="audio") -> None:
-    """ValueError, naming the audio, if (T,) samples at 16 kHz hold nothing that a tokeniser could hear."""
-    if not np.isfinite(wave).all():
-        raise ValueError(f"{name}: holds NaN or infinite samples; export it again")
-    if len(wave) < SAMPLE_RATE // 25:
-        raise ValueError(f"{name}: {1000 * len(wave) / SAMPLE_RATE:.0f} ms of audio; a unit needs at least 40 ms")
-    if np.abs(wave).max() < 1e-4:
-        raise ValueError(f"{name}: silent (peak below -80 dB); record it again")
+@dataclass
+class CheckConfig:
+    """How steady a tokeniser's units are: when a recording is cut, batched, windowed, or computed in half precision."""
+    input: str = ""  # folder of audio files, or any other input of prepare_units.py
+    tokenizer: str = "embedded"  # codebook file
+    minutes: float = 10.0  # audio to look at, drawn at random
+    dtype: str = "auto"  # of the encoder, compared with float32 where it is another
+    window_seconds: float = 0.0  # try windows of this length in place of the encoder's own,
+    hop_seconds: float = 0.0  # and this far apart
+    seed: int = 0  # of the draw
 
 
-def load_audio(path: str | Path, rate: int = SAMPLE_RATE) -> np.ndarray:
-    """Any libsndfile file as mono float32 (T,) at `rate` Hz. ValueError naming the file if there is nothing to use."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such audio file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: empty file")
-    try:
-        with soundfile.SoundFile(path) as f:
-            promised, file_rate, notes = f.frames, f.samplerate, f.extra_info
-            wave = f.read(dtype="float32", always_2d=True).mean(1)
-    except soundfile.LibsndfileError as e:
-        raise ValueError(f"{path}: not readable as audio ({e.error_string}); wav, flac, ogg and mp3 are") from None
-    # libsndfile opens a wav cut short by a broken copy and only notes what its header promised; 4 GB is a stream's.
-    cut = re.search(r"data : (\d+) \(should be (\d+)\)", notes)
-    if len(wave) < promised or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00:
-        raise ValueError(f"{path}: truncated: it holds less audio than its header promises; copy it again")
-    wave = resample(wave, file_rate, SAMPLE_RATE)
-    check_wave(wave, path)
-    return resample(wave, SAMPLE_RATE, rate)
+@dataclass
+class ConvertConfig:
+    """Make a codebook of a published k-means (scikit-learn's, written by joblib) without running what is in it."""
+    source: str = ""  # the file
+    codebook: str = "out/mhubert25.safetensors"  # file to write
+    encoder: str = "slprl/mhubert-base-25hz"  # hub id or folder of the model whose features it clusters
+    layer: int = 11  # hidden state that it clusters
+    unit_rate_hz: float = 25.0  # frames per second of that model
+    overwrite: bool = False  # replace an existing codebook
 
 
-# ---------------------------------------------------------------- encoders
-
-class WhisperFrames:
-    """Whisper's encoder as a 25 Hz frame extractor: log-mel -> `layer` blocks -> pairs of frames averaged.
-
-    The encoder runs on the real length, not padded to 30 s. Longer audio is cut into 30 s windows every 20 s, and each
-    frame is taken from the window in which it is most central; that cut is part of the tokeniser's definition.
-    """
-    rate_hz, samples_per_frame = 25.0, 640
-    window, hop = 750, 500  # frames
-
-    def __init__(self, name: str, layer: int, device: str):
-        from transformers import WhisperFeatureExtractor, WhisperModel
-        folder = resolve(name)
-        self.encoder = WhisperModel.from_pretrained(folder, dtype=torch.float32).encoder.eval().to(device)
-        if not 0 <= layer <= len(self.encoder.layers):
-            raise SystemExit(f"{name}: no layer {layer}; it has {len(self.encoder.layers)}")
-        extractor = WhisperFeatureExtractor.from_pretrained(folder)
-        self.mel_filters = torch.tensor(extractor.mel_filters, dtype=torch.float32, device=device)  # (201, 80)
-        self.hann = torch.hann_window(400, device=device)
-        self.layer, self.device = layer, device
-
-    def log_mel(self, wave: Tensor) -> Tensor:
-        """(T,) at 16 kHz -> Whisper's log-mel (80, T // 160)."""
-        power = torch.stft(wave, 400, 160, window=self.hann, return_complex=True)[:, :-1].abs() ** 2
-        log = (self.mel_filters.T @ power).clamp(min=1e-10).log10()
-        return (torch.maximum(log, log.max() - 8) + 4) / 4
-
-    def spans(self, n_frames: int) -> list[tuple[int, int, int, int]]:
-        """Windows over n frames: (start, end) of the window and of the part kept from it."""
-        if n_frames <= self.window:
-            return [(0, n_frames, 0, n_frames)]
-        margin = (self.window - self.hop) // 2
-        starts = list(range(0, n_frames - self.window, self.hop)) + [n_frames - self.window]
-        keep = [0] + [s + margin for s in starts[1:]] + [n_frames]
-        return [(s, s + self.window, a, b) for s, a, b in zip(starts, keep, keep[1:])]
-
-    @torch.inference_mode()
-    def __call__(self, waves: list[np.ndarray]) -> list[Tensor]:
-        """Waves (T,) -> features (T // 640, 384) and their positions in the encoder's window (T // 640,)."""
-        pieces = [(i, span) for i, wave in enumerate(waves) for span in self.spans(len(wave) // 640)]
-        mels = [self.log_mel(torch.from_numpy(waves[i][a * 640:b * 640]).to(self.device)) for i, (a, b, _, _) in pieces]
-        features = self.encode(mels)
-        out = [[] for _ in waves]
-        for (i, (start, _, keep_from, keep_to)), x in zip(pieces, features):
-            kept = slice(keep_from - start, keep_to - start)
-            out[i].append((x[kept], torch.arange(kept.start, kept.stop, device=self.device)))
-        return [(torch.cat([x for x, _ in parts]), torch.cat([p for _, p in parts])) for parts in out]
-
-    def encode(self, mels: list[Tensor]) -> list[Tensor]:
-        """Log-mels (80, 4n) -> features (n, 384); masked, so that no file's frames see another's padding."""
-        lengths = torch.tensor([m.shape[1] for m in mels], device=self.device)
-        mel = torch.stack([F.pad(m, (0, int(lengths.max()) - m.shape[1])) for m in mels])
-        inside = torch.arange(mel.shape[2], device=self.device) < lengths[:, None]
-        e = self.encoder
-        x = F.gelu(e.conv1(mel)) * inside[:, None]  # a lone file's second convolution meets zeros past its end
-        x = F.gelu(e.conv2(x)).transpose(1, 2)
-        inside = inside[:, ::2]
-        x = x + e.embed_positions.weight[:x.shape[1]]
-        mask = None if inside.all() else torch.where(inside, 0.0, -torch.inf)[:, None, None, :]
-        for block in e.layers[:self.layer]:
-            x = block(x, attention_mask=mask)
-            x = x[0] if isinstance(x, tuple) else x  # transformers returned tuples once
-        x = (x[:, 0::2] + x[:, 1::2]) / 2
-        return [row[:n // 4] for row, n in zip(x, lengths.tolist())]
-
-
-class HubertFrames:
-    """HuBERT as a frame extractor: `hidden_states[layer]`, the wave padded by 40 samples on each side.
-
-    Its first convolution is group-normalised over time, so padding would change every frame: one file at a time.
-    """
-
-    def __init__(self, name: str, layer: int, device: str):
-        from transformers import HubertModel
-        self.model = HubertModel.from_pretrained(resolve(name), dtype=torch.float32).eval().to(device)
-        if not 0 < layer <= len(self.model.encoder.layers):
-            raise SystemExit(f"{name}: no layer {layer}; it has {len(self.model.encoder.layers)}")
-        self.model.encoder.layers = self.model.encoder.layers[:layer]  # what lies above is never needed
-        self.samples_per_frame = math.prod(self.model.config.conv_stride)
-        self.rate_hz, self.layer, self.device = SAMPLE_RATE / self.samples_per_frame, layer, device
-
-    @torch.inference_mode()
-    def __call__(self, waves: list[np.ndarray]) -> list[Tensor]:
-        """Waves (T,) -> features (frames, hidden) and None (HuBERT's positions are relative)."""
-        out = []
-        for wave in waves:
-            x = F.pad(torch.from_numpy(wave).to(self.device), (40, 40))[None]
-            out.append((self.model(x, output_hidden_states=True).hidden_states[self.layer][0], None))
-        return out
-
-
-def load_encoder(name: str, layer: int, device: str = "cpu"):
-    """The frame extractor for a Whisper- or HuBERT-type model, told by its config.json."""
-    from transformers import AutoConfig
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()  # the pipeline's own bars say enough
-    try:
-        kind = AutoConfig.from_pretrained(resolve(name)).model_type
-    except OSError as e:
-        raise SystemExit(f"{name}: no speech encoder there ({str(e).splitlines()[0]})") from None
-    kinds = {"whisper": WhisperFrames, "hubert": HubertFrames}
-    if kind not in kinds:
-        raise SystemExit(f"{name}: a {kind!r} model; speech encoders here are {' and '.join(kinds)}")
-    return kinds[kind](name, layer, device)
-
-
-# ---------------------------------------------------------------- tokeniser
-
-class SpeechTokenizer:
-    """Encoder + k-means + dedup; defined by a codebook file (centroids, position mean, name and layer of the encoder).
-
-    tokenizer = SpeechTokenizer.load("embedded")
-    units, durations = tokenizer.encode(wave, 16_000)   # (T,) int64 each; the durations sum to the frames
-    """
-
-    def __init__(self, encoder, centroids: Tensor, position_mean: Tensor | None, fingerprint: Fingerprint):
-        self.encoder, self.fingerprint = encoder, fingerprint
-        self.centroids, self.position_mean = centroids, position_mean
-
-    @classmethod
-    def load(cls, name: str = "embedded", device: str = "cpu") -> "SpeechTokenizer":
-        """Load a codebook file, or `embedded`. SystemExit if it is missing or not a codebook."""
-        path = EMBEDDED_TOKENIZER if name == "embedded" else Path(name)
-        if not path.is_file():
-            raise SystemExit(f"{path}: no such codebook; `python prepare_units.py fit` makes one")
-        try:
-            with safe_open(path, "pt") as f:
-                meta = f.metadata() or {}
-                centroids = f.get_tensor("centroids").float().to(device)
-                mean = f.get_tensor("position_mean").float().to(device) if "position_mean" in f.keys() else None
-            encoder, layer = meta["encoder"], int(meta["layer"])
-        except Exception as e:  # safetensors has no public base class for its errors
-            raise SystemExit(f"{path}: not a codebook ({e}); `python prepare_units.py fit` makes one") from None
-        frames = load_encoder(encoder, layer, device)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        return cls(frames, centroids, mean,
-                   Fingerprint(encoder, layer, frames.rate_hz, len(centroids), True, sha256))
-
-    def features(self, waves: list[np.ndarray]) -> list[Tensor]:
-        """Waves (T,) at 16 kHz -> what k-means sees, (frames, hidden), free of the encoder's absolute position."""
-        return [x if self.position_mean is None else x - self.position_mean[p] for x, p in self.encoder(waves)]
-
-    def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
-        """Waves (T,) at 16 kHz -> one unit per frame, before dedup."""
-        for wave in waves:
-            check_wave(wave)
-        return [assign(x, self.centroids).cpu().numpy() for x in self.features(waves)]
-
-    def encode_batch(self, waves: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Waves (T,) at 16 kHz -> (units, durations) of each; the same whatever else is in the batch."""
-        return [dedup(frames) for frames in self.frames(waves)]
-
-    def encode(self, wave: np.ndarray, sample_rate: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mono float wave (T,) -> units (N,), durations (N,) in frames. ValueError if it is silent, NaN or too short.
-
-        encode(two seconds of speech, 16_000) -> [413, 77, 20, …], [2, 1, 1, …] with durations summing to 50
-        """
-        return self.encode_batch([resample(np.asarray(wave, dtype=np.float32), sample_rate, SAMPLE_RATE)])[0]
-
-
-def assign(x: Tensor, centroids: Tensor, chunk: int = 1 << 16) -> Tensor:
-    """Index (N,) of the nearest centroid (K, D) of each row of x (N, D)."""
-    half_norm = centroids.square().sum(1) / 2
-    return torch.cat([(half_norm - part @ centroids.T).argmin(1) for part in x.split(chunk)])
+@dataclass
+class BpeConfig:
+    """Train a sentencepiece model over units, each a character, and encode unit files with it."""
+    units: tuple[str, ...] = ()  # folders of unit files: the first is trained on, all are encoded
+    out: str = "out/bpe"  # folder to write: tokenizer.safetensors, and the unit files under their folders' names
+    tokenizer: str = "embedded"  # codebook file of these units
+    n_pieces: int = 2000  # size of the vocabulary, single units included
+    train_tokens: float = 10e6  # units to train on, at most
+    shard_tokens: int = 50_000_000  # tokens per unit file
+    overwrite: bool = False  # replace what is there
 
 
 # ---------------------------------------------------------------- fitting
 
-def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Lloyd's algorithm from a k-means++ start (Arthur & Vassilvitskii 2007): centroids (k, D) and mean inertia."""
-    start = x[torch.randperm(len(x), generator=generator)[:50 * k]]
+def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator,
+           minibatch: int = 0) -> tuple[Tensor, float]:
+    """k-means from a k-means++ start (Arthur & Vassilvitskii 2007): centroids (k, D) and mean inertia.
+
+    Lloyd's algorithm, or with `minibatch` frames an iteration Sculley's (2010): a centroid is the mean of what it was
+    given so far. Clusters left empty are seeded anew with the frames that are served worst.
+    """
+    start = x[torch.randperm(len(x), generator=generator)[:50 * k].to(x.device)]
     centroids = start[:1]
     nearest = (start - centroids).square().sum(1)
     for _ in tqdm(range(k - 1), disable=None, desc="k-means++", leave=False):
-        chosen = start[torch.multinomial(nearest, 1, generator=generator)]
+        chosen = start[torch.multinomial(nearest.cpu(), 1, generator=generator).to(x.device)]
         centroids = torch.cat([centroids, chosen])
         nearest = torch.minimum(nearest, (start - chosen).square().sum(1))
-    inertia = math.inf
+    inertia, seen = math.inf, torch.zeros(k, device=x.device)
     bar = tqdm(range(iterations), disable=None, desc="k-means")
     for _ in bar:
-        labels = assign(x, centroids)
-        distance = (x - centroids[labels]).square().sum(1)
+        part = x[torch.randint(len(x), (minibatch,), generator=generator).to(x.device)] if minibatch else x
+        labels = assign(part, centroids)
+        distance = (part - centroids[labels]).square().sum(1)
         previous, inertia = inertia, distance.mean().item()
         bar.set_postfix(inertia=f"{inertia:.4f}")
-        if previous - inertia < 1e-5 * inertia:
+        if not minibatch and previous - inertia < 1e-5 * inertia:
             break
         counts = torch.bincount(labels, minlength=k)
-        centroids = torch.zeros_like(centroids).index_add_(0, labels, x) / counts.clamp(min=1)[:, None]
-        empty = (counts == 0).nonzero()[:, 0]
-        centroids[empty] = x[distance.topk(len(empty)).indices]  # re-seed with the worst-served frames
-    return centroids, inertia
+        sums = torch.zeros_like(centroids).index_add_(0, labels, part)
+        if minibatch:
+            seen += counts
+            centroids = centroids + (sums - counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
+            empty = (seen == 0).nonzero()[:, 0]
+        else:
+            centroids = sums / counts.clamp(min=1)[:, None]
+            empty = (counts == 0).nonzero()[:, 0]
+        centroids[empty] = part[distance.topk(len(empty)).indices]
+    if minibatch:
+        inertia = torch.cat([(p - centroids[assign(p, centroids)]).square().sum(1) for p in x.split(1 << 16)]).mean()
+    return centroids, float(inertia)
 
 
 def position_mean(encoder, waves: list[np.ndarray], rng: np.random.Generator) -> Tensor:
@@ -332,107 +206,641 @@ def crop_agreement(tokenizer: SpeechTokenizer, waves: list[np.ndarray], rng: np.
     return float(np.mean(equal))
 
 
+def draw(input: str, seconds: float, seconds_per_file: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Waves of recordings drawn at random, `seconds` in all; an archive's are taken as they come. Names what is bad."""
+    total, items = read_input(input)
+    if total is None:
+        print(f"{input}: an archive is read from its beginning, not at random", file=sys.stderr)
+    else:
+        items = list(items)
+        items = (items[i] for i in rng.permutation(len(items)))
+    waves, missing = [], seconds
+    bar = tqdm(total=round(seconds / 3600, 2), disable=None, desc="reading", unit="h")
+    for item in items:
+        try:
+            if item.problem:
+                raise ValueError(f"{item.id}: {item.problem}")
+            parts, n = [], 0
+            for block in read_blocks(item.source, item.id):
+                parts.append(block)
+                n += len(block)
+                if n >= seconds_per_file * SAMPLE_RATE:
+                    break
+            wave = np.concatenate([np.zeros(0, np.float32), *parts])[:round(seconds_per_file * SAMPLE_RATE)]
+            check_wave(wave, item.id)
+        except ValueError as e:
+            print(f"skipped {e}", file=sys.stderr)
+            continue
+        waves.append(wave)
+        missing -= len(wave) / SAMPLE_RATE
+        bar.update(len(wave) / SAMPLE_RATE / 3600)
+        if missing <= 0:
+            break
+    bar.close()
+    if not waves:
+        raise SystemExit(f"{input}: not one usable recording")
+    return waves
+
+
 def fit(cfg: FitConfig) -> None:
     """Fit a codebook and write it with what it was fitted on and how well it does."""
     out = Path(cfg.codebook)
-    if out.exists() and not cfg.overwrite:
-        raise SystemExit(f"{out} exists; --overwrite replaces it")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(cfg.encoder, cfg.layer, device)
+    refuse_existing(out, cfg.overwrite)
+    encoder = load_encoder(cfg.encoder, cfg.layer, "cuda" if torch.cuda.is_available() else "cpu", "float32")
     rng = np.random.default_rng(cfg.seed)
-    paths = find_audio(cfg.input)
-    waves, seconds, skipped = [], 0.0, []
-    bar = tqdm(total=cfg.hours, disable=None, desc="reading", unit="h")
-    for i in rng.permutation(len(paths)):
-        try:
-            waves.append(load_audio(paths[i]))
-        except ValueError as e:
-            skipped.append(e)
-            continue
-        seconds += len(waves[-1]) / SAMPLE_RATE
-        bar.update(len(waves[-1]) / SAMPLE_RATE / 3600)
-        if seconds >= cfg.hours * 3600:
-            break
-    bar.close()
+    waves = draw(cfg.input, cfg.hours * 3600, cfg.seconds_per_file, rng)
     mean = position_mean(encoder, waves, rng) if isinstance(encoder, WhisperFrames) else None
     x = []
     for wave in tqdm(waves, disable=None, desc="features"):
-        features, positions = encoder([wave])[0]
-        x.append(features if mean is None else features - mean[positions])
+        for piece, first, last in windows([wave], encoder):
+            (features, positions), = encoder([piece])
+            x.append((features if mean is None else features - mean[positions])[first:last])
     x = torch.cat(x)
     if len(x) < 10 * cfg.n_units:
         raise SystemExit(f"{cfg.input}: {len(x)} frames are too few for {cfg.n_units} units")
-    centroids, inertia = kmeans(x, cfg.n_units, cfg.iterations, torch.Generator().manual_seed(cfg.seed))
-    tensors = {"centroids": centroids.half().contiguous()}
-    if mean is not None:
-        tensors["position_mean"] = mean.half().contiguous()
-    placeholder = Fingerprint(cfg.encoder, cfg.layer, encoder.rate_hz, cfg.n_units, True, "")
-    tokenizer = SpeechTokenizer(encoder, tensors["centroids"].float(),
-                                None if mean is None else tensors["position_mean"].float(), placeholder)
+    centroids, inertia = kmeans(x, cfg.n_units, cfg.iterations, torch.Generator().manual_seed(cfg.seed), cfg.minibatch)
+    tensors = {"centroids": centroids.half()} | ({} if mean is None else {"position_mean": mean.half()})
+    meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": encoder.rate_hz, "n_units": cfg.n_units}
+    tokenizer = SpeechTokenizer(encoder, tensors["centroids"].float(), None if mean is None else
+                                tensors["position_mean"].float(), codebook_fingerprints(tensors, meta)[0])
     agreement = crop_agreement(tokenizer, waves, rng)
     units_per_second = np.mean([len(dedup(f)[0]) / (len(f) / encoder.rate_hz) for f in tokenizer.frames(waves[:20])])
-    report = {"encoder": cfg.encoder, "layer": cfg.layer, "n_units": cfg.n_units, "hours": round(seconds / 3600, 3),
-              "inertia": round(inertia, 4), "crop_agreement": round(agreement, 4),
-              "units_per_second": round(float(units_per_second), 2), "seed": cfg.seed}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out.with_suffix(".part"), metadata={k: str(v) for k, v in report.items()})
-    os.replace(out.with_suffix(".part"), out)
-    print(json.dumps(report))
-    report_skipped(skipped)
+    meta |= {"hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3), "inertia": round(inertia, 4),
+             "crop_agreement": round(agreement, 4), "units_per_second": round(float(units_per_second), 2),
+             "seed": cfg.seed}
+    write_codebook(out, tensors, meta)
+    print(json.dumps(meta))
     print(f"wrote {out}")
+
+
+def check(cfg: CheckConfig) -> None:
+    """Print, as one JSON line, the shares of frames that keep their unit whatever is done to the recording."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = SpeechTokenizer.load(cfg.tokenizer, device, cfg.dtype).base
+    encoder, rng = tokenizer.encoder, np.random.default_rng(cfg.seed)
+    if cfg.window_seconds:
+        encoder.window = round(cfg.window_seconds * encoder.rate_hz)
+        encoder.hop = round((cfg.hop_seconds or cfg.window_seconds * 5 / 6) * encoder.rate_hz)
+    waves = draw(cfg.input, cfg.minutes * 60, 60.0, rng)
+    alone = [tokenizer.frames([wave])[0] for wave in tqdm(waves, disable=None, desc="alone")]
+    report = {"tokenizer": cfg.tokenizer, "encoder": f"{tokenizer.fingerprint}", "dtype": str(encoder.dtype)[6:],
+              "hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3),
+              "units_per_second": encoder.rate_hz * sum(len(dedup(f)[0]) for f in alone) / sum(map(len, alone)),
+              "crop_agreement": crop_agreement(tokenizer, waves, rng),
+              "batch_agreement": float(np.mean(np.concatenate(alone) == np.concatenate(tokenizer.frames(waves))))}
+    if encoder.dtype != torch.float32:
+        exact = SpeechTokenizer.load(cfg.tokenizer, device, "float32").base
+        report["float32_agreement"] = float(np.mean(np.concatenate(alone) == np.concatenate(
+            [exact.frames([wave])[0] for wave in waves])))
+    if isinstance(encoder, HubertFrames):  # it can read a recording whole
+        whole = np.concatenate(waves)[:round(240 * SAMPLE_RATE)]
+        read = tokenizer.frames([whole])[0]
+        kept = [last - first for _, first, last in windows([whole], encoder) if last]
+        at_seam = np.zeros(len(read), bool)
+        for seam in np.cumsum(kept):
+            at_seam[max(0, seam - round(encoder.rate_hz)):seam + round(encoder.rate_hz)] = True
+        equal = read == assign(tokenizer.features([whole])[0], tokenizer.centroids).cpu().numpy()
+        report |= {"window_seconds": encoder.window / encoder.rate_hz, "hop_seconds": encoder.hop / encoder.rate_hz,
+                   "window_agreement_at_seams": float(equal[at_seam].mean()), "seams": len(kept),
+                   "window_agreement_elsewhere": float(equal[~at_seam].mean())}
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}))
+
+
+# ---------------------------------------------------------------- a published k-means
+
+# What a pickled k-means is made of. Its names lead to inert stand-ins, and all others are refused, so nothing is run.
+EXPECTED = {"sklearn": {"KMeans", "MiniBatchKMeans"}, "joblib": {"NumpyArrayWrapper"},
+            "numpy": {"ndarray", "dtype", "_reconstruct", "scalar", "__RandomState_ctor", "__randomstate_ctor",
+                      "__bit_generator_ctor", "MT19937"},
+            "copyreg": {"_reconstructor"}, "builtins": {"object"}, "__builtin__": {"object"}}
+PUBLISHED = {"mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin": ("03cc04a9", "28ad")}  # how their sha256 begin, end
+
+
+class Inert:
+    """Stands for an object of a pickle: holds its arguments and its state, and does nothing."""
+    args, state = (), None
+
+    def __init__(self, *args, **_):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class KMeansUnpickler(pickle._Unpickler):  # the one in Python, as joblib puts arrays between the opcodes
+    """Reads a k-means that scikit-learn and joblib wrote, as `Inert` objects and numpy arrays."""
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.file = file
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("_codecs", "encode"):  # how bytes are written in old protocols
+            return lambda text, encoding: text.encode("latin1")
+        if name not in EXPECTED.get(module.partition(".")[0], ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no k-means needs; nothing was run")
+        return type(name, (Inert,), {})
+
+    def load_build(self):
+        super().load_build()
+        wrapper = self.stack[-1]
+        if type(wrapper).__name__ == "NumpyArrayWrapper":  # the array's bytes follow, after some padding
+            if wrapper.state.get("numpy_array_alignment_bytes") is not None:
+                self.file.read(self.file.read(1)[0])
+            shape, order = wrapper.state["shape"], wrapper.state["order"]
+            dtype = plain_dtype(wrapper.state["dtype"])
+            content = self.file.read(math.prod(shape) * dtype.itemsize)
+            self.stack[-1] = np.frombuffer(content, dtype).reshape(shape, order=order)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def plain_dtype(pickled: Inert) -> np.dtype:
+    """A pickled dtype, if it is of plain numbers."""
+    code = str(pickled.args[0])
+    if not re.fullmatch(r"[biuf][1248]", code):
+        raise pickle.UnpicklingError(f"an array of {code!r}, not of numbers")
+    return np.dtype((pickled.state[1] if pickled.state and pickled.state[1] in "<>" else "") + code)
+
+
+def read_kmeans(path: Path) -> np.ndarray:
+    """Centroids (K, D) float32 of a k-means pickled by joblib or pickle, be it compressed. SystemExit if it is none."""
+    content = path.read_bytes()
+    try:
+        if content[:2] in (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda", b"\x1f\x8b"):
+            content = zlib.decompress(content, 47)  # zlib's or gzip's header
+        centroids = KMeansUnpickler(io.BytesIO(content)).load().state["cluster_centers_"]
+        if isinstance(centroids, Inert):  # not joblib's: (version, shape, dtype, Fortran's order?, bytes)
+            _, shape, dtype, fortran, data = centroids.state
+            centroids = np.frombuffer(data, plain_dtype(dtype)).reshape(shape, order="F" if fortran else "C")
+        if centroids.ndim != 2 or not np.isfinite(centroids).all():
+            raise ValueError(f"centroids of shape {centroids.shape}")
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, zlib.error,
+            AssertionError) as e:
+        raise SystemExit(f"{path}: not a k-means of scikit-learn ({type(e).__name__}: {e})") from None
+    return np.ascontiguousarray(centroids, dtype=np.float32)
+
+
+def convert(cfg: ConvertConfig) -> None:
+    """A published k-means as a codebook."""
+    source, out = Path(cfg.source), Path(cfg.codebook)
+    if not source.is_file():
+        raise SystemExit(f"--source={cfg.source}: no such file")
+    refuse_existing(out, cfg.overwrite)
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    begin, end = PUBLISHED.get(source.name, ("", ""))
+    if not (sha256.startswith(begin) and sha256.endswith(end)):
+        raise SystemExit(f"{source}: its sha256 is {sha256}, but the published file's is {begin}…{end}; fetch it again")
+    tensors = {"centroids": torch.from_numpy(read_kmeans(source))}
+    meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
+            "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": sha256}
+    write_codebook(out, tensors, meta)
+    print(f"wrote {out}: {codebook_fingerprints(tensors, meta)[0]}, {tensors['centroids'].shape[1]} dimensions")
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise SystemExit(f"{path} exists; --overwrite replaces it")
 
 
 # ---------------------------------------------------------------- a corpus
 
-def find_audio(folder: str) -> list[Path]:
-    """Audio files below a folder (or the one file), sorted. SystemExit if there are none."""
-    root = Path(folder)
-    if not folder or not root.exists():
-        raise SystemExit(f"--input={folder}: no such folder or file; give a folder of audio files")
-    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-    if not paths:
-        raise SystemExit(f"{root}: no audio files in it ({', '.join(sorted(AUDIO_SUFFIXES))})")
-    return paths
+@dataclass
+class Utterance:
+    """What will be one entry of a unit file."""
+    id: str
+    item: Item
+    n_samples: int = 0
+    frames: list[np.ndarray] = field(default_factory=list)
 
 
-def report_skipped(skipped: list) -> None:
-    for reason in skipped:
-        print(f"skipped {reason}", file=sys.stderr)
+@dataclass
+class Piece:
+    """A window of an utterance; of its frames `first` to `last` are kept, and with None it is the last one."""
+    utterance: Utterance
+    wave: np.ndarray
+    first: int
+    last: int | None
+
+
+@dataclass
+class Skipped:
+    id: str
+    reason: str
+
+
+END = object()  # of a recording
+
+
+def pieces_of(item: Item, encoder, max_utterance_seconds: float) -> Iterator[Piece | Skipped]:
+    """Decode, resample, cut. ValueError if the recording can't be used, be it at its end."""
+    if item.problem:
+        raise ValueError(item.problem)
+    for start, blocks in split_at_silences(read_blocks(item.source, item.id), max_utterance_seconds):
+        id = f"{item.id}@{start / SAMPLE_RATE:.2f}" if max_utterance_seconds else item.id
+        utterance, peak = Utterance(id, item), 0.0
+
+        def measured():
+            nonlocal peak
+            for block in blocks:
+                utterance.n_samples += len(block)
+                peak = max(peak, float(np.abs(block).max(initial=0)))
+                yield block
+
+        for wave, first, last in windows(measured(), encoder):
+            if last is None:
+                try:
+                    check_extent(utterance.n_samples, peak, id)
+                    if encoder.n_frames(len(wave)) < 1:
+                        raise ValueError(f"{len(wave)} samples are less than a frame of the encoder")
+                except ValueError as e:
+                    yield Skipped(id, str(e).removeprefix(f"{id}: "))
+                    break
+            yield Piece(utterance, wave, first, last)
+
+
+class ReadAhead:
+    """In a `with` block, iterating gives (item, its pieces) in order; threads make pieces ahead of their turn.
+
+    Every item's pieces wait in a short queue, so that a recording of hours is decoded as fast as it is used. What an
+    item's making raises is raised where its pieces are used. `waited`: seconds for which the consumer had nothing.
+    """
+
+    def __init__(self, items: Iterable, make: Callable[[object], Iterator], workers: int, depth: int = 4):
+        self.items, self.make, self.workers, self.depth = items, make, workers, depth
+        self.waited, self.stop = 0.0, threading.Event()
+        self.pool = ThreadPoolExecutor(workers + 1)  # one reads items, the others make pieces of them
+
+    def __enter__(self) -> "ReadAhead":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop.set()
+        self.pool.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[tuple[object, Iterator]]:
+        line: Queue = Queue(2 * self.workers)
+        self.pool.submit(self._fill, line, self._start())
+        for item, queue in self._drain(line):
+            yield item, self._drain(queue)
+
+    def _start(self) -> Iterator[tuple[object, Queue]]:
+        for item in self.items:
+            queue: Queue = Queue(self.depth)
+            self.pool.submit(self._fill, queue, self.make(item))
+            yield item, queue
+
+    def _fill(self, queue: Queue, values: Iterator) -> None:
+        try:
+            for value in values:
+                self._put(queue, value)
+            self._put(queue, END)
+        except BaseException as e:  # whatever it is, it is raised where the values are used
+            self._put(queue, e)
+
+    def _put(self, queue: Queue, value) -> None:
+        while not self.stop.is_set():
+            try:
+                return queue.put(value, timeout=0.2)
+            except Full:
+                pass
+        raise InterruptedError
+
+    def _drain(self, queue: Queue) -> Iterator:
+        while True:
+            started = time.perf_counter()
+            value = queue.get()
+            self.waited += time.perf_counter() - started
+            if value is END:
+                return
+            if isinstance(value, BaseException):
+                raise value
+            yield value
+
+
+def events(ahead: ReadAhead) -> Iterator[Piece | Skipped | object]:
+    """Pieces and skips of all recordings in order, END after each."""
+    for item, pieces in ahead:
+        try:
+            yield from pieces
+        except ValueError as e:
+            yield Skipped(item.id, str(e).removeprefix(f"{item.id}: "))
+        yield END
+
+
+def groups(events: Iterable, seconds: float) -> Iterator[list]:
+    """Events in groups of so much audio, within which batches are formed.
+
+    A group that can hold a recording to its end does; so what a group holds hangs only on the recording that it begins
+    with, and a run resumed at a group's beginning forms the same batches, whose units are the same to the bit.
+    """
+    group, held, crossing = [], 0.0, False
+    for event in events:
+        group.append(event)
+        held += len(event.wave) / SAMPLE_RATE if isinstance(event, Piece) else 0
+        if event is END and (crossing or held >= seconds) or held >= 2 * seconds:
+            yield group
+            group, held, crossing = [], 0.0, event is not END
+    if group:
+        yield group
+
+
+def part_of(shard: str) -> tuple[int, int]:
+    """part_of("3/8") -> (2, 8); under torchrun its processes share that part. ValueError if it is none."""
+    i, n = map(int, shard.split("/")) if shard else (1, 1)
+    if not 1 <= i <= n:
+        raise ValueError(shard)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return (i - 1) * world + rank, n * world
+
+
+@dataclass
+class Tally:
+    """What became of the recordings so far."""
+    report_file: Path
+    max_bad_share: float
+    utterances: int = 0
+    seconds: float = 0.0
+    already_there: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def skip(self, skipped: Skipped) -> None:
+        self.skipped.append(skipped)
+        tqdm.write(f"skipped {skipped.id!r}: {skipped.reason}", file=sys.stderr)
+
+    def report(self, complete: bool) -> None:
+        """Write the report file."""
+        content = {"complete": complete, "utterances": self.utterances, "hours": self.seconds / 3600,
+                   "already_there": self.already_there, "skipped": [vars(s) for s in self.skipped]}
+        temporary = self.report_file.with_suffix(".part")
+        temporary.write_bytes(to_bytes(json.dumps(content, indent=1, ensure_ascii=False)))
+        os.replace(temporary, self.report_file)
+
+    def refuse_bad(self, of_at_least: int) -> None:
+        """SystemExit if too large a share of at least so many was bad."""
+        n = self.utterances + self.already_there + len(self.skipped)
+        if n < of_at_least or len(self.skipped) <= self.max_bad_share * n:
+            return
+        self.report(complete=False)
+        kinds = Counter(re.sub(r"\d+(\.\d+)?", "N", s.reason) for s in self.skipped).most_common(3)
+        raise SystemExit(f"{len(self.skipped)} of {n} can't be used, more than --max_bad_share={self.max_bad_share} ("
+                         + "; ".join(f"{count} x {reason}" for reason, count in kinds)
+                         + f"); listed in {self.report_file}. What was good is kept")
+
+    def close(self, started: float, more: str = "") -> None:
+        """The report and the last line."""
+        self.refuse_bad(1)
+        self.report(complete=True)
+        took = time.perf_counter() - started
+        print(f"{self.report_file.parent}: {self.utterances} utterances, {self.seconds / 3600:.2f} h added in "
+              f"{took / 60:.1f} min ({self.seconds / took:.0f}x real time{more}); {self.already_there} were there "
+              f"already; {len(self.skipped)} skipped" + f" (listed in {self.report_file})" * bool(self.skipped))
+
+
+def claim(cfg: Config, prefix: str = "") -> Path:
+    """The folder to write in. SystemExit if it holds what other settings made."""
+    out = Path(cfg.out)
+    made_by = out / "config.json"
+    if cfg.overwrite and prefix and out.exists():
+        raise SystemExit(f"{out}: several processes share it, none of which may empty it: remove it, then start them")
+    if cfg.overwrite:  # unit files, and nothing that only ends like them
+        for old in (*out.glob("[0-9]" * 5 + ".safetensors"), *out.glob("part*of*-" + "[0-9]" * 5 + ".safetensors")):
+            old.unlink()
+    elif made_by.exists():
+        free = {"out", "max_bad_share", "workers", "shard", "overwrite"}
+        old, new = json.loads(made_by.read_text()), asdict(cfg)
+        other = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in new.items() if k not in free and old.get(k) != v]
+        if other:
+            raise SystemExit(f"{out} was made with other settings: {'; '.join(other)}. Choose another --out, or "
+                             f"--overwrite")
+    elif any(out.glob("*.safetensors")):
+        raise SystemExit(f"{out} holds files of another stage; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(cfg, out / f"{prefix}config.part")
+    os.replace(out / f"{prefix}config.part", made_by)
+    return out
+
+
+def finish_group(group: list, labels: list[Tensor], tokenizer: SpeechTokenizer, writer: UnitWriter, tally: Tally,
+                 with_text: bool) -> None:
+    """Hand what a group completes to the writer, in order."""
+    frames = torch.cat(labels).cpu().numpy() if labels else np.zeros(0)  # one wait for the GPU
+    parts = iter(np.split(frames, np.cumsum([len(x) for x in labels])[:-1]))
+    for event in group:
+        if isinstance(event, Skipped):
+            tally.skip(event)
+        elif isinstance(event, Piece):
+            utterance = event.utterance
+            utterance.frames.append(next(parts)[event.first:event.last])
+            if event.last is None:
+                text = {"text": utterance.item.text} if with_text and utterance.item.text else {}
+                writer.add(utterance.id, *tokenizer.finish(np.concatenate(utterance.frames)), **text)
+                tally.utterances += 1
+                tally.seconds += utterance.n_samples / SAMPLE_RATE
 
 
 def main(cfg: Config) -> None:
-    paths, root = find_audio(cfg.input), Path(cfg.input)
-    tokenizer = SpeechTokenizer.load(cfg.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
-    out = Path(cfg.out)
-    if cfg.overwrite:
-        for old in out.glob("[0-9]" * 5 + ".safetensors"):  # unit files, and nothing that only ends like them
-            old.unlink()
-    skipped, seconds = [], 0.0
-    with UnitWriter(out, tokenizer.fingerprint, str(root), cfg.durations, cfg.shard_tokens) as writer:
-        names = {p: str(p.relative_to(root) if root.is_dir() else p.name) for p in paths}
-        todo = [p for p in paths if names[p] not in writer.done]
-        resumed = len(paths) - len(todo)
-        batch, waves = [], []
-        for i, path in enumerate(tqdm(todo, disable=None, desc="units", unit="file")):
+    if cfg.input.endswith(".jsonl"):
+        return import_units(cfg)
+    index, n_parts = part_of(cfg.shard)
+    prefix = f"part{index + 1:03d}of{n_parts:03d}-" if n_parts > 1 else ""
+    total, items = read_input(cfg.input, cfg.text, cfg.audio_column)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    tokenizer = SpeechTokenizer.load(cfg.tokenizer, device, cfg.dtype)
+    out = claim(cfg, prefix)
+    tally = Tally(out / f"{prefix}report.json", cfg.max_bad_share)
+    bar = tqdm(total=total and total // n_parts, disable=None, desc="units", unit="file", smoothing=0)
+
+    def missing() -> Iterator[Item]:
+        """This part's recordings, told by their names alone, that are not there yet."""
+        for item in items:
+            if zlib.crc32(to_bytes(item.id)) % n_parts == index:
+                if item.id in done:
+                    tally.already_there += 1
+                    bar.update()
+                else:
+                    done.add(item.id)  # a list may name it again
+                    yield item
+
+    workers = cfg.workers or min(16, os.cpu_count() or 1)
+    started = time.perf_counter()
+    with (UnitWriter(out, tokenizer.fingerprint, cfg.input, cfg.durations, None, prefix) as writer,
+          ReadAhead(missing(), lambda item: pieces_of(item, tokenizer.encoder, cfg.max_utterance_seconds),
+                    workers) as ahead):
+        done = {id.rpartition("@")[0] if cfg.max_utterance_seconds else id for id in writer.done}
+        before = [], []
+        for group in chain(groups(events(ahead), 8 * cfg.batch_seconds), [[]]):
+            now = group, tokenizer.label([e.wave for e in group if isinstance(e, Piece)], cfg.batch_seconds)
+            finish_group(*before, tokenizer, writer, tally, not cfg.max_utterance_seconds)  # a GPU is at work on `now`
+            tally.refuse_bad(1000)
+            if before[0] and before[0][-1] is END and writer.n_tokens >= cfg.shard_tokens:
+                writer.flush()
+            bar.update(sum(event is END for event in before[0]))
+            bar.set_postfix_str(f"{tally.seconds / 3600:.2f} h, "
+                                f"{tally.seconds / (time.perf_counter() - started):.0f}x real time")
+            before = now
+    bar.close()
+    waited = ahead.waited / (time.perf_counter() - started)
+    tally.close(started, f", the encoder waited for audio {100 * waited:.1f}% of the time")
+
+
+def import_units(cfg: Config) -> None:
+    """SlamKit's features.jsonl or tokens.jsonl as unit files; units of `cfg.tokenizer`, which the files do not name."""
+    if not Path(cfg.input).is_file():
+        raise SystemExit(f"--input={cfg.input}: no such file")
+    tensors, meta = read_codebook(cfg.tokenizer)
+    fingerprint, base = codebook_fingerprints(tensors, meta)
+    bpe = Bpe(tensors["bpe"].numpy().tobytes()) if "bpe" in tensors else None
+    out = claim(cfg)
+    tally, started = Tally(out / "report.json", cfg.max_bad_share), time.perf_counter()
+    with (open(cfg.input, encoding="utf-8") as lines,
+          UnitWriter(out, fingerprint, cfg.input, cfg.durations, cfg.shard_tokens) as writer):
+        there = writer.done.copy()
+        for number, line in enumerate(tqdm(lines, disable=None, desc="units", unit="line"), start=1):
             try:
-                waves.append(load_audio(path))
-                batch.append(names[path])
-            except ValueError as e:
-                skipped.append(e)
-            if waves and (sum(map(len, waves)) >= cfg.batch_seconds * SAMPLE_RATE or i == len(todo) - 1):
-                for name, wave, (units, durations) in zip(batch, waves, tokenizer.encode_batch(waves)):
-                    writer.add(name, units, durations)
-                    seconds += len(wave) / SAMPLE_RATE
-                batch, waves = [], []
-    report_skipped(skipped)
-    print(f"{out}: {len(todo) - len(skipped)} files, {seconds / 3600:.2f} h added; {resumed} were there already; "
-          f"{len(skipped)} skipped")
-    if skipped and len(skipped) == len(paths):
-        raise SystemExit(f"{root}: not one usable file")
+                id, units, durations = read_features(line, base.n_units)
+                if cfg.durations and durations is None:
+                    raise ValueError("no durations; import it without --durations")
+            except (ValueError, KeyError, TypeError) as e:
+                tally.skip(Skipped(f"line {number}", f"not units of {cfg.tokenizer} ({type(e).__name__}: {e})"))
+                tally.refuse_bad(1000)
+                continue
+            if id in there:
+                tally.already_there += 1
+                continue
+            tally.seconds += 0 if durations is None else durations.sum() / base.unit_rate_hz
+            tally.utterances += 1
+            writer.add(id, *(bpe.encode(units, durations) if bpe else (units, durations)))
+    tally.close(started)
+
+
+def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray | None]:
+    """A line of SlamKit's features.jsonl or tokens.jsonl: id, units and, in features, durations; runs are merged.
+
+    read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500) -> "a", [3, 49], None
+    """
+    record = json.loads(line)
+    found = record.get("audio_repr", record)
+    if isinstance(found, str):
+        if re.sub(r"<Un\d+>", "", found):
+            raise ValueError(f"{found[:40]!r} is not <Un3><Un49>…")
+        found = {"units": [int(u) for u in re.findall(r"<Un(\d+)>", found)]}
+    units, durations = np.array(found["units"], dtype=np.int64), found.get("duration")
+    if units.ndim != 1 or not len(units) or units.min() < 0 or units.max() >= n_units:
+        raise ValueError(f"expected a list of units below {n_units}")
+    starts = np.flatnonzero(np.diff(units, prepend=-1))
+    if durations is not None:
+        durations = np.array(durations, dtype=np.int64)
+        if durations.shape != units.shape or durations.min() < 1:
+            raise ValueError(f"{durations.shape} durations for {units.shape} units, each at least 1")
+        durations = np.add.reduceat(durations, starts)
+    return str(record["file_name"]), units[starts], durations
+
+
+# ---------------------------------------------------------------- what is there
+
+def verify(folders: list[str]) -> None:
+    """Read whole corpora; print what is in them. SystemExit listing everything that is wrong."""
+    if not folders:
+        raise SystemExit("usage: python prepare_units.py verify DIR [DIR ...]")
+    problems, ids, hours, n_tokens = [], Counter(), 0.0, 0
+    counts, fingerprint = None, None
+    for folder in map(Path, folders):
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            problems.append(f"{folder}: no unit files")
+        problems += unfinished(folder, [p.stem for p in paths])
+        for path in tqdm(paths, disable=None, desc=str(folder), unit="shard"):
+            try:
+                shard = Shard(path)
+                fingerprint = fingerprint or shard.fingerprint
+                require_same(fingerprint, folders[0], shard.fingerprint, path)
+                problems += [f"{path}: {p}" for p in shard.problems()]
+                ids.update(r["id"] for r in shard.records())
+            except (SystemExit, ValueError, KeyError) as e:
+                problems.append(str(e) if isinstance(e, SystemExit) else f"{path}: its records are damaged ({e})")
+                continue
+            tokens = np.bincount(shard.tokens, minlength=vocab_size(fingerprint.n_units))
+            counts = tokens if counts is None or len(tokens) != len(counts) else counts + tokens
+            hours, n_tokens = hours + shard.hours, n_tokens + len(shard.tokens)
+    twice = [id for id, n in ids.items() if n > 1]
+    if twice:
+        problems.append(f"{len(twice)} utterances are there more than once, the first {twice[0]!r}")
+    if counts is not None:
+        share = counts[2:] / max(1, counts[2:].sum())
+        entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
+        speed = f"{counts[2:].sum() / hours / 3600:.2f} units per second" if hours else "durations are not known"
+        print(f"{fingerprint}\n{len(ids):,} utterances, {hours:,.2f} h, {n_tokens:,} tokens, {speed}\n"
+              f"{(share > 0).sum()} of {len(share)} units in use, entropy {entropy:.3f} of {np.log2(len(share)):.3f} "
+              f"bits")
+    if problems:
+        raise SystemExit("\n".join(problems))
+    print("whole")
+
+
+def unfinished(folder: Path, stems: list[str]) -> list[str]:
+    """What the names in a corpus' folder tell of a run that is not over."""
+    problems = []
+    parts = {stem.rpartition("-")[0] for stem in stems}
+    for n in {int(p.rpartition("of")[2]) for p in parts if p}:
+        parts |= {f"part{i + 1:03d}of{n:03d}" for i in range(n)}
+    for part in sorted(parts):
+        prefix = f"{part}-" if part else ""
+        numbers = sorted(int(s.removeprefix(prefix)) for s in stems if s.rpartition("-")[0] == part)
+        gaps = set(range(len(numbers))) - set(numbers)
+        if gaps:
+            problems.append(f"{folder}: {prefix}{min(gaps):05d}.safetensors is missing")
+        report = folder / f"{prefix}report.json"
+        if (folder / "config.json").exists() and not (report.exists() and json.loads(report.read_text())["complete"]):
+            problems.append(f"{folder}: {part or 'the run'} is not finished; start it again, and it goes on")
+    return problems
+
+
+# ---------------------------------------------------------------- BPE
+
+def bpe(cfg: BpeConfig) -> None:
+    """Fit pieces on the first folder, encode all; a tokeniser that gives pieces is written beside them."""
+    out = Path(cfg.out)
+    if not cfg.units or len({Path(u).name for u in cfg.units}) < len(cfg.units):
+        raise SystemExit("--units: name folders of unit files, all of different names")
+    refuse_existing(out / "tokenizer.safetensors", cfg.overwrite)
+    tensors, meta = read_codebook(cfg.tokenizer)
+    _, base = codebook_fingerprints(tensors, meta)
+    readers = [UnitReader(folder) for folder in cfg.units]
+    for folder, reader in zip(cfg.units, readers):
+        require_same(reader.fingerprint, folder, base, f"the units of {cfg.tokenizer}")
+    order = np.random.default_rng(0).permutation(len(readers[0]))
+    enough = int(np.searchsorted(np.cumsum(readers[0].lengths[order]), cfg.train_tokens)) + 1
+    model = Bpe.train((readers[0].units(i) for i in order[:enough]), base.n_units, cfg.n_pieces)
+    tensors["bpe"] = torch.frombuffer(bytearray(model.model), dtype=torch.uint8)
+    fingerprint, _ = codebook_fingerprints(tensors, meta)
+    for folder, reader in zip(cfg.units, readers):
+        to = out / Path(folder).name
+        for old in to.glob("*.safetensors") if cfg.overwrite else ():
+            old.unlink()
+        with UnitWriter(to, fingerprint, folder, reader.shards[0].durations is not None, None) as writer:
+            starts = set(reader.starts[1:].tolist())
+            for i, record in enumerate(tqdm(reader.records(), total=len(reader), disable=None, desc=str(to))):
+                pieces, durations = model.encode(reader.units(i), reader.durations(i))
+                writer.add(record.pop("id"), pieces, durations, **record)
+                if i + 1 in starts:  # shard by shard, as durations may be known of a shard only in sum
+                    hours = reader.shards[writer.number].hours
+                    writer.n_frames = round(hours * 3600 * base.unit_rate_hz)
+                    writer.flush()
+        pieces = UnitReader(to)
+        print(json.dumps({"folder": str(to), "pieces": model.n_pieces, "units": reader.n_tokens - 2 * len(reader),
+                          "tokens": pieces.n_tokens - 2 * len(pieces),
+                          "units_per_token": round((reader.n_tokens - 2 * len(reader)) /
+                                                   (pieces.n_tokens - 2 * len(pieces)), 3)}))
+    write_codebook(out / "tokenizer.safetensors", tensors, meta | {"n_pieces": model.n_pieces})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["fit"]:
-        fit(load_config(FitConfig, sys.argv[2:], __doc__))
+    commands = {"fit": (FitConfig, fit), "check": (CheckConfig, check), "convert": (ConvertConfig, convert),
+                "bpe": (BpeConfig, bpe)}
+    if sys.argv[1:2] == ["verify"]:
+        verify(sys.argv[2:])
     else:
-        main(load_config(Config, sys.argv[1:], __doc__))
+        Settings, run = commands.get("".join(sys.argv[1:2]), (Config, main))
+        run(load_config(Settings, sys.argv[1 + (run is not main):], __doc__))

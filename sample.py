@@ -5,6 +5,7 @@ Out: a folder with, per prompt and sample, two wavs (prompt + continuation; cont
 
     python sample.py --prompt hello.wav                                  # the newest finished checkpoint under out/
     python sample.py --prompt a.wav,b.wav --checkpoint out/demo/dpo --n 3 --temperature 0.7
+    python sample.py --prompt hello.wav --resynth        # what tokeniser and vocoder keep of it; no language model
 
 Seconds on two CPU cores.
 """
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import soundfile
 
+from audio import SAMPLE_RATE, load_audio
 from config import load_config
 from eval import continue_units, transcribe
 from model import UnitLM, find_checkpoint
-from prepare_units import SAMPLE_RATE, SpeechTokenizer, load_audio
+from speech_tokenizer import SpeechTokenizer
 from train import checkpoint_fingerprint, pick_device
 from units import require_same
 from vocoder import Vocoder
@@ -28,6 +30,7 @@ from vocoder import Vocoder
 class Config:
     """Continue spoken prompts."""
     prompt: tuple[str, ...] = ()  # audio files to continue
+    resynth: bool = False  # say the prompts again from their units instead, to hear what these keep
     checkpoint: str = ""  # run folder, checkpoint folder or hub id; empty: the newest finished one under out/
     out: str = "out/samples"  # folder for the wavs and samples.json
     n: int = 1  # continuations of each prompt
@@ -63,6 +66,26 @@ def newest_checkpoint(root: str = "out") -> str:
     return str(max(found, key=lambda p: p.stat().st_mtime).parent.parent)
 
 
+def say_again(cfg: Config, waves: list, tokenizer: SpeechTokenizer, vocoder: Vocoder) -> list[dict]:
+    """Each wave as its units sound, with the durations that they had; the transcripts of both."""
+    records = []
+    for i, (source, wave) in enumerate(zip(cfg.prompt, waves)):
+        units, durations = tokenizer.encode(wave, SAMPLE_RATE)
+        again, sample_rate = vocoder.synthesize(units, durations)
+        path = Path(cfg.out) / f"{i:02d}_{Path(source).stem}_resynth.wav"
+        soundfile.write(path, again, sample_rate)
+        records.append({"prompt_file": source, "units": units.tolist(), "durations": durations.tolist(),
+                        "resynth": str(path)})
+    if cfg.transcribe:
+        heard = transcribe([w for r, wave in zip(records, waves) for w in (wave, load_audio(r["resynth"]))], cfg.asr)
+        for record, before, after in zip(records, heard[::2], heard[1::2]):
+            record |= {"prompt_text": before, "resynth_text": after}
+    for r in records:
+        print(f"{r['resynth']}: {len(r['units']) / sum(r['durations']) * tokenizer.fingerprint.unit_rate_hz:.1f} units "
+              f"per second\n  original:      {r.get('prompt_text', '')}\n  from its units: {r.get('resynth_text', '')}")
+    return records
+
+
 def main(cfg: Config) -> None:
     out = Path(cfg.out)
     if (out / "samples.json").exists() and not cfg.overwrite:
@@ -74,18 +97,23 @@ def main(cfg: Config) -> None:
         except ValueError as e:
             raise SystemExit(str(e)) from None
         limit = round(cfg.prompt_seconds * SAMPLE_RATE)
-        if len(wave) > limit:
+        if len(wave) > limit and not cfg.resynth:
             which = "first" if cfg.from_start else "last"
             print(f"{path}: {len(wave) / SAMPLE_RATE:.1f} s long; its {which} {cfg.prompt_seconds:g} s are used")
-        waves.append(wave[:limit] if cfg.from_start else wave[-limit:])
+        waves.append(wave if cfg.resynth else wave[:limit] if cfg.from_start else wave[-limit:])
+    device = pick_device()
+    tokenizer, vocoder = SpeechTokenizer.load(cfg.tokenizer, device.type), Vocoder.load(cfg.vocoder).to(device)
+    require_same(tokenizer.base_fingerprint, cfg.tokenizer, vocoder.fingerprint, f"vocoder {cfg.vocoder}")
+    if cfg.resynth:
+        out.mkdir(parents=True, exist_ok=True)
+        records = say_again(cfg, waves, tokenizer.base, vocoder)
+        (out / "samples.json").write_text(json.dumps({"config": asdict(cfg), "samples": records}, indent=1))
+        return
     name = cfg.checkpoint or newest_checkpoint()
     print(f"checkpoint: {name}")
-    folder, device = find_checkpoint(name), pick_device()
+    folder = find_checkpoint(name)
     fingerprint = checkpoint_fingerprint(folder)
-    tokenizer = SpeechTokenizer.load(cfg.tokenizer, device.type)
     require_same(fingerprint, name, tokenizer.fingerprint, f"tokenizer {cfg.tokenizer}")
-    vocoder = Vocoder.load(cfg.vocoder).to(device)
-    require_same(fingerprint, name, vocoder.fingerprint, f"vocoder {cfg.vocoder}")
     lm = UnitLM.from_pretrained(folder).eval().to(device)
 
     encoded = [tokenizer.encode(wave, SAMPLE_RATE)[0].tolist() for wave in waves]
@@ -103,7 +131,7 @@ def main(cfg: Config) -> None:
         record = {"prompt_file": str(source), "prompt_units": prompt, "units": units}
         for kind, x in (("whole", prompt + units), ("continuation", units)):
             if x:
-                wave, sample_rate = vocoder.synthesize(x)
+                wave, sample_rate = vocoder.synthesize(tokenizer.to_units(x))
                 record[kind] = str(out / f"{stem}_{kind}.wav")
                 soundfile.write(record[kind], wave, sample_rate)
         records.append(record)

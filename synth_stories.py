@@ -25,10 +25,11 @@ import soundfile
 import torch
 from tqdm import tqdm
 
+from audio import SAMPLE_RATE, resample
 from config import load_config
 from embedded import resolve
 from model import UnitLM
-from prepare_units import SAMPLE_RATE, SpeechTokenizer, resample
+from speech_tokenizer import SpeechTokenizer
 from units import UnitReader, UnitWriter, write_pairs
 
 

@@ -7,9 +7,9 @@ A unit file is a safetensors file, so its JSON header can be read by eye and its
     offsets   int64  (n_utterances + 1,)
     durations uint16 (n_tokens,)        frames per unit, 0 at BOS and EOS; only where asked for
     records   uint8                     JSON lines, one per utterance: {"id": ..., "text": ...}
-    header    format, version, fingerprint, source, n_utterances, n_tokens, hours
-A corpus is a folder of numbered such shards. Each is written under a temporary name and renamed, so a shard that has
-its name is whole.
+    header    format, version, fingerprint, source, n_utterances, n_tokens, hours (0 if durations are not known)
+A corpus is a folder of numbered such shards, several processes writing each its own. A shard is written under a
+temporary name and renamed, so one that has its name is whole; the same utterances make the same bytes.
 """
 import json
 import os
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2
-VERSION = 1
+VERSION = 2
 
 
 def vocab_size(n_units: int) -> int:
@@ -49,6 +49,12 @@ def dedup(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     frames = np.asarray(frames)
     starts = np.flatnonzero(np.diff(frames, prepend=-1))
     return frames[starts], np.diff(starts, append=len(frames))
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8, in which a file name that is not UTF-8 survives as it is."""
+    return text.encode("utf-8", "surrogateescape")
+
 
 
 @dataclass(frozen=True)
@@ -95,38 +101,43 @@ class UnitWriter:
     """Write a corpus as numbered shards: `with UnitWriter(folder, fingerprint) as w: w.add(id, units)`.
 
     Reopening a folder resumes it: `w.done` holds the ids already there. What is not in a whole shard when the process
-    dies is lost, and `add` can be called for it again.
+    dies, or the `with` block raises, is lost, and `add` can be called for it again. A shard is written when it has
+    `shard_tokens`; with None, only when `flush` is called. Processes that share a folder each have a `prefix`.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Fingerprint, source: str = "", durations: bool = False,
-                 shard_tokens: int = 50_000_000):
-        self.folder, self.fingerprint, self.source = Path(folder), fingerprint, source
+                 shard_tokens: int | None = 50_000_000, prefix: str = ""):
+        self.folder, self.fingerprint, self.source, self.prefix = Path(folder), fingerprint, source, prefix
         self.with_durations, self.shard_tokens = durations, shard_tokens
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
-        self.n_shards = 0
+        self.number = 0  # of the next shard
         if any(self.folder.glob("*.safetensors")):
             there = UnitReader(self.folder)
             require_same(there.fingerprint, folder, fingerprint, "the tokeniser to write with")
             self.done = set(there.ids())
-            self.n_shards = len(there.shards)
+            mine = [s.path.stem.removeprefix(prefix) for s in there.shards if s.path.stem.startswith(prefix)]
+            self.number = max((int(n) + 1 for n in mine if n.isdecimal()), default=0)
         self._clear()
 
     def _clear(self) -> None:
-        self.tokens, self.durations, self.records, self.lengths, self.frames = [], [], [], [], 0
+        self.tokens, self.durations, self.records, self.lengths = [], [], [], []
+        self.n_tokens = self.n_frames = 0  # of the shard to be
 
-    def add(self, id: str, units: np.ndarray, durations: np.ndarray, **record) -> None:
+    def add(self, id: str, units: np.ndarray, durations: np.ndarray | None, **record) -> None:
         """Add an utterance: units and durations (T,) ints; `record`: what else to keep, e.g. text="…"."""
-        units, durations = np.asarray(units), np.asarray(durations)
+        units = np.asarray(units)
+        durations = np.zeros_like(units) if durations is None else np.asarray(durations)
         assert units.shape == durations.shape and len(units), f"{id}: {units.shape} units, {durations.shape} durations"
         assert units.min() >= 0 and units.max() < self.fingerprint.n_units, f"{id}: unit out of range"
         self.tokens.append(np.array(to_tokens(units), dtype="<u2"))
-        self.durations.append(np.array([0, *durations, 0], dtype="<u2"))
+        self.durations.append(np.array([0, *np.minimum(durations, 65_535), 0], dtype="<u2"))  # 43 min of one unit
         self.records.append(json.dumps({"id": id} | record, ensure_ascii=False))
         self.lengths.append(len(units) + 2)
-        self.frames += int(durations.sum())
+        self.n_tokens += len(units) + 2
+        self.n_frames += int(durations.sum())
         self.done.add(id)
-        if sum(self.lengths) >= self.shard_tokens:
+        if self.shard_tokens and self.n_tokens >= self.shard_tokens:
             self.flush()
 
     def flush(self) -> None:
@@ -135,25 +146,25 @@ class UnitWriter:
             return
         tensors = {"tokens": np.concatenate(self.tokens),
                    "offsets": np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8"),
-                   "records": np.frombuffer("\n".join(self.records).encode(), dtype=np.uint8)}
+                   "records": np.frombuffer(to_bytes("\n".join(self.records)), dtype=np.uint8)}
         if self.with_durations:
             tensors["durations"] = np.concatenate(self.durations)
         header = {"format": "slam-units", "version": VERSION, "fingerprint": self.fingerprint.to_dict(),
-                  "source": self.source, "n_utterances": len(self.lengths), "n_tokens": sum(self.lengths),
-                  "hours": self.frames / self.fingerprint.unit_rate_hz / 3600}
-        path = self.folder / f"{self.n_shards:05d}.safetensors"
+                  "source": self.source, "n_utterances": len(self.lengths), "n_tokens": self.n_tokens,
+                  "hours": self.n_frames / self.fingerprint.unit_rate_hz / 3600}
+        path = self.folder / f"{self.prefix}{self.number:05d}.safetensors"
         temporary = path.with_suffix(".part")
-        save_file(tensors, temporary, metadata={k: v if isinstance(v, str) else json.dumps(v)
-                                                for k, v in header.items()})
+        temporary.write_bytes(save(tensors, {"slam": json.dumps(header)}))  # several keys would have no fixed order
         os.replace(temporary, path)
-        self.n_shards += 1
+        self.number += 1
         self._clear()
 
     def __enter__(self) -> "UnitWriter":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.flush()
+    def __exit__(self, error, *_) -> None:
+        if error is None:
+            self.flush()
 
 
 class Shard:
@@ -168,12 +179,12 @@ class Shard:
                 if length > 100_000_000:
                     raise ValueError("no safetensors header")
                 tensors = json.loads(f.read(length))
-            header = tensors.pop("__metadata__", {})
-            if header.get("format") != "slam-units" or int(header.get("version", 0)) != VERSION:
+            header = self.header = json.loads(tensors.pop("__metadata__", {}).get("slam", "{}"))
+            if header.get("format") != "slam-units" or header.get("version") != VERSION:
                 raise ValueError(f"format {header.get('format')!r} version {header.get('version')}, expected "
                                  f"'slam-units' version {VERSION}")
-            self.fingerprint = Fingerprint.of(json.loads(header["fingerprint"]))
-            self.hours, self.source = float(header["hours"]), header["source"]
+            self.fingerprint = Fingerprint.of(header["fingerprint"])
+            self.hours = float(header["hours"])
             dtypes = {"U16": "<u2", "I64": "<i8", "U8": "u1"}
             arrays = {}
             for name, t in tensors.items():
@@ -183,8 +194,8 @@ class Shard:
                 arrays[name] = np.memmap(path, dtypes[t["dtype"]], "r", 8 + length + begin, tuple(t["shape"]))
             self.tokens, self.offsets, self._records = arrays["tokens"], arrays["offsets"], arrays["records"]
             self.durations = arrays.get("durations")
-            if self.offsets[-1] != len(self.tokens):
-                raise ValueError("offsets and tokens disagree")
+            if self.offsets[-1] != len(self.tokens) or header["n_tokens"] != len(self.tokens):
+                raise ValueError("header, offsets and tokens disagree")
         except (OSError, ValueError, KeyError, TypeError, struct.error) as e:
             raise SystemExit(f"{path}: not a whole unit file ({e}); remove it and run the stage again") from None
 
@@ -197,8 +208,30 @@ class Shard:
         if (now.st_size, now.st_mtime_ns) != self.stat:
             raise SystemExit(f"{self.path}: changed while in use")
 
+    def problems(self) -> list[str]:
+        """What is wrong inside a file that looks whole."""
+        tokens, offsets, found = self.tokens, self.offsets, []
+        n = len(offsets) - 1
+        if self.header["n_utterances"] != n or len(self.records()) != n:
+            found.append(f"{n} utterances, but {self.header['n_utterances']} by its header and {len(self.records())} "
+                         f"records")
+        if offsets[0] != 0 or (np.diff(offsets) < 3).any():
+            found.append("its offsets do not rise by an utterance each")
+            return found
+        special = np.zeros(len(tokens), bool)
+        special[offsets[:-1]] = special[offsets[1:] - 1] = True
+        if (tokens[special] != BOS).any() or (tokens[~special] < OFFSET).any():
+            found.append("its utterances are not `1 units 1`")
+        if tokens.max() >= vocab_size(self.fingerprint.n_units):
+            found.append(f"token {tokens.max()}, but a vocabulary of {vocab_size(self.fingerprint.n_units)}")
+        if self.durations is not None:
+            hours = self.durations.sum(dtype=np.int64) / self.fingerprint.unit_rate_hz / 3600
+            if self.durations[special].any() or not self.durations[~special].all() or abs(hours - self.hours) > 1e-6:
+                found.append(f"its durations are not one or more frames per unit, {self.hours:.4f} h in all")
+        return found
+
     def records(self) -> list[dict]:
-        return [json.loads(line) for line in self._records.tobytes().decode().split("\n")]
+        return [json.loads(x) for x in self._records.tobytes().decode("utf-8", "surrogateescape").split("\n")]
 
 
 class UnitReader:

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from audio import load_audio
 from config import load_config
-from prepare_units import load_audio
 from units import Fingerprint, UnitReader
 
 EMBEDDED_VOCODER = Path(__file__).parent / "assets" / "vocoder.safetensors"
@@ -197,7 +197,7 @@ class Vocoder(nn.Module):
         """Write weights (fp16), shape, fingerprint and `report` as one safetensors file."""
         state = {k: v.half().contiguous() for k, v in self.state_dict().items()}
         meta = {"fingerprint": self.fingerprint.to_dict(), "width": self.width, "blocks": self.blocks} | report
-        save_file(state, path.with_suffix(".part"), metadata={k: json.dumps(v) for k, v in meta.items()})
+        path.with_suffix(".part").write_bytes(save(state, {k: json.dumps(v) for k, v in meta.items()}))
         os.replace(path.with_suffix(".part"), path)
 
 

@@ -72,7 +72,7 @@ def stories(tmp_path_factory):
 @pytest.fixture(scope="session")
 def voice():
     """hibari: text -> wave at 16 kHz."""
-    from prepare_units import resample
+    from audio import resample
     from synth_stories import load_hibari
     speak = load_hibari()
     return lambda text: resample(*speak(text, 0), 16_000)

@@ -1,159 +1,350 @@
-"""prepare_units.py: audio in, units out, whatever the audio."""
+"""prepare_units.py: whole corpora, killed or shared; fitting, reading and checking codebooks."""
 import json
+import os
 import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import refused, run
+from conftest import ROOT, refused, run
+from test_audio import bad, librispeech, pack, tone  # noqa: F401
 
-from prepare_units import (EMBEDDED_TOKENIZER, HubertFrames, SpeechTokenizer, WhisperFrames, assign, check_wave,
-                           kmeans, load_audio, load_encoder, resample)
-from units import UnitReader
-
-TEXT = "The little bear lived in a big forest. One day, he found a shiny key under a tree."
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return SpeechTokenizer.load("embedded")
+from prepare_units import Config, ReadAhead, groups, kmeans, main, read_features, read_kmeans, verify
+from prepare_units import END, Piece, Utterance
+from speech_tokenizer import SpeechTokenizer, assign
+from units import UnitReader, UnitWriter
 
 
-@pytest.fixture(scope="module")
-def wave(voice):
-    return voice(TEXT)
+def said(folder) -> dict[str, list[int]]:
+    reader = UnitReader(folder)
+    return {id: reader.units(i).tolist() for i, id in enumerate(reader.ids())}
 
 
-def test_log_mel_is_whispers(tokenizer, wave):
-    from transformers import WhisperFeatureExtractor
-
-    from embedded import resolve
-    extractor = WhisperFeatureExtractor.from_pretrained(resolve("embedded:whisper-tiny.en"))
-    x = wave[:len(wave) // 640 * 640]
-    theirs = extractor(x, sampling_rate=16_000, padding="do_not_pad", return_tensors="np").input_features[0]
-    ours = tokenizer.encoder.log_mel(torch.from_numpy(x)).numpy()
-    assert np.abs(ours - theirs).max() < 1e-3
-
-
-def test_features_are_whispers_hidden_states(tokenizer, voice):
-    """On a full 30 s window transformers' own encoder gives the same features."""
-    from transformers import WhisperModel
-
-    from embedded import resolve
-    wave = np.tile(voice(TEXT), 8)[:30 * 16_000]
-    mel = tokenizer.encoder.log_mel(torch.from_numpy(wave))
-    model = WhisperModel.from_pretrained(resolve("embedded:whisper-tiny.en")).encoder.eval()
-    with torch.no_grad():
-        x = model(mel[None], output_hidden_states=True).hidden_states[3][0]
-    theirs = (x[0::2] + x[1::2]) / 2
-    ours, positions = tokenizer.encoder([wave])[0]
-    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
-    assert positions.tolist() == list(range(750))
-
-
-def test_units_and_durations(tokenizer, wave):
-    units, durations = tokenizer.encode(wave, 16_000)
-    assert durations.sum() == len(wave) // 640 and durations.min() >= 1
-    assert (np.diff(units) != 0).all() and units.max() < 500
-    assert 12 < len(units) / (len(wave) / 16_000) < 25
-    assert len(set(units.tolist())) > 30
-
-
-def test_units_do_not_depend_on_the_batch(tokenizer, voice):
-    waves = [voice(t) for t in ("Hi.", TEXT, "The dog is sleeping in the garden.", TEXT * 4, "No, said Tom.")]
-    together = tokenizer.frames(waves)
-    alone = [tokenizer.frames([w])[0] for w in waves]
-    equal = np.concatenate([a == b for a, b in zip(together, alone)])
-    assert equal.mean() >= 0.999  # what is left is rounding, where a frame lies between two centroids
-
-
-def test_windows_of_long_audio_cover_every_frame_once(tokenizer, wave):
-    for n in (1, 750, 751, 1249, 1250, 1251, 5000):
-        spans = tokenizer.encoder.spans(n)
-        assert [f for _, _, a, b in spans for f in range(a, b)] == list(range(n))
-        assert all(0 <= start <= a < b <= end <= n and end - start <= 750 for start, end, a, b in spans)
-    long = np.tile(wave, 10)
-    assert len(tokenizer.frames([long])[0]) == len(long) // 640
-
-
-def test_quiet_resampled_and_stereo_audio_sound_the_same(tokenizer, wave, tmp_path):
-    reference = tokenizer.frames([wave])[0]
-    for rate, channels, agreement in ((44_100, 1, 0.9), (48_000, 2, 0.9), (16_000, 2, 0.95), (8_000, 1, 0.2)):
-        path = tmp_path / f"{rate}_{channels}.wav"
-        soundfile.write(path, np.stack([resample(wave, 16_000, rate)] * channels, 1), rate)
-        frames = tokenizer.frames([load_audio(path)])[0]
-        n = min(len(frames), len(reference))
-        assert abs(len(frames) - len(reference)) <= 1
-        assert (frames[:n] == reference[:n]).mean() > agreement, (rate, channels)
+def shards(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).glob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")
-def bad_audio(tmp_path_factory, wave):
-    """Files that hold nothing to hear: name -> what the error must say."""
-    folder = tmp_path_factory.mktemp("bad")
-    soundfile.write(folder / "whole.wav", wave, 16_000)
-    (folder / "truncated.wav").write_bytes((folder / "whole.wav").read_bytes()[:-5000])
-    (folder / "empty.wav").write_bytes(b"")
-    (folder / "text.wav").write_text("this is not audio")
-    soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
-    soundfile.write(folder / "nan.wav", np.full(16_000, np.nan, dtype=np.float32), 16_000, subtype="FLOAT")
-    soundfile.write(folder / "short.wav", wave[5000:5300], 16_000)
-    soundfile.write(folder / "none.wav", np.zeros(0), 16_000)
-    return folder, {"truncated": "truncated", "empty": "empty file", "text": "not readable as audio",
-                    "silent": "silent", "nan": "NaN", "short": "at least 40 ms", "none": "at least 40 ms"}
+def recordings(stories, tmp_path_factory):
+    """Thirty recordings of 1 to 20 seconds, in folders, and one of two minutes."""
+    folder = tmp_path_factory.mktemp("recordings")
+    waves = [soundfile.read(p, dtype="float32")[0] for p in sorted((stories / "audio").glob("*.flac"))]
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        wave = waves[i % len(waves)]
+        start = int(rng.integers(0, len(wave) - 16_000))
+        path = folder / "abc"[i % 3] / f"{i:02d}.flac"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, wave[start:start + int(rng.integers(16_000, 320_000))], 16_000)
+    soundfile.write(folder / "b" / "long.flac", np.concatenate(waves * 3)[:120 * 16_000], 16_000)
+    return folder
 
 
-def test_bad_audio_is_told_apart(bad_audio):
-    folder, reasons = bad_audio
-    for name, reason in reasons.items():
-        with pytest.raises(ValueError, match=reason) as e:
-            load_audio(folder / f"{name}.wav")
-        assert f"{name}.wav" in str(e.value)
-    with pytest.raises(ValueError, match="no such audio file"):
-        load_audio(folder / "missing.wav")
-    with pytest.raises(ValueError, match="NaN"):
-        check_wave(np.full(16_000, np.nan, dtype=np.float32))
+SMALL = ["--batch_seconds=4", "--shard_tokens=500", "--durations"]  # groups of 32 s, shards of about one
 
 
-def test_a_folder_with_bad_files(bad_audio, tmp_path):
-    """What is good is tokenised, what is bad is named and counted, and a second run has nothing to do."""
-    folder, reasons = bad_audio
-    command = ["prepare_units.py", "config/units_embedded.py", f"--input={folder}", f"--out={tmp_path}/u",
-               "--durations"]
-    done = run(*command)
-    assert f"{len(reasons)} skipped" in done.stdout
-    assert all(f"{name}.wav" in done.stderr for name in reasons)
+@pytest.fixture(scope="module")
+def whole(recordings, tmp_path_factory):
+    """The units of all recordings, made in one go."""
+    out = tmp_path_factory.mktemp("whole") / "units"
+    run("prepare_units.py", f"--input={recordings}", f"--out={out}", *SMALL)
+    return out
+
+
+def test_a_corpus_has_the_units_that_its_files_have_alone(recordings, whole):
+    tokenizer, reader = SpeechTokenizer.load("embedded"), UnitReader(whole)
+    ids = reader.ids()
+    assert ids == sorted(str(p.relative_to(recordings)) for p in recordings.rglob("*.flac")) and len(reader.shards) > 4
+    assert json.loads((whole / "report.json").read_text())["utterances"] == len(ids) == 31
+    equal, n = 0, 0
+    for i, id in enumerate(ids):
+        wave = soundfile.read(recordings / id, dtype="float32")[0]
+        frames = np.repeat(reader.units(i), reader.durations(i))
+        alone = tokenizer.frames([wave])[0]
+        assert len(frames) == len(alone) == len(wave) // 640
+        equal, n = equal + (frames == alone).sum(), n + len(alone)
+    assert equal / n >= 0.999
+
+
+@pytest.mark.parametrize("after", [0, 2, 5])
+def test_killed_and_resumed_is_as_if_never_killed(recordings, whole, tmp_path, after):
+    """kill -9 as soon as so many shards are there, and half a shard under its temporary name."""
+    out = tmp_path / "units"
+    command = [sys.executable, "prepare_units.py", f"--input={recordings}", f"--out={out}", *SMALL]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(shards(out)) < after or not (out / "config.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = len(shards(out))
+    assert done < len(shards(whole))
+    if after:
+        assert "not finished" in str(pytest.raises(SystemExit, verify, [out]).value)
+    (out / f"{done:05d}.part").write_bytes(b"half a shard")
+    again = run(*command[1:]).stdout
+    assert f"{len(said(whole)) - len(UnitReader(whole).ids())} skipped" in again
+    assert shards(out) == shards(whole)
+    verify([out])
+    assert "31 were there already" in run(*command[1:]).stdout and shards(out) == shards(whole)
+
+
+def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
+    """Three processes without coordination, one of them started twice; then a fourth way of sharing finds nothing."""
+    out = tmp_path / "units"
+    cfg = Config(input=str(recordings), out=str(out), batch_seconds=4, shard_tokens=500, durations=True)
+    main(replace(cfg, shard="1/3"))
+    main(replace(cfg, shard="3/3"))
+    with pytest.raises(SystemExit, match="part002of003 is not finished"):
+        verify([out])
+    main(replace(cfg, shard="2/3"))
+    main(replace(cfg, shard="2/3"))
+    verify([out])
+    assert "31 utterances" in capsys.readouterr().out
+    one, parts = said(whole), said(out)
+    assert parts.keys() == one.keys() and len(UnitReader(out)) == 31
+    assert sum(len(set(a) ^ set(b)) for a, b in zip(map(one.get, sorted(one)), map(parts.get, sorted(one)))) < 10
+    assert len({len([p for p in shards(out) if p.startswith(f"part{i:03d}")]) > 0 for i in (1, 2, 3)}) == 1
+    main(replace(cfg, shard="2/2"))
+    assert len(UnitReader(out)) == 31
+    with pytest.raises(SystemExit, match="none of which may empty it"):
+        main(replace(cfg, shard="1/3", overwrite=True))
+
+
+def test_torchrun_shares_the_work(recordings, whole, tmp_path):
+    run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "prepare_units.py",
+        f"--input={recordings / 'a'}", f"--out={tmp_path}/u", "--shard=1/1")
+    names = sorted(p.name for p in (tmp_path / "u").glob("*.safetensors"))
+    assert names == ["part001of002-00000.safetensors", "part002of002-00000.safetensors"]
+    assert sorted(said(tmp_path / "u")) == sorted(p.name for p in (recordings / "a").glob("*"))
+    verify([tmp_path / "u"])
+
+
+def test_archives_and_text(librispeech, tmp_path):  # noqa: F811
+    """A tar.gz as downloaded gives what its folder gives; what is said in it comes along."""
+    archive = pack(librispeech / "LibriSpeech", tmp_path / "dev-clean.tar.gz")
+    cfg = Config(input=str(librispeech), out=f"{tmp_path}/a", text=True)
+    main(cfg)
+    main(replace(cfg, input=str(archive), out=f"{tmp_path}/b"))
+    assert shards(tmp_path / "a").keys() == shards(tmp_path / "b").keys() and said(tmp_path / "a") == said(tmp_path / "b")
+    records = list(UnitReader(tmp_path / "b").records())
+    assert records == list(UnitReader(tmp_path / "a").records()) and len(records) == 6
+    assert records[0] == {"id": "LibriSpeech/dev-clean/174/1/174-1-0000.flac", "text": "SAID BY 174 0"}
+
+
+def test_long_recordings_are_cut_at_silences(recordings, tmp_path):
+    main(Config(input=str(recordings / "b"), out=f"{tmp_path}/u", max_utterance_seconds=12, durations=True))
     reader = UnitReader(tmp_path / "u")
-    assert reader.ids() == ["whole.wav"] and reader.durations(0).sum() == round(reader.hours * 3600 * 25)
-    again = run(*command)
-    assert "0 files" in again.stdout and "1 were there already" in again.stdout
-    assert UnitReader(tmp_path / "u").ids() == ["whole.wav"]
+    long = [id for id in reader.ids() if id.startswith("long.flac@")]
+    starts = [float(id.partition("@")[2]) for id in long]
+    assert starts[0] == 0 and starts == sorted(starts) and 10 <= len(long) <= 20
+    assert max(reader.durations(i).sum() for i in range(len(reader))) <= 12 * 25
+    assert abs(reader.hours * 3600 - sum(soundfile.info(p).duration for p in (recordings / "b").glob("*"))) < 2
+    main(Config(input=str(recordings / "b"), out=f"{tmp_path}/u", max_utterance_seconds=12, durations=True))
+    assert len(UnitReader(tmp_path / "u")) == len(reader)
+    with pytest.raises(SystemExit, match="max_utterance_seconds 12.*now 0"):
+        main(Config(input=str(recordings / "b"), out=f"{tmp_path}/u", durations=True))
 
 
-def test_refusals(tmp_path):
+def test_bad_files_are_skipped_listed_and_counted(bad, tmp_path, capsys):  # noqa: F811
+    folder, reasons = bad
+    cfg = Config(input=str(folder), out=f"{tmp_path}/u", max_bad_share=1)
+    main(cfg)
+    out, err = capsys.readouterr()
+    assert "3 utterances" in out and f"{len(reasons)} skipped (listed in" in out
+    assert sorted(UnitReader(tmp_path / "u").ids()) == ["-a b\nü.wav", "good.wav", "sub/good.wav"]
+    report = json.loads((tmp_path / "u" / "report.json").read_text())
+    assert {s["id"] for s in report["skipped"]} == reasons.keys() and all(name in err for name in reasons)
+    main(cfg)
+    assert "0 utterances" in (out := capsys.readouterr().out) and "3 were there already" in out
+    verify([tmp_path / "u"])
+
+
+def test_too_many_bad_files_stop_the_run(bad, tmp_path):  # noqa: F811
+    folder, reasons = bad
+    error = refused("prepare_units.py", f"--input={folder}", f"--out={tmp_path}/u")
+    assert f"{len(reasons)} of {len(reasons) + 3} can't be used" in error and "--max_bad_share=0.01" in error
+    assert len(UnitReader(tmp_path / "u")) == 3 and "not finished" in refused("prepare_units.py", "verify",
+                                                                             tmp_path / "u")
+    run("prepare_units.py", f"--input={folder}", f"--out={tmp_path}/u", "--max_bad_share=0.9")
+    verify([tmp_path / "u"])
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = b"\xff\xfe.wav"
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "x.wav", tone(16_000), 16_000)
+    os.rename(tmp_path / "in" / "x.wav", os.fsencode(tmp_path / "in") + b"/" + name)
+    main(Config(input=str(tmp_path / "in"), out=f"{tmp_path}/u"))
+    assert [os.fsencode(id) for id in UnitReader(tmp_path / "u").ids()] == [name]
+
+
+def test_memory_does_not_grow_with_the_length(recordings, tmp_path):
+    """Peak resident memory over recordings of 4 and of 24 minutes."""
+    code = ("import sys, resource; from prepare_units import main, Config; main(Config(input=sys.argv[1], "
+            "out=sys.argv[2], batch_seconds=30)); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    wave, rate = soundfile.read(recordings / "b" / "long.flac", dtype="float32")
+    peaks = []
+    for n in (2, 12):
+        soundfile.write(tmp_path / f"{n}.wav", np.tile(wave, n), rate)
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / f"{n}.wav", tmp_path / f"u{n}"], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] < 1.1 * peaks[0] < 2000, peaks
+
+
+def test_refusals(tmp_path, recordings, corpus):
     assert "no such folder" in refused("prepare_units.py", "--input=nowhere")
     assert "no audio files" in refused("prepare_units.py", f"--input={tmp_path}")
-    (tmp_path / "book.safetensors").write_bytes(pickle.dumps({"not": "a codebook"}))
-    with pytest.raises(SystemExit, match="not a codebook"):
-        SpeechTokenizer.load(str(tmp_path / "book.safetensors"))
-    with pytest.raises(SystemExit, match="speech encoders here are"):
-        load_encoder("embedded:smollm2-135m", 3)
-    with pytest.raises(SystemExit, match="no layer 9"):
-        load_encoder("embedded:whisper-tiny.en", 9)
+    error = refused("prepare_units.py", "--shard=0/3", "--dtype=int8", "--max_utterance_seconds=0.1")
+    for word in ("name a folder", "'0/3' is not a part", "int8", "at least 1"):
+        assert word in error
+    with pytest.raises(SystemExit, match="of another stage"):
+        main(Config(input=str(recordings), out=str(corpus / "train")))
 
 
-def test_kmeans_finds_blobs():
+# ---------------------------------------------------------------- the pieces
+
+def test_reading_ahead_keeps_the_order_and_passes_errors_on():
+    def make(n):
+        for i in range(n):
+            if n == 7 and i == 3:
+                raise ValueError("seven")
+            yield n, i
+
+    with ReadAhead(range(40), make, workers=3, depth=2) as ahead:
+        seen = []
+        for item, pieces in ahead:
+            try:
+                seen.append((item, list(pieces)))
+            except ValueError as e:
+                assert str(e) == "seven" and item == 7
+    assert seen == [(n, [(n, i) for i in range(n)]) for n in range(40) if n != 7]
+
+    def broken():
+        yield 1
+        raise SystemExit("the list ends badly")
+
+    with pytest.raises(SystemExit, match="ends badly"), ReadAhead(broken(), make, 2) as ahead:
+        assert [list(p) for _, p in ahead]
+    started = time.perf_counter()
+    with pytest.raises(KeyError), ReadAhead(range(1000), make, 2) as ahead:  # left early, nothing hangs
+        for item, _ in ahead:
+            raise KeyError
+    assert time.perf_counter() - started < 5
+
+
+def test_a_group_hangs_on_what_it_begins_with_only():
+    """From any border at a recording's end, the groups that follow are the same."""
+    rng = np.random.default_rng(0)
+    stream = []
+    for i in range(60):
+        for _ in range(int(rng.integers(1, 40)) if i % 7 == 0 else 1):
+            stream.append(Piece(Utterance(str(i), None), np.zeros(int(rng.integers(1, 30)) * 16_000), 0, None))
+        stream.append(END)
+    found = list(groups(stream, 100))
+    assert sum(found, []) == stream
+    at = 0
+    for i, group in enumerate(found):
+        seconds = [len(e.wave) / 16_000 for e in group if e is not END]
+        assert sum(seconds) < 200 + 30
+        at += len(group)
+        if group[-1] is END:
+            assert list(groups(stream[at:], 100)) == found[i + 1:]
+
+
+def test_slamkits_files(tmp_path, fingerprint):
+    assert read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500)[:2] == ("a", pytest.approx([3, 49]))
+    units = [[3, 49, 7], [1, 1, 2]]
+    lines = [{"units": units[0], "duration": [2, 1, 4], "file_name": "a.wav"},
+             {"audio_repr": {"units": units[1], "duration": [2, 3, 1]}, "file_name": "b.wav"},
+             {"units": [500], "duration": [1], "file_name": "c.wav"},
+             {"units": [1, 2], "duration": [1], "file_name": "d.wav"}]
+    (tmp_path / "features.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
+    main(Config(input=f"{tmp_path}/features.jsonl", out=f"{tmp_path}/f", durations=True, max_bad_share=0.9))
+    reader = UnitReader(tmp_path / "f")
+    assert said(tmp_path / "f") == {"a.wav": [3, 49, 7], "b.wav": [1, 2]}  # runs are merged
+    assert reader.durations(1).tolist() == [5, 1] and reader.hours == pytest.approx(13 / 25 / 3600)
+    assert reader.fingerprint == SpeechTokenizer.load("embedded").fingerprint
+    report = json.loads((tmp_path / "f" / "report.json").read_text())
+    assert [s["id"] for s in report["skipped"]] == ["line 3", "line 4", "line 5"]
+    verify([tmp_path / "f"])
+    (tmp_path / "tokens.jsonl").write_text(json.dumps({"file_name": "a", "audio_repr": "<Un3><Un49>"}) + "\n" +
+                                           json.dumps({"file_name": "b", "audio_repr": "<Un3> 49"}) + "\n")
+    main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/t", max_bad_share=0.5))
+    assert said(tmp_path / "t") == {"a": [3, 49]}
+    with pytest.raises(SystemExit, match="can't be used.*no durations"):
+        main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/td", durations=True))
+
+
+def test_verify_finds_what_is_wrong(fingerprint, tmp_path, capsys):
+    def corpus(name, **kwargs):
+        with UnitWriter(tmp_path / name, fingerprint, shard_tokens=12, durations=True, **kwargs) as writer:
+            for i in range(6):
+                writer.add(f"{name}{i}", np.array([1, 2, 3, i]), np.array([1, 2, 3, 1]))
+        return tmp_path / name
+
+    def wrong(*folders):
+        return str(pytest.raises(SystemExit, verify, list(map(str, folders))).value)
+
+    def poke(path, at, value):
+        content = bytearray(path.read_bytes())
+        content[at:at + len(value)] = value
+        path.write_bytes(content)
+
+    good = corpus("good")
+    verify([str(good)])
+    out = capsys.readouterr().out
+    assert "6 utterances" in out and "36 tokens" in out and "14.29 units per second" in out and out.endswith("whole\n")
+    shutil.copytree(good, tmp_path / "again")
+    assert "6 utterances are there more than once, the first 'good0'" in wrong(good, tmp_path / "again")
+    (tmp_path / "again" / "00001.safetensors").unlink()
+    assert "00001.safetensors is missing" in wrong(tmp_path / "again")
+    for name, tensor, value, reason in (
+            ("range", "tokens", b"\x63\0", "token 99"), ("special", "tokens", b"\0\0", "1 units 1"),
+            ("time", "durations", b"\x63\0", "durations"), ("rise", "offsets", b"\1", "rise")):
+        path = sorted(corpus(name).glob("*"))[0]
+        header = json.loads(path.read_bytes()[8:8 + int.from_bytes(path.read_bytes()[:8], "little")])
+        at = 8 + int.from_bytes(path.read_bytes()[:8], "little") + header[tensor]["data_offsets"][0]
+        poke(path, at + (8 if tensor == "offsets" else 2), value)
+        assert reason in wrong(tmp_path / name) and "00000.safetensors" in wrong(tmp_path / name)
+    path = sorted(corpus("cut").glob("*"))[0]
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "not a whole unit file" in wrong(tmp_path / "cut")
+    assert "no unit files" in wrong(tmp_path)
+    assert "usage" in refused("prepare_units.py", "verify")
+
+
+# ---------------------------------------------------------------- codebooks
+
+@pytest.mark.parametrize("minibatch", [0, 200])
+def test_kmeans_finds_blobs(minibatch):
     g = torch.Generator().manual_seed(0)
     centres = torch.randn(8, 5, generator=g) * 20
     x = (centres[:, None] + torch.randn(8, 100, 5, generator=g)).flatten(0, 1)
-    centroids, inertia = kmeans(x, 8, 30, torch.Generator().manual_seed(1))
+    centroids, inertia = kmeans(x, 8, 30, torch.Generator().manual_seed(1), minibatch)
     assert torch.cdist(centres, centroids).min(1).values.max() < 0.5
     assert inertia == pytest.approx(5, rel=0.1)
     labels = assign(x, centroids, chunk=77)
     assert torch.equal(labels, torch.cdist(x, centroids).argmin(1))
     assert sorted(Counter(labels.tolist()).values()) == [100] * 8
+
+
+def test_empty_clusters_are_seeded_anew():
+    x = torch.cat([torch.zeros(1000, 2), torch.tensor([[10.0, 10.0]]).repeat(50, 1), torch.randn(30, 2) + 50])
+    for minibatch in (0, 500):
+        centroids, inertia = kmeans(x, 12, 40, torch.Generator().manual_seed(0), minibatch)
+        assert torch.isfinite(centroids).all() and inertia < 1
+        assert len(set(assign(x, centroids).tolist())) >= 8
 
 
 def test_fit_makes_a_tokeniser(stories, tmp_path):
@@ -169,26 +360,104 @@ def test_fit_makes_a_tokeniser(stories, tmp_path):
     assert "overwrite" in refused("prepare_units.py", "fit", f"--input={stories / 'audio'}", f"--codebook={book}")
 
 
-def test_hubert_type_encoders(tmp_path, wave):
-    """A small HuBERT, randomly initialised, saved as a folder and loaded by name: the full path of a hub encoder."""
-    from transformers import HubertConfig, HubertModel
-    torch.manual_seed(0)
-    config = HubertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
-                          conv_dim=(16,) * 7, conv_stride=(5, 2, 2, 2, 2, 2, 4), num_conv_pos_embeddings=16,
-                          num_conv_pos_embedding_groups=2)
-    model = HubertModel(config).eval()
-    model.save_pretrained(tmp_path / "hubert")
-    encoder = load_encoder(str(tmp_path / "hubert"), 2)
-    assert isinstance(encoder, HubertFrames) and encoder.rate_hz == 25.0
-    x, positions = encoder([wave])[0]
-    with torch.no_grad():
-        padded = torch.nn.functional.pad(torch.from_numpy(wave), (40, 40))[None]
-        expected = model(padded, output_hidden_states=True).hidden_states[2][0]
-    torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
-    assert positions is None and abs(len(x) - len(wave) / 640) <= 1
+def test_check_reports_how_steady_a_tokeniser_is(recordings, tmp_path):
+    done = run("prepare_units.py", "check", f"--input={recordings}", "--minutes=1.5", "--dtype=float16")
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["batch_agreement"] >= 0.999 and report["float32_agreement"] > 0.97
+    assert 0.7 < report["crop_agreement"] < 0.95 and 15 < report["units_per_second"] < 25
+    from test_speech_tokenizer import hubert
+    hubert(tmp_path / "hubert")
+    run("prepare_units.py", "fit", f"--input={recordings}", f"--codebook={tmp_path}/h.safetensors", "--n_units=40",
+        f"--encoder={tmp_path}/hubert", "--layer=3", "--hours=0.05", "--minibatch=500")
+    done = run("prepare_units.py", "check", f"--input={recordings}", f"--tokenizer={tmp_path}/h.safetensors",
+               "--minutes=3", "--window_seconds=20", "--hop_seconds=15")
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["seams"] > 5 and report["window_seconds"] == 20 and report["batch_agreement"] >= 0.999
+    assert report["window_agreement_at_seams"] > 0.8 and report["window_agreement_elsewhere"] > 0.8
 
 
-def test_the_shipped_codebook(tokenizer):
-    assert EMBEDDED_TOKENIZER.stat().st_size < 2e6
-    assert isinstance(tokenizer.encoder, WhisperFrames) and tokenizer.fingerprint.unit_rate_hz == 25
-    assert tokenizer.centroids.shape == (500, 384) and tokenizer.position_mean.shape == (750, 384)
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+class SubtleEvil:
+    """Asks for something harmless-looking out of an expected package."""
+    def __reduce__(self):
+        from numpy import load
+        return load, ("evil.npy",)
+
+
+def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
+    sklearn, joblib = pytest.importorskip("sklearn.cluster"), pytest.importorskip("joblib")
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
+    for name, model in (("mini", sklearn.MiniBatchKMeans(20, random_state=np.random.RandomState(0), n_init=1)),
+                        ("full", sklearn.KMeans(20, n_init=1))):
+        model.fit(x)
+        for compress in (0, 3, ("gzip", 3)):
+            joblib.dump(model, "km.bin", compress=compress)
+            np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
+        for protocol in range(2, 6):
+            Path("km.bin").write_bytes(pickle.dumps(model, protocol))
+            np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
+    model.cluster_centers_ = np.asfortranarray(model.cluster_centers_.astype(np.float64))
+    joblib.dump(model, "km.bin")
+    np.testing.assert_allclose(read_kmeans(Path("km.bin")), model.cluster_centers_, rtol=1e-6)
+
+    for evil in (Evil(), {"cluster_centers_": Evil()}, SubtleEvil(), [model, Evil()]):
+        for write in (lambda: joblib.dump(evil, "evil.bin"), lambda: Path("evil.bin").write_bytes(pickle.dumps(evil))):
+            write()
+            with pytest.raises(SystemExit, match="nothing was run"):
+                read_kmeans(Path("evil.bin"))
+    assert not Path("evil").exists()
+    model.cluster_centers_ = np.array([Evil()], dtype=object)
+    joblib.dump(model, "evil.bin")
+    with pytest.raises(SystemExit, match="not of numbers"):
+        read_kmeans(Path("evil.bin"))
+    assert not Path("evil").exists()
+    whole = Path("km.bin").read_bytes()
+    for content in (b"", b"text", whole[:200], whole[:-50], pickle.dumps({"a": 1}), pickle.dumps([1, 2])):
+        Path("bad.bin").write_bytes(content)
+        with pytest.raises(SystemExit, match="not a k-means"):
+            read_kmeans(Path("bad.bin"))
+
+
+def test_a_kmeans_is_converted(tmp_path):
+    sklearn, joblib = pytest.importorskip("sklearn.cluster"), pytest.importorskip("joblib")
+    from test_speech_tokenizer import hubert
+    hubert(tmp_path / "hubert")
+    model = sklearn.MiniBatchKMeans(20, n_init=1).fit(np.random.default_rng(0).standard_normal((300, 32)))
+    name = "mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin"
+    joblib.dump(model, tmp_path / name)
+    command = ["prepare_units.py", "convert", f"--codebook={tmp_path}/book.safetensors", "--layer=3",
+               f"--encoder={tmp_path}/hubert"]
+    assert "03cc04a9" in refused(*command, f"--source={tmp_path / name}")  # not the published file under its name
+    os.rename(tmp_path / name, tmp_path / "km.bin")
+    assert "20 units" in run(*command, f"--source={tmp_path}/km.bin").stdout
+    assert "overwrite" in refused(*command, f"--source={tmp_path}/km.bin")
+    assert "no such file" in refused(*command, f"--source={tmp_path}/none.bin", "--overwrite")
+    tokenizer = SpeechTokenizer.load(f"{tmp_path}/book.safetensors")
+    np.testing.assert_allclose(tokenizer.centroids.numpy(), model.cluster_centers_, rtol=1e-6)
+    units, _ = tokenizer.encode(np.random.default_rng(0).standard_normal(32_000).astype(np.float32), 16_000)
+    assert units.max() < 20 and tokenizer.fingerprint.layer == 3
+
+
+def test_bpe_of_a_corpus(whole, tmp_path, capsys):
+    """The tokeniser that the command writes gives, from audio, what the command made of the unit files."""
+    done = run("prepare_units.py", "bpe", f"--units={whole}", f"--out={tmp_path}/bpe", "--n_pieces=600")
+    report = json.loads(done.stdout.splitlines()[-1])
+    pieces, units = UnitReader(tmp_path / "bpe" / "units"), UnitReader(whole)
+    assert report["units_per_token"] == pytest.approx(report["units"] / report["tokens"], abs=1e-3) and \
+        report["units_per_token"] > 1.05
+    assert pieces.fingerprint.n_units == 600 and pieces.hours == pytest.approx(units.hours)
+    tokenizer = SpeechTokenizer.load(f"{tmp_path}/bpe/tokenizer.safetensors")
+    assert tokenizer.fingerprint == pieces.fingerprint and tokenizer.base_fingerprint == units.fingerprint
+    for i in range(len(units)):
+        assert tokenizer.to_units(pieces.units(i)) == units.units(i).tolist()
+        assert pieces.durations(i).sum() == units.durations(i).sum()
+    assert list(pieces.records()) == list(units.records())
+    verify([str(tmp_path / "bpe" / "units")])
+    assert "overwrite" in refused("prepare_units.py", "bpe", f"--units={whole}", f"--out={tmp_path}/bpe")
+    with pytest.raises(SystemExit, match="different tokenisers"):
+        UnitReader(tmp_path / "bpe" / "units", whole)

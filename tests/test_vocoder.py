@@ -5,7 +5,7 @@ import torch
 from conftest import refused, run
 
 from eval import transcribe, word_error_rate
-from prepare_units import SpeechTokenizer
+from speech_tokenizer import SpeechTokenizer
 from vocoder import EMBEDDED_VOCODER, HOP, Spectra, Vocoder
 
 HELD_OUT = [

@@ -1,0 +1,373 @@
+"""The speech tokeniser: encoder + k-means + dedup (+ BPE); what turns speech into units.
+
+    tokenizer = SpeechTokenizer.load("embedded")
+    units, durations = tokenizer.encode(wave, 16_000)
+
+prepare_units.py fits its codebook and runs it over a corpus; eval.py, sample.py and synth_stories.py use it as it is.
+"""
+import hashlib
+import io
+import math
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from audio import SAMPLE_RATE, check_wave, resample
+from embedded import resolve
+from units import Fingerprint, dedup
+
+EMBEDDED_TOKENIZER = Path(__file__).parent / "assets" / "codebook.safetensors"
+
+
+# ---------------------------------------------------------------- encoders
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class WhisperFrames:
+    """Whisper's encoder as a 25 Hz frame extractor: log-mel -> `layer` blocks -> pairs of frames averaged.
+
+    The encoder runs on the real length, not padded to 30 s. It can't hear more than 30 s, so the windows in which
+    longer audio is read (`windows`) are part of the tokeniser's definition.
+    """
+    rate_hz, samples_per_frame = 25.0, 640
+    window, hop = 750, 500  # frames
+
+    def __init__(self, name: str, layer: int, device: str, dtype: torch.dtype):
+        from transformers import WhisperFeatureExtractor, WhisperModel
+        folder = resolve(name)
+        self.encoder = WhisperModel.from_pretrained(folder, dtype=dtype).encoder.eval().to(device)
+        if not 0 <= layer <= len(self.encoder.layers):
+            raise SystemExit(f"{name}: no layer {layer}; it has {len(self.encoder.layers)}")
+        extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        self.mel_filters = torch.tensor(extractor.mel_filters, dtype=torch.float32, device=device)  # (201, 80)
+        self.hann = torch.hann_window(400, device=device)
+        self.layer, self.device, self.dtype = layer, device, dtype
+        self.dim = self.encoder.config.d_model
+
+    def n_frames(self, n_samples: int) -> int:
+        return n_samples // self.samples_per_frame
+
+    def log_mel(self, wave: Tensor) -> Tensor:
+        """(T,) at 16 kHz -> Whisper's log-mel (80, T // 160)."""
+        power = torch.stft(wave, 400, 160, window=self.hann, return_complex=True)[:, :-1].abs() ** 2
+        log = (self.mel_filters.T @ power).clamp(min=1e-10).log10()
+        return (torch.maximum(log, log.max() - 8) + 4) / 4
+
+    @torch.inference_mode()
+    def __call__(self, waves: list[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
+        """Waves (T,), none longer than a window -> features (T // 640, dim) and their positions in the window.
+
+        Padding is masked, so that no file's frames see another's.
+        """
+        mels = [self.log_mel(to_device(wave[:len(wave) // 640 * 640], self.device)) for wave in waves]
+        lengths = torch.tensor([m.shape[1] for m in mels])
+        longest = int(lengths.max())
+        mel = torch.stack([F.pad(m, (0, longest - m.shape[1])) for m in mels]).to(self.dtype)
+        padded = (lengths < longest).any()
+        inside = to_device(torch.arange(longest) < lengths[:, None], self.device)
+        e = self.encoder
+        x = F.gelu(e.conv1(mel)) * inside[:, None]  # a lone file's second convolution meets zeros past its end
+        x = F.gelu(e.conv2(x)).transpose(1, 2)
+        x = x + e.embed_positions.weight[:x.shape[1]]
+        mask = torch.where(inside[:, ::2], 0.0, -torch.inf)[:, None, None, :].to(self.dtype) if padded else None
+        for block in e.layers[:self.layer]:
+            x = block(x, attention_mask=mask)
+            x = x[0] if isinstance(x, tuple) else x  # transformers returned tuples once
+        x = (x[:, 0::2] + x[:, 1::2]).float() / 2
+        positions = torch.arange(longest // 4, device=self.device)
+        return [(row[:n // 4], positions[:n // 4]) for row, n in zip(x, lengths.tolist())]
+
+
+class OwnGroupNorm(nn.Module):
+    """HuBERT's first normalisation, each channel over time, of the samples of each file alone and not its padding."""
+
+    def __init__(self, norm: nn.GroupNorm):
+        super().__init__()
+        self.norm, self.lengths = norm, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for row, n in zip(x, self.lengths, strict=True):
+            row[:, :n] = self.norm(row[None, :, :n])[0]
+        return x
+
+
+class HubertFrames:
+    """HuBERT as a frame extractor: `hidden_states[layer]`, the wave padded by 40 samples on each side.
+
+    Files share a batch without noticing: padding is kept out of the attention, the convolution over positions and the
+    first layer's normalisation over time, in which zero-padding alone would change every frame.
+    """
+
+    def __init__(self, name: str, layer: int, device: str, dtype: torch.dtype):
+        from transformers import HubertModel
+        self.model = HubertModel.from_pretrained(resolve(name), dtype=dtype).eval().to(device)
+        config, encoder = self.model.config, self.model.encoder
+        if not 0 < layer <= len(encoder.layers):
+            raise SystemExit(f"{name}: no layer {layer}; it has {len(encoder.layers)}")
+        if config.do_stable_layer_norm and layer < len(encoder.layers):
+            encoder.layer_norm = nn.Identity()  # it comes after the last layer only
+        encoder.layers = encoder.layers[:layer]  # what lies above is never needed
+        first = self.model.feature_extractor.conv_layers[0]
+        self.norm = None
+        if config.feat_extract_norm == "group":
+            self.norm = first.layer_norm = OwnGroupNorm(first.layer_norm)
+        self.samples_per_frame = math.prod(config.conv_stride)
+        self.rate_hz, self.dim = SAMPLE_RATE / self.samples_per_frame, config.hidden_size
+        self.window, self.hop = round(60 * self.rate_hz), round(50 * self.rate_hz)
+        self.layer, self.device, self.dtype = layer, device, dtype
+
+    def conv_lengths(self, n_samples: int) -> list[int]:
+        """Frames after each convolution."""
+        n, lengths = n_samples + 80, []
+        for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride):
+            n = (n - kernel) // stride + 1
+            lengths.append(n)
+        return lengths
+
+    def n_frames(self, n_samples: int) -> int:
+        return self.conv_lengths(n_samples)[-1]
+
+    @torch.inference_mode()
+    def __call__(self, waves: list[np.ndarray]) -> list[tuple[Tensor, None]]:
+        """Waves (T,) -> features (frames, dim) and None (HuBERT's positions are relative)."""
+        longest = max(map(len, waves))
+        x = torch.stack([F.pad(torch.from_numpy(w), (40, 40 + longest - len(w))) for w in waves])
+        mask = None
+        if any(len(w) < longest for w in waves):
+            mask = torch.arange(longest + 80) < torch.tensor([[len(w) + 80] for w in waves])
+            mask = to_device(mask, self.device)
+        if self.norm:
+            self.norm.lengths = [self.conv_lengths(len(w))[0] for w in waves]
+        x = self.model(to_device(x, self.device).to(self.dtype), attention_mask=mask).last_hidden_state.float()
+        return [(row[:self.n_frames(len(w))], None) for row, w in zip(x, waves)]
+
+
+def to_device(x: np.ndarray | Tensor, device: str) -> Tensor:
+    """A copy on the device that a GPU's host does not wait for."""
+    x = torch.as_tensor(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x
+
+
+def load_encoder(name: str, layer: int, device: str = "cpu", dtype: str = "auto"):
+    """The frame extractor for a Whisper- or HuBERT-type model, told by its config.json."""
+    from transformers import AutoConfig
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()  # the pipeline's own bars say enough
+    try:
+        kind = AutoConfig.from_pretrained(resolve(name)).model_type
+    except OSError as e:
+        raise SystemExit(f"{name}: no speech encoder there ({str(e).splitlines()[0]})") from None
+    kinds = {"whisper": WhisperFrames, "hubert": HubertFrames}
+    if kind not in kinds:
+        raise SystemExit(f"{name}: a {kind!r} model; speech encoders here are {' and '.join(kinds)}")
+    if dtype == "auto":
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    return kinds[kind](name, layer, device, DTYPES[dtype])
+
+
+def windows(blocks: Iterable[np.ndarray], encoder) -> Iterator[tuple[np.ndarray, int, int | None]]:
+    """A stream at 16 kHz as (wave, first, last): of its frames, first to last are kept, None being to its end.
+
+    Audio of up to `encoder.window` frames is one window. Longer audio is read in overlapping ones, `encoder.hop`
+    apart, and the middle of each is kept; the last ends where the audio does. So memory does not grow with its length.
+    """
+    spf, size, hop = encoder.samples_per_frame, encoder.window, encoder.hop
+    margin = (size - hop) // 2
+    held, start = np.zeros(0, np.float32), 0  # what may still be needed, from frame `start` on
+    begin = kept = 0  # where the next window begins; frames kept so far
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while start * spf + len(held) >= (begin + size + 1) * spf:  # more than a window is left
+            held, start = held[(begin - start) * spf:], begin
+            last = begin + hop + margin
+            yield held[:size * spf], kept - begin, last - begin
+            begin, kept = begin + hop, last
+    if begin:
+        begin = start + len(held) // spf - size
+    yield held[(begin - start) * spf:], kept - begin, None
+
+
+# ---------------------------------------------------------------- tokeniser
+
+class Bpe:
+    """Pieces of several units, by sentencepiece's byte-pair encoding of units as characters (Sennrich et al. 2016).
+
+    encode([7, 2, 7, 2], [3, 1, 1, 2]) -> [510, 510], [4, 3] if 510 stands for "7 2"
+    """
+    FIRST = 0x4E00  # 20,000 ideographs without a gap, none of which is a blank or changed by normalisation
+
+    def __init__(self, model: bytes):
+        from sentencepiece import SentencePieceProcessor
+        self.model, self.processor = model, SentencePieceProcessor(model_proto=model)
+        self.n_pieces = self.processor.vocab_size() - 1  # all but <unk>
+        self.expansions = [[ord(c) - self.FIRST for c in self.processor.id_to_piece(i + 1)]
+                           for i in range(self.n_pieces)]
+
+    @classmethod
+    def train(cls, utterances: Iterator[np.ndarray], n_units: int, n_pieces: int) -> "Bpe":
+        """Fit on utterances of units. SystemExit if there are too few for so many pieces."""
+        from sentencepiece import SentencePieceTrainer
+        model = io.BytesIO()
+        try:
+            SentencePieceTrainer.train(
+                # One line of all units, so that none is unknown, be it not in the sample.
+                sentence_iterator=map(cls.to_text, chain([range(n_units)], utterances)), model_writer=model,
+                model_type="bpe", vocab_size=n_pieces + 1, character_coverage=1.0,
+                normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+                split_by_whitespace=False, split_by_unicode_script=False, split_by_number=False,
+                max_sentence_length=1 << 24, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0, minloglevel=2)
+        except RuntimeError as e:
+            raise SystemExit(f"n_pieces={n_pieces}: sentencepiece refuses ({e})") from None
+        return cls(model.getvalue())
+
+    @classmethod
+    def to_text(cls, units: Iterable[int]) -> str:
+        return "".join(chr(cls.FIRST + int(u)) for u in units)
+
+    def encode(self, units: np.ndarray, durations: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Units and durations (T,) -> pieces (N,) and theirs; N <= T."""
+        pieces = np.array(self.processor.encode(self.to_text(units)), dtype=np.int64) - 1
+        ends = np.cumsum([len(self.expansions[p]) for p in pieces])
+        return pieces, durations if durations is None else np.add.reduceat(durations, np.append(0, ends[:-1]))
+
+    def decode(self, pieces: Iterable[int]) -> list[int]:
+        return [unit for p in pieces for unit in self.expansions[p]]
+
+
+class SpeechTokenizer:
+    """Encoder + k-means + dedup (+ BPE); defined by a codebook file.
+
+    That holds the centroids, what is subtracted before (position mean), the encoder's name and layer, and the BPE.
+
+    tokenizer = SpeechTokenizer.load("embedded")
+    units, durations = tokenizer.encode(wave, 16_000)   # (T,) int64 each; the durations sum to the frames
+    """
+
+    def __init__(self, encoder, centroids: Tensor, position_mean: Tensor | None, fingerprint: Fingerprint,
+                 bpe: Bpe | None = None, base_fingerprint: Fingerprint | None = None):
+        self.encoder, self.centroids, self.position_mean = encoder, centroids, position_mean
+        self.fingerprint, self.bpe = fingerprint, bpe
+        self.base_fingerprint = base_fingerprint or fingerprint  # of the units that the pieces stand for
+
+    @classmethod
+    def load(cls, name: str = "embedded", device: str = "cpu", dtype: str = "auto") -> "SpeechTokenizer":
+        """Load a codebook file, or `embedded`. SystemExit if it is missing, not a codebook, or not of its encoder."""
+        tensors, meta = read_codebook(name)
+        encoder = load_encoder(meta["encoder"], int(meta["layer"]), device, dtype)
+        fingerprint, base = codebook_fingerprints(tensors, meta)
+        if (encoder.rate_hz, encoder.dim) != (base.unit_rate_hz, tensors["centroids"].shape[1]):
+            raise SystemExit(f"{name}: {base.unit_rate_hz:g} Hz and {tensors['centroids'].shape[1]} dimensions, but "
+                             f"{meta['encoder']} gives {encoder.rate_hz:g} Hz and {encoder.dim}")
+        mean = tensors["position_mean"].float().to(device) if "position_mean" in tensors else None
+        bpe = Bpe(tensors["bpe"].numpy().tobytes()) if "bpe" in tensors else None
+        return cls(encoder, tensors["centroids"].float().to(device), mean, fingerprint, bpe, base)
+
+    @property
+    def base(self) -> "SpeechTokenizer":
+        """This tokeniser without BPE, whose units a vocoder speaks."""
+        return SpeechTokenizer(self.encoder, self.centroids, self.position_mean, self.base_fingerprint)
+
+    def to_units(self, tokens: list[int]) -> list[int]:
+        """What it gave, as units for a vocoder: pieces are taken apart."""
+        return self.bpe.decode(tokens) if self.bpe else tokens
+
+    def features(self, waves: list[np.ndarray]) -> list[Tensor]:
+        """Waves (T,) at 16 kHz -> what k-means sees, (frames, dim), free of the encoder's absolute position."""
+        return [x if self.position_mean is None else x - self.position_mean[p] for x, p in self.encoder(waves)]
+
+    @torch.inference_mode()
+    def label(self, waves: list[np.ndarray], batch_seconds: float = 60.0) -> list[Tensor]:
+        """Waves (T,) at 16 kHz, none longer than a window -> one unit per frame; like lengths share a batch."""
+        order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
+        out: list = [None] * len(waves)
+        while order:
+            n = max(1, int(batch_seconds * SAMPLE_RATE / len(waves[order[0]])))
+            batch, order = order[:n], order[n:]
+            x = self.features([waves[i] for i in batch])
+            units = assign(torch.cat(x), self.centroids).split([len(rows) for rows in x])
+            for i, labels in zip(batch, units):
+                out[i] = labels
+        return out
+
+    def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
+        """Waves (T,) at 16 kHz, of any length -> one unit per frame, before dedup."""
+        for wave in waves:
+            check_wave(wave)
+        pieces = [(i, *piece) for i, wave in enumerate(waves) for piece in windows([wave], self.encoder)]
+        labels = self.label([wave for _, wave, _, _ in pieces])
+        parts = [[] for _ in waves]
+        for (i, _, first, last), units in zip(pieces, labels):
+            parts[i].append(units[first:last])
+        return [torch.cat(p).cpu().numpy() for p in parts]
+
+    def finish(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One unit per frame -> (units, durations), or with BPE (pieces, durations)."""
+        units, durations = dedup(frames)
+        return self.bpe.encode(units, durations) if self.bpe else (units, durations)
+
+    def encode_batch(self, waves: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Waves (T,) at 16 kHz -> (units, durations) of each; the same whatever else is in the batch."""
+        return [self.finish(frames) for frames in self.frames(waves)]
+
+    def encode(self, wave: np.ndarray, sample_rate: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mono float wave (T,) -> units (N,), durations (N,) in frames. ValueError if it is silent, NaN or too short.
+
+        encode(two seconds of speech, 16_000) -> [413, 77, 20, …], [2, 1, 1, …] with durations summing to 50
+        """
+        return self.encode_batch([resample(np.asarray(wave, dtype=np.float32), sample_rate, SAMPLE_RATE)])[0]
+
+
+def assign(x: Tensor, centroids: Tensor, chunk: int = 1 << 16) -> Tensor:
+    """Index (N,) of the nearest centroid (K, D) of each row of x (N, D)."""
+    half_norm = centroids.square().sum(1) / 2
+    return torch.cat([(half_norm - part @ centroids.T).argmin(1) for part in x.split(chunk)])
+
+
+# ---------------------------------------------------------------- codebook files
+
+def read_codebook(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a codebook file, or of `embedded`. SystemExit if it is missing or not a codebook."""
+    path = EMBEDDED_TOKENIZER if name == "embedded" else Path(name)
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such codebook; `python prepare_units.py fit` makes one, `convert` another")
+    try:
+        with safe_open(path, "pt") as f:
+            tensors, meta = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+        codebook_fingerprints(tensors, meta)
+    except Exception as e:  # safetensors has no public base class for its errors
+        raise SystemExit(f"{path}: not a codebook ({e}); `python prepare_units.py fit` makes one") from None
+    return tensors, meta
+
+
+def write_codebook(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
+    path.with_suffix(".part").write_bytes(save(tensors, {k: str(v) for k, v in meta.items()}))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def codebook_fingerprints(tensors: dict[str, Tensor], meta: dict) -> tuple[Fingerprint, Fingerprint]:
+    """The fingerprints of what a codebook's tokeniser gives and, the same unless there is BPE, of its units.
+
+    The sha256 is of the tensors, not of the file, so that it does not hang on how a library writes headers.
+    """
+    def fingerprint(names: list[str], n: int) -> Fingerprint:
+        sha = hashlib.sha256()
+        for name in names:
+            x = tensors[name].cpu().contiguous().numpy()
+            sha.update(f"{name} {x.dtype} {x.shape}\n".encode() + x.tobytes())
+        return Fingerprint(meta["encoder"], int(meta["layer"]), float(meta["unit_rate_hz"]), n, True, sha.hexdigest())
+
+    base = fingerprint(sorted(tensors.keys() & {"centroids", "position_mean"}), len(tensors["centroids"]))
+    if "bpe" not in tensors:
+        return base, base
+    return fingerprint(sorted(tensors), Bpe(tensors["bpe"].numpy().tobytes()).n_pieces), base
