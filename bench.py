@@ -3,28 +3,40 @@
     python bench.py train config/slam.py                 # tokens/s of training: ours, and as SlamKit trains
     python bench.py generate --checkpoint out/demo/lm    # tokens/s of sampling: ours, and transformers' generate
     python bench.py memory config/slam.py                # GPU memory of a training run, counted without a GPU
+    python bench.py units --input out/study/data/audio   # hours per hour of speech to units, and each stage of it
 
 Each case is one JSON line: ours, peer, their ratio, the shape, the device and the versions. On a CPU the two sides take
 turns, since other work on the machine slows whoever runs; on a GPU each has the memory to itself.
 """
+import contextlib
+import io
 import json
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
+import soundfile
 import torch
 import transformers
 from torch import Tensor
 
+from audio import SAMPLE_RATE, load_audio
 from config import load_config
+from embedded import resolve
 from model import ModelConfig, UnitLM, fetch, find_checkpoint, from_config, twisted
 from optim import make_optimizer, update
+from prepare_units import Config as UnitsConfig, extract
+from speech_tokenizer import SpeechTokenizer, WhisperFrames, assign, write_codebook
 from train import (Config as TrainConfig, Loader, Rows, accumulate, autocast, build, collate, compiled, cut,
                    flops_per_token, peak_flops, pick_device)
-from units import UnitReader, to_tokens
+from units import UnitReader, UnitWriter, to_tokens
 
 
 def report(case: str, ours: float, peer: float, unit: str, **more) -> None:
@@ -257,9 +269,139 @@ def bench_memory(cfg: BenchMemory) -> None:
         "optimizer": cfg.optimizer, "dtype": cfg.dtype, "checkpointing": cfg.checkpointing, "context": cfg.context}))
 
 
+# ---------------------------------------------------------------- speech to units
+
+@dataclass
+class BenchUnits:
+    """Speech to units, ours and the peer's, on the same files and encoder."""
+    input: str = "out/study/data/audio"  # folder of audio files
+    tokenizer: str = "embedded"  # codebook file, or `hubert`: mHuBERT-25hz's shape, its numbers random, layer 11 of 12
+    files: int = 64  # of the folder, at most
+    dtype: str = "auto"  # of our encoder; the peer's is float32
+    batch_seconds: float = 0.0  # audio that we encode together; 0 as in prepare_units.py
+    rounds: int = 3  # timed, after one more
+    hour: bool = True  # tokenise an hour in one file as well, and look at the memory that takes
+
+
+def random_hubert(folder: Path) -> str:
+    """A codebook over a HuBERT base with a frame rate of 25 Hz, both of random numbers: as fast as the real one."""
+    torch.manual_seed(0)
+    config = transformers.HubertConfig(conv_stride=(5, 2, 2, 2, 2, 2, 4))
+    transformers.HubertModel(config).save_pretrained(folder / "hubert")
+    write_codebook(folder / "codebook.safetensors", {"centroids": torch.randn(500, 768)},
+                   {"encoder": folder / "hubert", "layer": 11, "unit_rate_hz": 25.0})
+    return str(folder / "codebook.safetensors")
+
+
+def peer_units(tokenizer: SpeechTokenizer, paths: list[Path], out: Path) -> Callable[[], float]:
+    """SlamKit's way: files sorted by length, batches of 16 zero-padded, all layers computed, features to the CPU,
+    scikit-learn's `predict`, one JSON line a file. Whisper, which it does not know, as transformers feeds it: 30 s."""
+    from sklearn.cluster import KMeans
+    device, fingerprint = tokenizer.encoder.device, tokenizer.fingerprint
+    kmeans = KMeans(fingerprint.n_units, n_init=1, max_iter=1).fit(tokenizer.centroids.cpu().numpy())
+    kmeans.cluster_centers_ = tokenizer.centroids.cpu().numpy()
+    whisper = isinstance(tokenizer.encoder, WhisperFrames)
+    folder = resolve(fingerprint.encoder)
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder) if whisper else None
+
+    @torch.inference_mode()
+    def features(waves: list[np.ndarray]) -> list[Tensor]:
+        if whisper:
+            mel = extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(device)
+            x = model.encoder(mel, output_hidden_states=True).hidden_states[fingerprint.layer]
+            x = (x[:, 0::2] + x[:, 1::2]) / 2
+        else:
+            x = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waves], batch_first=True)
+            x = torch.nn.functional.pad(x, (40, 40)).to(device)
+            x = model(x, output_hidden_states=True).hidden_states[fingerprint.layer]
+        return [row[:len(w) // 640].cpu() for row, w in zip(x, waves)]
+
+    def work() -> float:
+        waves = sorted((load_audio(p) for p in paths), key=len)
+        with open(out, "w") as lines:
+            for at in range(0, len(waves), 16):
+                for x in features(waves[at:at + 16]):
+                    units, durations = torch.unique_consecutive(torch.from_numpy(kmeans.predict(x.numpy())),
+                                                                return_counts=True)
+                    lines.write(json.dumps({"units": units.tolist(), "duration": durations.tolist()}) + "\n")
+        return sum(map(len, waves)) / SAMPLE_RATE
+
+    return work
+
+
+def stage_rates(tokenizer: SpeechTokenizer, paths: list[Path], cfg: BenchUnits, out: Path) -> dict[str, float]:
+    """Seconds of audio per second of each stage of ours by itself, in one thread of ours."""
+    found, seconds = {}, 0.0
+
+    def timed(name, work):
+        started = time.perf_counter()
+        result = work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found[name] = round(seconds / (time.perf_counter() - started), 1)
+        return result
+
+    seconds = sum(soundfile.info(p).duration for p in paths)
+    waves = timed("decode", lambda: [load_audio(p) for p in paths])
+    waves = sorted((w[:tokenizer.encoder.window * tokenizer.encoder.samples_per_frame] for w in waves), key=len)
+    seconds = sum(map(len, waves)) / SAMPLE_RATE
+    n = max(1, int((cfg.batch_seconds or (30 if tokenizer.encoder.device == "cpu" else 240)) * len(waves) / seconds))
+    features = timed("encode", lambda: torch.cat([x for at in range(0, len(waves), n)
+                                                  for x in tokenizer.features(waves[at:at + n])]))
+    frames = timed("assign", lambda: assign(features, tokenizer.centroids).cpu().numpy())
+
+    def write():
+        with UnitWriter(out, tokenizer.fingerprint) as writer:
+            for i, part in enumerate(np.array_split(frames, len(waves))):
+                writer.add(str(i), *tokenizer.finish(part))
+
+    timed("write", write)
+    return found
+
+
+def bench_units(cfg: BenchUnits) -> None:
+    device = pick_device()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        name = random_hubert(folder) if cfg.tokenizer == "hubert" else cfg.tokenizer
+        paths = [p for p in sorted(Path(cfg.input).rglob("*")) if p.suffix in (".wav", ".flac")][:cfg.files]
+        if not paths:
+            raise SystemExit(f"--input={cfg.input}: no wav or flac files; `bash runs/fast_study.sh` makes some")
+        listed = folder / "files.txt"
+        listed.write_text("\n".join(str(p.resolve()) for p in paths))
+        tokenizer = SpeechTokenizer.load(name, str(device), cfg.dtype)
+        units = UnitsConfig(input=str(listed), out=str(folder / "ours"), batch_seconds=cfg.batch_seconds,
+                            overwrite=True)
+
+        def ours() -> float:
+            with contextlib.redirect_stdout(io.StringIO()):
+                extract(units, tokenizer)
+            return UnitReader(folder / "ours").hours * 3600
+
+        found = rates({"ours": lambda: ours, "peer": lambda: peer_units(tokenizer, paths, folder / "peer.jsonl")},
+                      cfg.rounds, warm=1)
+        hour = {}
+        if cfg.hour:
+            wave = np.concatenate([load_audio(p) for p in paths])
+            wave = np.resize(wave, 3600 * SAMPLE_RATE)
+            soundfile.write(folder / "hour.wav", wave, SAMPLE_RATE)
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "prepare_units.py", f"--input={folder}/hour.wav", f"--out={folder}/hour",
+                            f"--tokenizer={name}", f"--dtype={cfg.dtype}", f"--batch_seconds={cfg.batch_seconds}"],
+                           check=True, capture_output=True, cwd=Path(__file__).parent)
+            hour = {"one_hour_file_minutes": round((time.perf_counter() - started) / 60, 2), "one_hour_file_peak_gb":
+                    round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2)}
+        memory = {"our_gb": round(found["ours"][1], 2), "peer_gb": round(found["peer"][1], 2)} if any(
+            m for _, m in found.values()) else {}
+        report("units", found["ours"][0], found["peer"][0], "x real time", tokenizer=cfg.tokenizer,
+               dtype=str(tokenizer.encoder.dtype)[6:], files=len(paths), hours=round(ours() / 3600, 3),
+               stages=stage_rates(tokenizer, paths, cfg, folder / "stages"), **hour, **memory)
+
+
 if __name__ == "__main__":
     cases = {"train": (BenchTrain, bench_train), "generate": (BenchGenerate, bench_generate),
-             "memory": (BenchMemory, bench_memory)}
+             "memory": (BenchMemory, bench_memory), "units": (BenchUnits, bench_units)}
     if len(sys.argv) < 2 or sys.argv[1] not in cases:
         raise SystemExit(f"{__doc__.strip()}\n\nusage: python bench.py {'|'.join(cases)} [CONFIG.py ...] [--key=value]")
     Config, run = cases[sys.argv[1]]

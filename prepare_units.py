@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import re
+import struct
 import sys
 import threading
 import time
@@ -59,7 +60,7 @@ class Config:
     max_utterance_seconds: float = 0.0  # cut longer recordings at silences into utterances so long; 0: leave them whole
     max_bad_share: float = 0.01  # of recordings that can't be used, before the run stops with an error
     dtype: str = "auto"  # of the encoder: float32, float16, bfloat16; auto is float16 on a GPU, float32 on a CPU
-    batch_seconds: float = 60.0  # audio encoded together
+    batch_seconds: float = 0.0  # audio encoded together; 0: 240 on a GPU, 30 on a CPU
     workers: int = 0  # threads that read, decode and resample ahead of the encoder; 0: one per core, at most 16
     shard: str = ""  # this process's part of the work, 1/8 to 8/8; all parts write into the same `out`
     shard_tokens: int = 1_000_000  # tokens per unit file; a killed run loses at most one
@@ -76,8 +77,8 @@ class Config:
             found.append(f"dtype: {self.dtype!r}; expected auto, {', '.join(DTYPES)}")
         if 0 < self.max_utterance_seconds < 1:
             found.append("max_utterance_seconds: at least 1, or 0")
-        if self.batch_seconds <= 0 or self.shard_tokens <= 0:
-            found.append("batch_seconds and shard_tokens are positive")
+        if self.batch_seconds < 0 or self.shard_tokens <= 0:
+            found.append("shard_tokens is positive, batch_seconds not negative")
         return found
 
 
@@ -212,8 +213,8 @@ def draw(input: str, seconds: float, seconds_per_file: float, rng: np.random.Gen
     if total is None:
         print(f"{input}: an archive is read from its beginning, not at random", file=sys.stderr)
     else:
-        items = list(items)
-        items = (items[i] for i in rng.permutation(len(items)))
+        found = list(items)
+        items = (found[i] for i in rng.permutation(total))
     waves, missing = [], seconds
     bar = tqdm(total=round(seconds / 3600, 2), disable=None, desc="reading", unit="h")
     for item in items:
@@ -286,7 +287,7 @@ def check(cfg: CheckConfig) -> None:
     report = {"tokenizer": cfg.tokenizer, "encoder": f"{tokenizer.fingerprint}", "dtype": str(encoder.dtype)[6:],
               "hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3),
               "units_per_second": encoder.rate_hz * sum(len(dedup(f)[0]) for f in alone) / sum(map(len, alone)),
-              "crop_agreement": crop_agreement(tokenizer, waves, rng),
+              "crop_agreement": crop_agreement(tokenizer, waves, rng, max(5, round(2 * cfg.minutes))),
               "batch_agreement": float(np.mean(np.concatenate(alone) == np.concatenate(tokenizer.frames(waves))))}
     if encoder.dtype != torch.float32:
         exact = SpeechTokenizer.load(cfg.tokenizer, device, "float32").base
@@ -310,8 +311,8 @@ def check(cfg: CheckConfig) -> None:
 
 # What a pickled k-means is made of. Its names lead to inert stand-ins, and all others are refused, so nothing is run.
 EXPECTED = {"sklearn": {"KMeans", "MiniBatchKMeans"}, "joblib": {"NumpyArrayWrapper"},
-            "numpy": {"ndarray", "dtype", "_reconstruct", "scalar", "__RandomState_ctor", "__randomstate_ctor",
-                      "__bit_generator_ctor", "MT19937"},
+            "numpy": {"ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar", "MT19937", "__RandomState_ctor",
+                      "__randomstate_ctor", "__bit_generator_ctor"},
             "copyreg": {"_reconstructor"}, "builtins": {"object"}, "__builtin__": {"object"}}
 PUBLISHED = {"mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin": ("03cc04a9", "28ad")}  # how their sha256 begin, end
 
@@ -371,13 +372,16 @@ def read_kmeans(path: Path) -> np.ndarray:
         if content[:2] in (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda", b"\x1f\x8b"):
             content = zlib.decompress(content, 47)  # zlib's or gzip's header
         centroids = KMeansUnpickler(io.BytesIO(content)).load().state["cluster_centers_"]
-        if isinstance(centroids, Inert):  # not joblib's: (version, shape, dtype, Fortran's order?, bytes)
+        if type(centroids).__name__ == "_frombuffer":  # pickle's protocol 5
+            data, dtype, shape, order = centroids.args
+            centroids = np.frombuffer(data, plain_dtype(dtype)).reshape(shape, order=order)
+        elif isinstance(centroids, Inert):  # its older ones: (version, shape, dtype, Fortran's order?, bytes)
             _, shape, dtype, fortran, data = centroids.state
             centroids = np.frombuffer(data, plain_dtype(dtype)).reshape(shape, order="F" if fortran else "C")
         if centroids.ndim != 2 or not np.isfinite(centroids).all():
             raise ValueError(f"centroids of shape {centroids.shape}")
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, zlib.error,
-            AssertionError) as e:
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, struct.error,
+            zlib.error, AssertionError) as e:
         raise SystemExit(f"{path}: not a k-means of scikit-learn ({type(e).__name__}: {e})") from None
     return np.ascontiguousarray(centroids, dtype=np.float32)
 
@@ -643,11 +647,15 @@ def finish_group(group: list, labels: list[Tensor], tokenizer: SpeechTokenizer, 
 def main(cfg: Config) -> None:
     if cfg.input.endswith(".jsonl"):
         return import_units(cfg)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    extract(cfg, SpeechTokenizer.load(cfg.tokenizer, device, cfg.dtype))
+
+
+def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
+    """Audio to unit files; decoding, encoding and writing at the same time."""
     index, n_parts = part_of(cfg.shard)
     prefix = f"part{index + 1:03d}of{n_parts:03d}-" if n_parts > 1 else ""
     total, items = read_input(cfg.input, cfg.text, cfg.audio_column)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    tokenizer = SpeechTokenizer.load(cfg.tokenizer, device, cfg.dtype)
     out = claim(cfg, prefix)
     tally = Tally(out / f"{prefix}report.json", cfg.max_bad_share)
     bar = tqdm(total=total and total // n_parts, disable=None, desc="units", unit="file", smoothing=0)
@@ -664,14 +672,15 @@ def main(cfg: Config) -> None:
                     yield item
 
     workers = cfg.workers or min(16, os.cpu_count() or 1)
+    batch_seconds = cfg.batch_seconds or (30 if tokenizer.encoder.device == "cpu" else 240)
     started = time.perf_counter()
     with (UnitWriter(out, tokenizer.fingerprint, cfg.input, cfg.durations, None, prefix) as writer,
           ReadAhead(missing(), lambda item: pieces_of(item, tokenizer.encoder, cfg.max_utterance_seconds),
                     workers) as ahead):
         done = {id.rpartition("@")[0] if cfg.max_utterance_seconds else id for id in writer.done}
         before = [], []
-        for group in chain(groups(events(ahead), 8 * cfg.batch_seconds), [[]]):
-            now = group, tokenizer.label([e.wave for e in group if isinstance(e, Piece)], cfg.batch_seconds)
+        for group in chain(groups(events(ahead), 8 * batch_seconds), [[]]):
+            now = group, tokenizer.label([e.wave for e in group if isinstance(e, Piece)], batch_seconds)
             finish_group(*before, tokenizer, writer, tally, not cfg.max_utterance_seconds)  # a GPU is at work on `now`
             tally.refuse_bad(1000)
             if before[0] and before[0][-1] is END and writer.n_tokens >= cfg.shard_tokens:

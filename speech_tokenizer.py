@@ -285,7 +285,7 @@ class SpeechTokenizer:
         return [x if self.position_mean is None else x - self.position_mean[p] for x, p in self.encoder(waves)]
 
     @torch.inference_mode()
-    def label(self, waves: list[np.ndarray], batch_seconds: float = 60.0) -> list[Tensor]:
+    def label(self, waves: list[np.ndarray], batch_seconds: float = 30.0) -> list[Tensor]:
         """Waves (T,) at 16 kHz, none longer than a window -> one unit per frame; like lengths share a batch."""
         order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
         out: list = [None] * len(waves)

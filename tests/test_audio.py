@@ -36,8 +36,9 @@ def test_resampling_neither_dulls_nor_aliases():
 
 
 @pytest.mark.parametrize("suffix, subtype, rate, channels", [
-    ("wav", "PCM_U8", 8_000, 1), ("wav", "PCM_16", 11_025, 2), ("wav", "PCM_24", 22_050, 3), ("wav", "PCM_32", 44_100, 4),
-    ("wav", "FLOAT", 48_000, 5), ("wav", "DOUBLE", 96_000, 6), ("wav", "ULAW", 8_000, 1), ("flac", "PCM_16", 44_100, 2),
+    ("wav", "PCM_U8", 8_000, 1), ("wav", "PCM_16", 11_025, 2), ("wav", "PCM_24", 22_050, 3),
+    ("wav", "PCM_32", 44_100, 4), ("wav", "FLOAT", 48_000, 5), ("wav", "DOUBLE", 96_000, 6), ("wav", "ULAW", 8_000, 1),
+    ("flac", "PCM_16", 44_100, 2),
     ("flac", "PCM_24", 96_000, 6), ("ogg", "VORBIS", 48_000, 2), ("ogg", "OPUS", 48_000, 1),
     ("mp3", "MPEG_LAYER_III", 44_100, 2), ("aiff", "PCM_16", 22_050, 1), ("au", "PCM_16", 16_000, 2)])
 def test_formats(tmp_path, suffix, subtype, rate, channels):
@@ -74,7 +75,8 @@ def bad(tmp_path_factory):
     (folder / "cut.flac").write_bytes((folder / "whole.flac").read_bytes()[:-9000])
     (folder / "whole.flac").unlink()
     for name, x, subtype in (("silent", np.zeros(16_000), "PCM_16"), ("nan", np.full(16_000, np.nan), "FLOAT"),
-                             ("inf", np.append(tone(16_000), np.inf), "FLOAT"), ("one", tone(16_000)[100:101], "PCM_16"),
+                             ("inf", np.append(tone(16_000), np.inf), "FLOAT"),
+                             ("one", tone(16_000)[100:101], "PCM_16"),
                              ("short", tone(16_000)[:600], "PCM_16"), ("none", np.zeros(0), "PCM_16")):
         soundfile.write(folder / f"{name}.wav", x, 16_000, subtype=subtype)
     os.symlink("nowhere.wav", folder / "link.wav")
@@ -183,15 +185,14 @@ def test_an_archive_that_ends_early(librispeech, tmp_path):
 
 
 def test_parquet(librispeech, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     content = io.BytesIO()
     soundfile.write(content, tone(22_050), 22_050, format="WAV")
     rows = [{"audio": {"bytes": content.getvalue(), "path": "a.wav"}, "text": "one"},
             {"audio": {"bytes": None, "path": "b.wav"}, "text": "two"},
             {"audio": {"bytes": content.getvalue()[:-3000], "path": None}, "text": "three"},
             {"audio": None, "text": "four"}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     items = list(read_input(str(tmp_path / "x.parquet"), text=True)[1])
     assert [i.id for i in items] == ["x.parquet/0000000_a.wav", "x.parquet/0000001_b.wav", "x.parquet/0000002",
                                      "x.parquet/0000003"]

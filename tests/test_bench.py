@@ -55,3 +55,32 @@ def test_memory_is_counted():
                   "--checkpointing", "--dtype=pure_bfloat16")
     assert saved["weights_and_gradients_gb"] == pytest.approx(4 * n / 1e9, abs=0.01)
     assert 0 < saved["activations_gb_per_row"] < plain["activations_gb_per_row"]
+
+
+def test_units_are_the_peers(stories, tmp_path):
+    """From one file at a time both sides get the same units; in a padded batch the peer does not."""
+    pytest.importorskip("sklearn")
+    from audio import load_audio
+    from bench import peer_units
+    from speech_tokenizer import SpeechTokenizer, load_encoder, write_codebook
+    from test_speech_tokenizer import hubert
+    hubert(tmp_path / "hubert")
+    paths = sorted((stories / "audio").glob("*.flac"))[:3]
+    features, _ = load_encoder(str(tmp_path / "hubert"), 3)([load_audio(paths[0])])[0]
+    write_codebook(tmp_path / "book.safetensors", {"centroids": features[::5][:50].clone()},
+                   {"encoder": tmp_path / "hubert", "layer": 3, "unit_rate_hz": 25.0})
+    tokenizer = SpeechTokenizer.load(f"{tmp_path}/book.safetensors")
+    ours = [tokenizer.encode(load_audio(p), 16_000)[0].tolist() for p in paths]
+    for path, units in zip(paths, ours):
+        assert peer_units(tokenizer, [path], tmp_path / "peer.jsonl")() == pytest.approx(len(load_audio(path)) / 16_000)
+        assert json.loads((tmp_path / "peer.jsonl").read_text())["units"] == units
+    peer_units(tokenizer, paths, tmp_path / "peer.jsonl")()
+    together = [json.loads(line)["units"] for line in (tmp_path / "peer.jsonl").read_text().splitlines()]
+    assert sorted(together) != sorted(ours)
+
+
+def test_speech_to_units_reports_its_case(stories):
+    pytest.importorskip("sklearn")
+    found, = case("units", f"--input={stories / 'audio'}", "--files=3", "--rounds=1", "--hour=false")
+    assert found["unit"] == "x real time" and found["ours"] > 1 and found["files"] == 3
+    assert found["stages"].keys() == {"decode", "encode", "assign", "write"}

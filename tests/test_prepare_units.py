@@ -134,7 +134,7 @@ def test_archives_and_text(librispeech, tmp_path):  # noqa: F811
     cfg = Config(input=str(librispeech), out=f"{tmp_path}/a", text=True)
     main(cfg)
     main(replace(cfg, input=str(archive), out=f"{tmp_path}/b"))
-    assert shards(tmp_path / "a").keys() == shards(tmp_path / "b").keys() and said(tmp_path / "a") == said(tmp_path / "b")
+    assert said(tmp_path / "a") == said(tmp_path / "b")
     records = list(UnitReader(tmp_path / "b").records())
     assert records == list(UnitReader(tmp_path / "a").records()) and len(records) == 6
     assert records[0] == {"id": "LibriSpeech/dev-clean/174/1/174-1-0000.flac", "text": "SAID BY 174 0"}
