@@ -110,13 +110,9 @@ class HubertFrames:
     def __init__(self, name: str, layer: int, device: str, dtype: torch.dtype):
         from transformers import HubertModel
         self.model = HubertModel.from_pretrained(resolve(name), dtype=dtype).eval().to(device)
-        config, encoder = self.model.config, self.model.encoder
-        if not 0 < layer <= len(encoder.layers):
-            raise SystemExit(f"{name}: no layer {layer}; it has {len(encoder.layers)}")
-        if config.do_stable_layer_norm and layer < len(encoder.layers):
-            encoder.layer_norm = nn.Identity()  # it comes after the last layer only
-        encoder.layers = encoder.layers[:layer]  # what lies above is never needed
-        first = self.model.feature_extractor.conv_layers[0]
+        config, first = self.model.config, self.model.feature_extractor.conv_layers[0]
+        if not 0 < layer <= config.num_hidden_layers:
+            raise SystemExit(f"{name}: no layer {layer}; it has {config.num_hidden_layers}")
         self.norm = None
         if config.feat_extract_norm == "group":
             self.norm = first.layer_norm = OwnGroupNorm(first.layer_norm)
@@ -139,16 +135,24 @@ class HubertFrames:
     @torch.inference_mode()
     def __call__(self, waves: list[np.ndarray]) -> list[tuple[Tensor, None]]:
         """Waves (T,) -> features (frames, dim) and None (HuBERT's positions are relative)."""
-        longest = max(map(len, waves))
+        longest, lengths = max(map(len, waves)), [self.n_frames(len(w)) for w in waves]
         x = torch.stack([F.pad(torch.from_numpy(w), (40, 40 + longest - len(w))) for w in waves])
-        mask = None
-        if any(len(w) < longest for w in waves):
-            mask = torch.arange(longest + 80) < torch.tensor([[len(w) + 80] for w in waves])
-            mask = to_device(mask, self.device)
         if self.norm:
             self.norm.lengths = [self.conv_lengths(len(w))[0] for w in waves]
-        x = self.model(to_device(x, self.device).to(self.dtype), attention_mask=mask).last_hidden_state.float()
-        return [(row[:self.n_frames(len(w))], None) for row, w in zip(x, waves)]
+        x = self.model.feature_extractor(to_device(x, self.device).to(self.dtype)).transpose(1, 2)
+        inside = to_device(torch.arange(x.shape[1]) < torch.tensor(lengths)[:, None], self.device)
+        x = self.model.feature_projection(x) * inside[..., None]
+        e = self.model.encoder
+        x = x + e.pos_conv_embed(x)
+        if not self.model.config.do_stable_layer_norm:
+            x = e.layer_norm(x)
+        mask = None
+        if min(lengths) < x.shape[1]:
+            mask = torch.where(inside, 0.0, -torch.inf)[:, None, None, :].to(self.dtype)
+        for block in e.layers[:self.layer]:
+            x = block(x, attention_mask=mask)
+            x = x[0] if isinstance(x, tuple) else x  # transformers returned tuples once
+        return [(row[:n], None) for row, n in zip(x.float(), lengths)]
 
 
 def to_device(x: np.ndarray | Tensor, device: str) -> Tensor:
