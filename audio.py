@@ -82,8 +82,8 @@ def read_blocks(source: str | Path | BinaryIO, name=None, seconds: float = 10.0)
             if not 1000 <= f.samplerate <= 1_000_000:
                 raise ValueError(f"{name}: a sample rate of {f.samplerate} Hz; its header is damaged")
             yield from resample_blocks(mono(f, name, seconds), f.samplerate, SAMPLE_RATE)
-    except soundfile.LibsndfileError as e:
-        reason = e.error_string.removeprefix("Error opening").strip(" .:")
+    except soundfile.SoundFileError as e:
+        reason = getattr(e, "error_string", str(e)).strip(" .:")
         raise ValueError(f"{name}: not readable as audio ({reason}); wav, flac, ogg and mp3 are") from None
     except OSError as e:
         raise ValueError(f"{name}: not readable ({e.strerror})") from None

@@ -11,7 +11,7 @@ turns, since other work on the machine slows whoever runs; on a GPU each has the
 import contextlib
 import io
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -386,12 +386,16 @@ def bench_units(cfg: BenchUnits) -> None:
             wave = np.concatenate([load_audio(p) for p in paths])
             wave = np.resize(wave, 3600 * SAMPLE_RATE)
             soundfile.write(folder / "hour.wav", wave, SAMPLE_RATE)
+            # A process of its own; Linux tells its peak as VmHWM (ru_maxrss would begin with that of this process).
+            code = ("import sys; from config import load_config; from prepare_units import Config, main; "
+                    "main(load_config(Config, sys.argv[1:])); print(open('/proc/self/status').read())")
             started = time.perf_counter()
-            subprocess.run([sys.executable, "prepare_units.py", f"--input={folder}/hour.wav", f"--out={folder}/hour",
-                            f"--tokenizer={name}", f"--dtype={cfg.dtype}", f"--batch_seconds={cfg.batch_seconds}"],
-                           check=True, capture_output=True, cwd=Path(__file__).parent)
+            done = subprocess.run([sys.executable, "-c", code, f"--input={folder}/hour.wav", f"--out={folder}/hour",
+                                   f"--tokenizer={name}", f"--dtype={cfg.dtype}",
+                                   f"--batch_seconds={cfg.batch_seconds}"],
+                                  check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
             hour = {"one_hour_file_minutes": round((time.perf_counter() - started) / 60, 2), "one_hour_file_peak_gb":
-                    round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2)}
+                    round(int(re.search(r"VmHWM:\s+(\d+)", done.stdout)[1]) / 1e6, 2)}
         memory = {"our_gb": round(found["ours"][1], 2), "peer_gb": round(found["peer"][1], 2)} if any(
             m for _, m in found.values()) else {}
         report("units", found["ours"][0], found["peer"][0], "x real time", tokenizer=cfg.tokenizer,

@@ -705,19 +705,20 @@ def import_units(cfg: Config) -> None:
     tally, started = Tally(out / "report.json", cfg.max_bad_share), time.perf_counter()
     with (open(cfg.input, encoding="utf-8") as lines,
           UnitWriter(out, fingerprint, cfg.input, cfg.durations, cfg.shard_tokens) as writer):
-        there = writer.done.copy()
+        done = writer.done.copy()
         for number, line in enumerate(tqdm(lines, disable=None, desc="units", unit="line"), start=1):
             try:
                 id, units, durations = read_features(line, base.n_units)
                 if cfg.durations and durations is None:
                     raise ValueError("no durations; import it without --durations")
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
                 tally.skip(Skipped(f"line {number}", f"not units of {cfg.tokenizer} ({type(e).__name__}: {e})"))
                 tally.refuse_bad(1000)
                 continue
-            if id in there:
+            if id in done:
                 tally.already_there += 1
                 continue
+            done.add(id)
             tally.seconds += 0 if durations is None else durations.sum() / base.unit_rate_hz
             tally.utterances += 1
             writer.add(id, *(bpe.encode(units, durations) if bpe else (units, durations)))
@@ -751,8 +752,8 @@ def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray 
 
 def verify(folders: list[str]) -> None:
     """Read whole corpora; print what is in them. SystemExit listing everything that is wrong."""
-    if not folders:
-        raise SystemExit("usage: python prepare_units.py verify DIR [DIR ...]")
+    if not folders or "--help" in folders:
+        raise SystemExit("usage: python prepare_units.py verify DIR [DIR ...]   # folders of unit files")
     problems, ids, hours, n_tokens = [], Counter(), 0.0, 0
     counts, fingerprint = None, None
     for folder in map(Path, folders):
@@ -813,7 +814,11 @@ def bpe(cfg: BpeConfig) -> None:
     out = Path(cfg.out)
     if not cfg.units or len({Path(u).name for u in cfg.units}) < len(cfg.units):
         raise SystemExit("--units: name folders of unit files, all of different names")
-    refuse_existing(out / "tokenizer.safetensors", cfg.overwrite)
+    for to in (out / Path(folder).name for folder in cfg.units):
+        if to.resolve() in [Path(folder).resolve() for folder in cfg.units]:
+            raise SystemExit(f"--out={out}: {to} is among the units to read; choose another")
+        for old in (out / "tokenizer.safetensors", *to.glob("*.safetensors")):
+            refuse_existing(old, cfg.overwrite)
     tensors, meta = read_codebook(cfg.tokenizer)
     _, base = codebook_fingerprints(tensors, meta)
     readers = [UnitReader(folder) for folder in cfg.units]
@@ -826,7 +831,7 @@ def bpe(cfg: BpeConfig) -> None:
     fingerprint, _ = codebook_fingerprints(tensors, meta)
     for folder, reader in zip(cfg.units, readers):
         to = out / Path(folder).name
-        for old in to.glob("*.safetensors") if cfg.overwrite else ():
+        for old in to.glob("*.safetensors"):
             old.unlink()
         with UnitWriter(to, fingerprint, folder, reader.shards[0].durations is not None, None) as writer:
             starts = set(reader.starts[1:].tolist())

@@ -7,6 +7,8 @@ import pytest
 import soundfile
 from conftest import refused, run
 
+from units import UnitReader
+
 
 @pytest.fixture(scope="module")
 def runs(stories, tmp_path_factory):
@@ -70,3 +72,37 @@ def test_bad_prompts_and_checkpoints(runs, voice, tmp_path):
     assert str(half) in refused("sample.py", f"--prompt={good}", f"--checkpoint={half}", f"--out={tmp_path}/s")
     (half / "slam.json").unlink()
     assert "slam.json" in refused("sample.py", f"--prompt={good}", f"--checkpoint={half}", f"--out={tmp_path}/s")
+
+
+def test_a_prompt_is_said_again_from_its_units(voice, tmp_path):
+    wave = voice("Once upon a time, there was a little fox. He lived in a forest.")
+    soundfile.write(tmp_path / "p.wav", wave, 16_000)
+    done = run("sample.py", f"--prompt={tmp_path}/p.wav", "--resynth", f"--out={tmp_path}/s")
+    again, rate = soundfile.read(tmp_path / "s" / "00_p_resynth.wav")
+    assert abs(len(again) / rate - len(wave) / 16_000) < 0.1
+    sample, = json.loads((tmp_path / "s" / "samples.json").read_text())["samples"]
+    assert "little fox" in sample["prompt_text"] and "little fox" in sample["resynth_text"]
+    assert sum(sample["durations"]) == len(wave) // 640 and "units per second" in done.stdout
+
+
+def test_a_model_of_pieces(stories, voice, tmp_path):
+    """BPE over units, all the way: pieces, a model of them, its loss in bits per second, and speech again."""
+    run("prepare_units.py", "bpe", f"--units={stories}/units/train,{stories}/units/val", f"--out={tmp_path}/bpe",
+        "--n_pieces=600")
+    tokenizer, val = f"--tokenizer={tmp_path}/bpe/tokenizer.safetensors", f"--val={tmp_path}/bpe/val"
+    run("train.py", "config/demo_train.py", f"--train={tmp_path}/bpe/train", val, "--n_layers=2", "--context=512",
+        "--micro_batch=2", "--batch_tokens=1024", "--time_budget_hours=none", "--steps=4", f"--out={tmp_path}/lm")
+    assert json.loads((tmp_path / "lm" / "checkpoint" / "config.json").read_text())["vocab_size"] == 602
+    model, prompt = f"--checkpoint={tmp_path}/lm", tmp_path / "p.wav"
+    run("eval.py", model, val, tokenizer, f"--pairs={stories}/sblimp", f"--generate_from={stories}/tstorycloze",
+        "--n_generate=2", "--new_units=20", "--may_end=false", "--keep_audio")
+    results = json.loads((tmp_path / "lm" / "results.json").read_text())
+    hours, n = UnitReader(tmp_path / "bpe" / "val").hours, results["val_loss"]["n"]
+    assert results["val_bits_per_second"]["value"] == pytest.approx(
+        results["val_loss"]["value"] * n / np.log(2) / hours / 3600)
+    assert {"sblimp", "gen_ppl"} <= set(results) and list((tmp_path / "lm").glob("generated_*.wav"))
+    soundfile.write(prompt, voice("Once upon a time."), 16_000)
+    run("sample.py", f"--prompt={prompt}", model, tokenizer, f"--out={tmp_path}/s", "--continuation_seconds=2")
+    sample, = json.loads((tmp_path / "s" / "samples.json").read_text())["samples"]
+    assert max(sample["prompt_units"]) < 600 and soundfile.info(sample["whole"]).duration > 1
+    assert "different tokenisers" in refused("sample.py", f"--prompt={prompt}", model, f"--out={tmp_path}/t")
