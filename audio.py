@@ -75,7 +75,9 @@ def check_extent(n_samples: int, peak: float, name) -> None:
 def read_blocks(source: str | Path | BinaryIO, name=None, seconds: float = 10.0) -> Iterator[np.ndarray]:
     """A file, or an open one, as mono float32 blocks at 16 kHz. ValueError, naming it, if it is damaged or no audio."""
     name = name or source
-    if isinstance(source, (str, Path)) and os.name == "posix":
+    if not isinstance(source, (str, Path)):
+        source = ForLibsndfile(source)
+    elif os.name == "posix":
         source = os.fsencode(source)  # a name need not be UTF-8
     try:
         with soundfile.SoundFile(source) as f:
@@ -87,6 +89,19 @@ def read_blocks(source: str | Path | BinaryIO, name=None, seconds: float = 10.0)
         raise ValueError(f"{name}: not readable as audio ({reason}); wav, flac, ogg and mp3 are") from None
     except OSError as e:
         raise ValueError(f"{name}: not readable ({e.strerror})") from None
+
+
+class ForLibsndfile:
+    """An open file whose seeks never raise: damaged ones are sought before their beginning, out of C's reach."""
+
+    def __init__(self, file: BinaryIO):
+        self.tell, self.readinto, self._seek = file.tell, file.readinto, file.seek
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._seek(offset, whence)
+        except (ValueError, OSError):
+            return -1
 
 
 def mono(f: soundfile.SoundFile, name, seconds: float) -> Iterator[np.ndarray]:

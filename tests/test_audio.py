@@ -222,3 +222,23 @@ def test_refusals(tmp_path):
     (tmp_path / "x.doc").write_text("?")
     with pytest.raises(SystemExit, match="neither a folder nor audio"):
         read_input(str(tmp_path / "x.doc"))
+
+
+@pytest.mark.parametrize("kind, subtype", [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("AIFF", "PCM_16"),
+                                           ("MP3", "MPEG_LAYER_III")])
+def test_damage_is_never_a_traceback(kind, subtype, capfd):
+    """Bytes cut, changed or added at random: read, or refused with a reason, and nothing printed by a callback."""
+    whole, rng, refused = io.BytesIO(), np.random.default_rng(0), 0
+    soundfile.write(whole, 0.3 * rng.standard_normal(8000), 16_000, format=kind, subtype=subtype)
+    for i in range(80):
+        content = bytearray(whole.getvalue())
+        if i % 4 == 0:
+            content = content[:rng.integers(len(content))]
+        for _ in range((0, 3, 20, 1)[i % 4]):
+            content[rng.integers(min(len(content), 100 if i % 4 == 1 else len(content)))] = rng.integers(256)
+        try:
+            assert sum(map(len, read_blocks(io.BytesIO(content), "x"))) < 20 * 16_000
+        except ValueError as e:
+            assert str(e).startswith("x: ")
+            refused += 1
+    assert refused > 5 and "Traceback" not in capfd.readouterr().err
