@@ -3,22 +3,26 @@
 Everything is read as blocks of mono float32 at 16 kHz, so memory does not grow with the length of a file. A file that
 holds nothing to use is a ValueError that says why, never a traceback.
 """
+import lzma
 import math
 import os
 import re
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfileobj
-from typing import BinaryIO, Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 
 SAMPLE_RATE = 16_000  # of every encoder here
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif", ".au")
+# What libsndfile reads, and last what it does not: such files are to be missed in the report, not in silence.
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf",
+                  ".sph", ".w64", ".rf64", ".m4a", ".aac", ".wma", ".webm", ".mp4")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LIST_SUFFIXES = (".txt", ".lst", ".list")
 SILENCE = 1e-4  # peak of a silent recording, -80 dB
@@ -75,16 +79,20 @@ def check_extent(n_samples: int, peak: float, name) -> None:
 def read_blocks(source: str | Path | BinaryIO, name=None, seconds: float = 10.0) -> Iterator[np.ndarray]:
     """A file, or an open one, as mono float32 blocks at 16 kHz. ValueError, naming it, if it is damaged or no audio."""
     name = name or source
-    if not isinstance(source, (str, Path)):
-        source = ForLibsndfile(source)
-    elif os.name == "posix":
-        source = os.fsencode(source)  # a name need not be UTF-8
     try:
+        if not isinstance(source, (str, Path)):
+            source = ForLibsndfile(source)
+        elif problem := path_problem(source):
+            raise ValueError(f"{name}: {problem}")
+        elif os.name == "posix":
+            source = os.fsencode(source)  # a name need not be UTF-8
         with soundfile.SoundFile(source) as f:
+            if f.frames == 2 ** 63 - 1:
+                raise ValueError(f"{name}: does not say how long it is, as if written to a pipe; convert it again")
             if not 1000 <= f.samplerate <= 1_000_000:
                 raise ValueError(f"{name}: a sample rate of {f.samplerate} Hz; its header is damaged")
             yield from resample_blocks(mono(f, name, seconds), f.samplerate, SAMPLE_RATE)
-    except soundfile.SoundFileError as e:
+    except (soundfile.SoundFileError, TypeError) as e:  # TypeError: raw samples, of which it would have to be told more
         reason = getattr(e, "error_string", str(e)).strip(" .:")
         raise ValueError(f"{name}: not readable as audio ({reason}); wav, flac, ogg and mp3 are") from None
     except OSError as e:
@@ -113,21 +121,18 @@ def mono(f: soundfile.SoundFile, name, seconds: float) -> Iterator[np.ndarray]:
         if not np.isfinite(block).all():
             raise ValueError(f"{name}: holds NaN or infinite samples; export it again")
         yield block
-    # libsndfile opens a wav cut short by a broken copy and only notes what its header promised; 4 GB is a stream's.
+    # libsndfile opens a wav cut short by a broken copy and only notes what its header promised; 2 or 4 GB is what a
+    # program promises that writes into a pipe.
     cut = re.search(r"data : (\d+) \(should be (\d+)\)", f.extra_info)
-    if n < f.frames or cut and int(cut[2]) < int(cut[1]) < 0xFFFFFF00:
+    if n < f.frames or cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000:
         raise ValueError(f"{name}: truncated: it holds less audio than its header promises; copy it again")
 
 
-def load_audio(path: str | Path, rate: int = SAMPLE_RATE) -> np.ndarray:
-    """Any libsndfile file as mono float32 (T,) at `rate` Hz. ValueError naming the file if there is nothing to use."""
-    problem = path_problem(path)
-    if problem:
-        raise ValueError(f"{path}: {problem}")
-    blocks = list(read_blocks(path))
-    wave = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+def load_audio(path: str | Path) -> np.ndarray:
+    """Any libsndfile file as mono float32 (T,) at 16 kHz. ValueError naming the file if there is nothing to use."""
+    wave = np.concatenate([np.zeros(0, np.float32), *read_blocks(path)])
     check_wave(wave, path)
-    return resample(wave, SAMPLE_RATE, rate)
+    return wave
 
 
 def split_at_silences(blocks: Iterable[np.ndarray], max_seconds: float) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
@@ -146,8 +151,7 @@ def split_at_silences(blocks: Iterable[np.ndarray], max_seconds: float) -> Itera
         while len(held) > longest:
             later = held[longest // 2:longest]
             energy = np.square(later[:len(later) // step * step]).reshape(-1, step).sum(1)
-            quiet = np.convolve(energy, np.ones(min(15, len(energy))), "valid").argmin() + min(15, len(energy)) / 2
-            cut = longest // 2 + round(quiet * step)
+            cut = longest // 2 + round((np.convolve(energy, np.ones(15), "valid").argmin() + 7.5) * step)
             yield start, iter([held[:cut]])
             held, start = held[cut:], start + cut
     if len(held):
@@ -163,6 +167,8 @@ class Item:
     source: str | BinaryIO = ""  # a path, or an open file
     text: str | None = None  # what is said in it, if known
     problem: str = ""  # why it can't be read, if that is known already
+    fatal: bool = False  # with it an unknown number of others is lost
+    path: str = ""  # the file that it is, or is in
 
 
 def path_problem(path: str | Path) -> str:
@@ -182,7 +188,7 @@ def walk(folder: str | Path) -> list[str]:
 
     found, entered = [], {os.path.realpath(folder)}
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [f for f in folders if (real := os.path.realpath(os.path.join(here, f))) not in entered
+        folders[:] = [f for f in sorted(folders) if (real := os.path.realpath(os.path.join(here, f))) not in entered
                       and not entered.add(real)]
         found += [os.path.join(here, name) for name in names]
     return sorted(found)
@@ -201,13 +207,18 @@ def transcripts(name: str, content: bytes) -> dict[str, str]:
     return {os.path.join(os.path.dirname(name), id): said.strip() for id, _, said in lines}
 
 
-def read_input(input: str, text: bool = False, audio_column: str = "audio") -> tuple[int | None, Iterator[Item]]:
+def read_input(input: str, text: bool = False, audio_column: str = "audio",
+               part: tuple[int, int] = (0, 1)) -> tuple[int | None, Iterator[Item]]:
     """How many recordings an input has, if that is known without reading it, and these, in an order that is its own.
 
     input: a folder (searched recursively), an audio file, a tar archive, a parquet file, or a list of paths, one a
-    line. A folder without audio may hold archives and parquet files. text: find what is said, too.
+    line. A folder without audio may hold archives and parquet files. text: find what is said, too. part: (i, n), one
+    of n equal shares, which a recording's name decides, or that of its archive where there are n or more of these.
     SystemExit if there is nothing to read.
     """
+    def wanted(id: str) -> bool:
+        return zlib.crc32(id.encode("utf-8", "surrogateescape")) % part[1] == part[0]
+
     if not input or not os.path.exists(input):
         raise SystemExit(f"--input={input}: no such folder or file; give a folder of audio files")
     lower = input.lower()
@@ -218,29 +229,38 @@ def read_input(input: str, text: bool = False, audio_column: str = "audio") -> t
         if audio:
             if whole:
                 print(f"{input}: its {len(whole)} archives are left alone, as there are audio files beside them")
-            said = {k: v for f in files if text and f.lower().endswith(".txt")
-                    for k, v in transcripts(f, Path(f).read_bytes()).items()}
-            return len(audio), (path_item(f, os.path.relpath(f, input), said) for f in audio)
+            found = [(f, id) for f in audio if wanted(id := os.path.relpath(f, input))]
+            return len(found), path_items(found, [f for f in files if text and f.lower().endswith(".txt")])
         if not whole:
             raise SystemExit(f"{input}: no audio files in it ({', '.join(AUDIO_SUFFIXES)}), nor archives of them")
-        return None, (item for f in whole for item in read_archive(f, os.path.relpath(f, input) + "/", text,
-                                                                   audio_column))
+        prefixes = {f: os.path.relpath(f, input) + "/" for f in whole}
+        if len(whole) >= part[1]:
+            whole, mine = [f for f in whole if wanted(prefixes[f])], lambda id: True
+        else:
+            mine = wanted
+        return None, (item for f in whole for item in read_archive(f, prefixes[f], text, audio_column, mine))
     if is_audio(input):
-        return 1, iter([path_item(input, os.path.basename(input), {})])
+        found = [(input, os.path.basename(input))] * wanted(os.path.basename(input))
+        return len(found), path_items(found, text_files(input) if text else [])
     if lower.endswith(LIST_SUFFIXES):
         names = [line for line in Path(input).read_text(encoding="utf-8", errors="surrogateescape").split("\n") if line]
-        paths = [os.path.join(os.path.dirname(input), name) for name in names]
-        said = {k: v for f in sorted({f for path in paths if text for f in text_files(path)})
-                for k, v in transcripts(f, Path(f).read_bytes()).items()}
-        return len(names), (path_item(path, name, said) for path, name in zip(paths, names))
+        found = [(os.path.join(os.path.dirname(input), name), name) for name in names if wanted(name)]
+        return len(found), path_items(found, sorted({f for path, _ in found for f in text_files(path)} if text else ()))
     if lower.endswith((*ARCHIVE_SUFFIXES, ".parquet")):
-        return None, read_archive(input, "", text, audio_column)
+        return None, read_archive(input, "", text, audio_column, wanted)
     raise SystemExit(f"{input}: neither a folder nor audio, an archive ({', '.join(ARCHIVE_SUFFIXES)}), a .parquet "
                      f"file or a list of paths ({', '.join(LIST_SUFFIXES)})")
 
 
-def path_item(path: str, id: str, said: dict[str, str]) -> Item:
-    return Item(id, path, said.get(os.path.splitext(path)[0]), path_problem(path))
+def path_items(found: list[tuple[str, str]], texts: list[str]) -> Iterator[Item]:
+    """Items of (path, id), with what is said in them by the text files. SystemExit if one of these can't be read."""
+    said = {}
+    for path in texts:
+        try:
+            said |= transcripts(path, Path(path).read_bytes())
+        except OSError as e:
+            raise SystemExit(f"{path}: not readable ({e.strerror})") from None
+    yield from (Item(id, path, said.get(os.path.splitext(path)[0]), path=path) for path, id in found)
 
 
 def text_files(path: str) -> list[str]:
@@ -250,47 +270,51 @@ def text_files(path: str) -> list[str]:
                         os.path.join(folder, name.rpartition("-")[0] + ".trans.txt")) if os.path.isfile(f)]
 
 
-def read_archive(path: str, prefix: str, text: bool, audio_column: str) -> Iterator[Item]:
+def read_archive(path: str, prefix: str, text: bool, audio_column: str, wanted: Callable) -> Iterator[Item]:
     if path.lower().endswith(".parquet"):
-        yield from read_parquet(path, prefix, text, audio_column)
-    else:
-        yield from read_tar(path, prefix, text)
+        return read_parquet(path, prefix, text, audio_column, wanted)
+    return read_tar(path, prefix, text, wanted)
 
 
-def read_tar(path: str, prefix: str, text: bool) -> Iterator[Item]:
+def read_tar(path: str, prefix: str, text: bool, wanted: Callable) -> Iterator[Item]:
     """The audio of a tar archive, compressed or not, read as a stream; for texts it is read through once before."""
     said = {}
     if text:
-        for _, member, file in members(path, ".txt"):
+        for _, member, file in members(path, lambda name: name.endswith(".txt")):
             said |= transcripts(member, file.read()) if file else {}
-    for problem, member, file in members(path, AUDIO_SUFFIXES):
-        if problem:
-            yield Item(prefix + member if member else path, problem=problem)
-        elif is_audio(member):
-            yield Item(prefix + member, file, said.get(os.path.splitext(member)[0]))
+    for problem, member, file in members(path, lambda name: is_audio(name) and wanted(prefix + name)):
+        fatal = problem.startswith(UNFINISHED)
+        yield Item(prefix + member if member else path, file, said.get(os.path.splitext(member)[0]), problem, fatal,
+                   path)
+
+
+UNFINISHED = "can't be read to its end"
 
 
 class Header(tarfile.TarInfo):
-    """A member's header. EOFError where tarfile would take a missing or a cut one for the archive's end."""
+    """A member's header. EOFError where tarfile would take a missing or a damaged one for the archive's end."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
         try:
             return super().fromtarfile(tar)
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
-            raise EOFError from None
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as e:
+            raise EOFError(e) from None
 
 
-def members(path: str, suffixes) -> Iterator[tuple[str, str, BinaryIO | None]]:
-    """(problem, name, open file) of each file in a tar archive whose name ends so; a problem ends the archive."""
+def members(path: str, wanted: Callable) -> Iterator[tuple[str, str, BinaryIO | None]]:
+    """(problem, name, open file) of each file in a tar archive whose name is wanted."""
     name = ""
     try:
         with tarfile.open(path, "r:*", tarinfo=Header) as tar:
             for member in tar:
                 tar.members = []  # it would keep all of them
-                if not (member.isfile() and member.name.lower().endswith(suffixes)):
+                if member.isdir() or not wanted(member.name):
                     continue
                 name = member.name
+                if not member.isfile():
+                    yield "a link inside the archive", name, None
+                    continue
                 file = tempfile.SpooledTemporaryFile(max_size=64 << 20)  # read when the archive is further on
                 copyfileobj(tar.extractfile(member), file)
                 size = file.tell()
@@ -299,11 +323,13 @@ def members(path: str, suffixes) -> Iterator[tuple[str, str, BinaryIO | None]]:
                     raise EOFError
                 yield ("", name, file) if size else ("empty file", name, None)
                 name = ""
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
-        yield f"the archive is damaged or ends early ({str(e).strip() or 'no end marker'}); copy it again", name, None
+            while tar.fileobj.read(1 << 20):  # so that a compressed file's checksum is looked at
+                pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+        yield f"{UNFINISHED} ({str(e).strip() or 'it ends early'}); the rest of {path} is lost", name, None
 
 
-def read_parquet(path: str, prefix: str, text: bool, audio_column: str) -> Iterator[Item]:
+def read_parquet(path: str, prefix: str, text: bool, audio_column: str, wanted: Callable) -> Iterator[Item]:
     """Rows of a Hugging Face parquet file with an audio column {bytes, path}; its `text` column, if there is one."""
     try:
         import pyarrow
@@ -317,14 +343,19 @@ def read_parquet(path: str, prefix: str, text: bool, audio_column: str) -> Itera
             names = file.schema_arrow.names
             if audio_column not in names:
                 raise SystemExit(f"{path}: no column {audio_column!r}; it has {', '.join(names)} (--audio_column)")
+            if not pyarrow.types.is_struct(file.schema_arrow.field(audio_column).type):
+                raise SystemExit(f"{path}: {audio_column!r} is not a column of audio, {{bytes, path}}")
             columns = [audio_column] + ["text"] * (text and "text" in names)
             for batch in file.iter_batches(16, columns=columns):
                 for record in batch.to_pylist():
                     audio = record[audio_column] or {}
                     content = audio.get("bytes") or b""
                     name = f"{row:07d}" + ("_" + os.path.basename(audio["path"]) if audio.get("path") else "")
-                    yield Item((prefix or os.path.basename(path) + "/") + name, io.BytesIO(content), record.get("text"),
-                               "" if content else "no audio in this row")
                     row += 1
+                    id = (prefix or os.path.basename(path) + "/") + name
+                    if wanted(id):
+                        yield Item(id, io.BytesIO(content), record.get("text"),
+                                   "" if content else "no audio in this row", path=path)
     except (pyarrow.ArrowException, OSError) as e:
-        yield Item(prefix.rstrip("/") or path, problem=f"not a whole parquet file ({str(e).splitlines()[0]})")
+        problem = f"{UNFINISHED} ({str(e).splitlines()[0]})"
+        yield Item(prefix.rstrip("/") or path, problem=problem, fatal=True, path=path)

@@ -368,9 +368,11 @@ def bench_units(cfg: BenchUnits) -> None:
         paths = [p for p in sorted(Path(cfg.input).rglob("*")) if p.suffix in (".wav", ".flac")][:cfg.files]
         if not paths:
             raise SystemExit(f"--input={cfg.input}: no wav or flac files; `bash runs/fast_study.sh` makes some")
+        tokenizer = SpeechTokenizer.load(name, str(device), cfg.dtype)
+        if isinstance(tokenizer.encoder, WhisperFrames):  # the peer hears no more than 30 s
+            paths = [p for p in paths if soundfile.info(p).duration <= 30]
         listed = folder / "files.txt"
         listed.write_text("\n".join(str(p.resolve()) for p in paths))
-        tokenizer = SpeechTokenizer.load(name, str(device), cfg.dtype)
         units = UnitsConfig(input=str(listed), out=str(folder / "ours"), batch_seconds=cfg.batch_seconds,
                             overwrite=True)
 

@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, Item, check_extent, check_wave, read_blocks, read_input, split_at_silences
-from config import load_config, save_config
+from audio import SAMPLE_RATE, SILENCE, Item, check_extent, check_wave, read_blocks, read_input, split_at_silences
+from config import load_config
 from speech_tokenizer import (DTYPES, Bpe, HubertFrames, SpeechTokenizer, WhisperFrames, assign, codebook_fingerprints,
                               load_encoder, read_codebook, windows, write_codebook)
 from units import Shard, UnitReader, UnitWriter, dedup, require_same, to_bytes, vocab_size
@@ -55,7 +55,7 @@ class Config:
     out: str = "out/units"  # folder of unit files to write; an interrupted run resumes in it
     tokenizer: str = "embedded"  # codebook file; `embedded` is the one shipped in assets/
     durations: bool = False  # keep frames per unit beside the units (training a vocoder needs them)
-    text: bool = False  # keep what is said: LibriSpeech's .trans.txt, .txt beside the audio, a parquet's column `text`
+    text: bool = False  # keep what is said, of whole recordings: LibriSpeech's .trans.txt, .txt, a parquet's `text`
     audio_column: str = "audio"  # of a parquet file
     max_utterance_seconds: float = 0.0  # cut longer recordings at silences into utterances so long; 0: leave them whole
     max_bad_share: float = 0.01  # of recordings that can't be used, before the run stops with an error
@@ -75,10 +75,12 @@ class Config:
             found.append(f"shard: {self.shard!r} is not a part such as 1/8 to 8/8")
         if self.dtype not in ("auto", *DTYPES):
             found.append(f"dtype: {self.dtype!r}; expected auto, {', '.join(DTYPES)}")
-        if 0 < self.max_utterance_seconds < 1:
+        if self.max_utterance_seconds != 0 and self.max_utterance_seconds < 1:
             found.append("max_utterance_seconds: at least 1, or 0")
-        if self.batch_seconds < 0 or self.shard_tokens <= 0:
-            found.append("shard_tokens is positive, batch_seconds not negative")
+        if self.max_utterance_seconds and self.text:
+            found.append("text: of whole recordings only, not with max_utterance_seconds")
+        if self.batch_seconds < 0 or self.workers < 0 or self.shard_tokens <= 0:
+            found.append("shard_tokens is positive, batch_seconds and workers are not negative")
         return found
 
 
@@ -97,6 +99,15 @@ class FitConfig:
     seed: int = 0  # of the draw and of the k-means++ start
     overwrite: bool = False  # replace an existing codebook
 
+    def problems(self) -> list[str]:
+        """Cross-field checks of the loader."""
+        found = []
+        if min(self.n_units, self.hours, self.seconds_per_file, self.iterations) <= 0:
+            found.append("n_units, hours, seconds_per_file and iterations are positive")
+        if self.minibatch and self.minibatch < self.n_units:
+            found.append("minibatch: at least n_units frames, or 0")
+        return found
+
 
 @dataclass
 class CheckConfig:
@@ -108,6 +119,11 @@ class CheckConfig:
     window_seconds: float = 0.0  # try windows of this length in place of the encoder's own,
     hop_seconds: float = 0.0  # and this far apart
     seed: int = 0  # of the draw
+
+    def problems(self) -> list[str]:
+        """Cross-field checks of the loader."""
+        wrong = not 0 <= self.hop_seconds <= self.window_seconds or self.minutes <= 0
+        return ["minutes is positive, and 0 <= hop_seconds <= window_seconds"] if wrong else []
 
 
 @dataclass
@@ -201,10 +217,12 @@ def crop_agreement(tokenizer: SpeechTokenizer, waves: list[np.ndarray], rng: np.
         whole = joined[start:start + 30 * SAMPLE_RATE]
         offset = int(rng.integers(0, max(1, len(whole) // spf - 10 * rate)))
         crop = whole[offset * spf:(offset + 10 * rate) * spf]
+        if np.abs(crop).max() < SILENCE:
+            continue
         a, b = tokenizer.frames([whole])[0], tokenizer.frames([crop])[0]
         b = b[:len(a) - offset]
         equal.append((a[offset:offset + len(b)] == b).mean())
-    return float(np.mean(equal))
+    return float(np.mean(equal)) if equal else math.nan
 
 
 def draw(input: str, seconds: float, seconds_per_file: float, rng: np.random.Generator) -> list[np.ndarray]:
@@ -279,6 +297,8 @@ def check(cfg: CheckConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = SpeechTokenizer.load(cfg.tokenizer, device, cfg.dtype).base
     encoder, rng = tokenizer.encoder, np.random.default_rng(cfg.seed)
+    if cfg.window_seconds and not isinstance(encoder, HubertFrames):
+        raise SystemExit("--window_seconds: Whisper's windows are part of its tokeniser")
     if cfg.window_seconds:
         encoder.window = round(cfg.window_seconds * encoder.rate_hz)
         encoder.hop = round((cfg.hop_seconds or cfg.window_seconds * 5 / 6) * encoder.rate_hz)
@@ -302,8 +322,9 @@ def check(cfg: CheckConfig) -> None:
             at_seam[max(0, seam - round(encoder.rate_hz)):seam + round(encoder.rate_hz)] = True
         equal = read == assign(tokenizer.features([whole])[0], tokenizer.centroids).cpu().numpy()
         report |= {"window_seconds": encoder.window / encoder.rate_hz, "hop_seconds": encoder.hop / encoder.rate_hz,
-                   "window_agreement_at_seams": float(equal[at_seam].mean()), "seams": len(kept),
-                   "window_agreement_elsewhere": float(equal[~at_seam].mean())}
+                   "seams": len(kept)}
+        report |= {"window_agreement_at_seams": float(equal[at_seam].mean()),
+                   "window_agreement_elsewhere": float(equal[~at_seam].mean())} if kept else {}
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}))
 
 
@@ -430,8 +451,10 @@ class Piece:
 
 @dataclass
 class Skipped:
+    """What is not in the unit files, and why; `fatal`: with an unknown number of others."""
     id: str
     reason: str
+    fatal: bool = False
 
 
 END = object()  # of a recording
@@ -529,7 +552,7 @@ def events(ahead: ReadAhead) -> Iterator[Piece | Skipped | object]:
         try:
             yield from pieces
         except ValueError as e:
-            yield Skipped(item.id, str(e).removeprefix(f"{item.id}: "))
+            yield Skipped(item.id, str(e).removeprefix(f"{item.id}: "), item.fatal)
         yield END
 
 
@@ -590,11 +613,15 @@ class Tally:
         kinds = Counter(re.sub(r"\d+(\.\d+)?", "N", s.reason) for s in self.skipped).most_common(3)
         raise SystemExit(f"{len(self.skipped)} of {n} can't be used, more than --max_bad_share={self.max_bad_share} ("
                          + "; ".join(f"{count} x {reason}" for reason, count in kinds)
-                         + f"); listed in {self.report_file}. What was good is kept")
+                         + f"); listed in {self.report_file}. Whole unit files are kept")
 
     def close(self, started: float, more: str = "") -> None:
         """The report and the last line."""
         self.refuse_bad(1)
+        lost = [s for s in self.skipped if s.fatal]
+        if lost and self.max_bad_share < 1:  # however few they are, nobody knows what else was there
+            self.report(complete=False)
+            raise SystemExit(f"{lost[0].id}: {lost[0].reason}. What was good is kept; --max_bad_share=1 accepts that")
         self.report(complete=True)
         took = time.perf_counter() - started
         print(f"{self.report_file.parent}: {self.utterances} utterances, {self.seconds / 3600:.2f} h added in "
@@ -621,27 +648,61 @@ def claim(cfg: Config, prefix: str = "") -> Path:
     elif any(out.glob("*.safetensors")):
         raise SystemExit(f"{out} holds files of another stage; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    save_config(cfg, out / f"{prefix}config.part")
+    (out / f"{prefix}report.json").unlink(missing_ok=True)  # it would say that all is there
+    (out / f"{prefix}config.part").write_text(json.dumps(asdict(cfg), indent=2))
     os.replace(out / f"{prefix}config.part", made_by)
     return out
 
 
-def finish_group(group: list, labels: list[Tensor], tokenizer: SpeechTokenizer, writer: UnitWriter, tally: Tally,
-                 with_text: bool) -> None:
+class Fetched:
+    """A copy of a tensor on its way to the host; what the GPU does after it was asked for is not waited for."""
+
+    def __init__(self, x: Tensor):
+        self.event, self.x = None, x
+        if x.is_cuda:
+            self.x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def numpy(self) -> np.ndarray:
+        if self.event:
+            self.event.synchronize()
+        return self.x.numpy()
+
+
+def label_group(group: list, tokenizer: SpeechTokenizer, batch_seconds: float) -> tuple[list, list[int], Fetched]:
+    """The group, the frames of each of its pieces, and all their units in one row."""
+    labels = tokenizer.label([e.wave for e in group if isinstance(e, Piece)], batch_seconds)
+    return group, [len(x) for x in labels], Fetched(torch.cat(labels) if labels else torch.zeros(0))
+
+
+def finish_group(labelled: tuple[list, list[int], Fetched], tokenizer: SpeechTokenizer, writer: UnitWriter,
+                 tally: Tally) -> None:
     """Hand what a group completes to the writer, in order."""
-    frames = torch.cat(labels).cpu().numpy() if labels else np.zeros(0)  # one wait for the GPU
-    parts = iter(np.split(frames, np.cumsum([len(x) for x in labels])[:-1]))
+    group, lengths, fetched = labelled
+    parts = iter(np.split(fetched.numpy(), np.cumsum(lengths)[:-1]))
     for event in group:
         if isinstance(event, Skipped):
             tally.skip(event)
+            writer.skipped.append(vars(event))
         elif isinstance(event, Piece):
             utterance = event.utterance
             utterance.frames.append(next(parts)[event.first:event.last])
             if event.last is None:
-                text = {"text": utterance.item.text} if with_text and utterance.item.text else {}
+                text = {"text": utterance.item.text} if utterance.item.text else {}
                 writer.add(utterance.id, *tokenizer.finish(np.concatenate(utterance.frames)), **text)
                 tally.utterances += 1
                 tally.seconds += utterance.n_samples / SAMPLE_RATE
+
+
+def skipped_before(out: Path, prefix: str) -> dict[str, tuple[Skipped, float]]:
+    """What the unit files of an earlier run of this part left out: {id: (skip, when the file was written)}.
+
+    A bad recording may be bad only at its end, when it has had its share in the batches; so that a resumed run forms
+    the same ones, it is not tried again unless it has changed since.
+    """
+    shards = [Shard(p) for p in sorted(out.glob(prefix + "[0-9]" * 5 + ".safetensors"))]
+    return {s["id"]: (Skipped(**s), shard.stat[1] / 1e9) for shard in shards for s in shard.header["skipped"]}
 
 
 def main(cfg: Config) -> None:
@@ -655,21 +716,26 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
     """Audio to unit files; decoding, encoding and writing at the same time."""
     index, n_parts = part_of(cfg.shard)
     prefix = f"part{index + 1:03d}of{n_parts:03d}-" if n_parts > 1 else ""
-    total, items = read_input(cfg.input, cfg.text, cfg.audio_column)
+    total, items = read_input(cfg.input, cfg.text, cfg.audio_column, (index, n_parts))
     out = claim(cfg, prefix)
     tally = Tally(out / f"{prefix}report.json", cfg.max_bad_share)
-    bar = tqdm(total=total and total // n_parts, disable=None, desc="units", unit="file", smoothing=0)
+    bad = skipped_before(out, prefix)
+    bar = tqdm(total=total, disable=None, desc="units", unit="file", smoothing=0)
 
     def missing() -> Iterator[Item]:
-        """This part's recordings, told by their names alone, that are not there yet."""
+        """The recordings that are not there yet."""
         for item in items:
-            if zlib.crc32(to_bytes(item.id)) % n_parts == index:
-                if item.id in done:
-                    tally.already_there += 1
-                    bar.update()
-                else:
-                    done.add(item.id)  # a list may name it again
-                    yield item
+            skip, when = bad.get(item.id, (None, 0))
+            if item.id in done:
+                tally.already_there += 1
+            elif skip and not changed_after(item.path, when):
+                pass
+            else:
+                done.add(item.id)  # a list may name it again
+                bad.pop(item.id, None)
+                yield item
+                continue
+            bar.update()
 
     workers = cfg.workers or min(16, os.cpu_count() or 1)
     batch_seconds = cfg.batch_seconds or (30 if tokenizer.encoder.device == "cpu" else 240)
@@ -678,10 +744,10 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
           ReadAhead(missing(), lambda item: pieces_of(item, tokenizer.encoder, cfg.max_utterance_seconds),
                     workers) as ahead):
         done = {id.rpartition("@")[0] if cfg.max_utterance_seconds else id for id in writer.done}
-        before = [], []
+        before = label_group([], tokenizer, batch_seconds)
         for group in chain(groups(events(ahead), 8 * batch_seconds), [[]]):
-            now = group, tokenizer.label([e.wave for e in group if isinstance(e, Piece)], batch_seconds)
-            finish_group(*before, tokenizer, writer, tally, not cfg.max_utterance_seconds)  # a GPU is at work on `now`
+            now = label_group(group, tokenizer, batch_seconds)
+            finish_group(before, tokenizer, writer, tally)  # while a GPU is at work on `now`
             tally.refuse_bad(1000)
             if before[0] and before[0][-1] is END and writer.n_tokens >= cfg.shard_tokens:
                 writer.flush()
@@ -690,20 +756,30 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
                                 f"{tally.seconds / (time.perf_counter() - started):.0f}x real time")
             before = now
     bar.close()
+    tally.skipped += [skip for id, (skip, _) in bad.items() if cfg.max_utterance_seconds or id not in done]
+    if not (tally.utterances or tally.already_there or tally.skipped) and n_parts == 1:
+        raise SystemExit(f"--input={cfg.input}: there are no recordings in it")
     waited = ahead.waited / (time.perf_counter() - started)
     tally.close(started, f", the encoder waited for audio {100 * waited:.1f}% of the time")
+
+
+def changed_after(path: str, when: float) -> bool:
+    """Whether a file was written, or anything about it changed, since then."""
+    return os.path.exists(path) and os.stat(path).st_ctime > when
 
 
 def import_units(cfg: Config) -> None:
     """SlamKit's features.jsonl or tokens.jsonl as unit files; units of `cfg.tokenizer`, which the files do not name."""
     if not Path(cfg.input).is_file():
         raise SystemExit(f"--input={cfg.input}: no such file")
+    if part_of(cfg.shard)[1] > 1:
+        raise SystemExit(f"{cfg.input}: units are imported by one process")
     tensors, meta = read_codebook(cfg.tokenizer)
     fingerprint, base = codebook_fingerprints(tensors, meta)
     bpe = Bpe(tensors["bpe"].numpy().tobytes()) if "bpe" in tensors else None
     out = claim(cfg)
     tally, started = Tally(out / "report.json", cfg.max_bad_share), time.perf_counter()
-    with (open(cfg.input, encoding="utf-8") as lines,
+    with (open(cfg.input, encoding="utf-8", errors="replace") as lines,
           UnitWriter(out, fingerprint, cfg.input, cfg.durations, cfg.shard_tokens) as writer):
         done = writer.done.copy()
         for number, line in enumerate(tqdm(lines, disable=None, desc="units", unit="line"), start=1):
@@ -736,9 +812,10 @@ def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray 
         if re.sub(r"<Un\d+>", "", found):
             raise ValueError(f"{found[:40]!r} is not <Un3><Un49>…")
         found = {"units": [int(u) for u in re.findall(r"<Un(\d+)>", found)]}
-    units, durations = np.array(found["units"], dtype=np.int64), found.get("duration")
-    if units.ndim != 1 or not len(units) or units.min() < 0 or units.max() >= n_units:
+    units, durations = np.array(found["units"]), found.get("duration")
+    if units.ndim != 1 or units.dtype.kind != "i" or not len(units) or units.min() < 0 or units.max() >= n_units:
         raise ValueError(f"expected a list of units below {n_units}")
+    units = units.astype(np.int64)
     starts = np.flatnonzero(np.diff(units, prepend=-1))
     if durations is not None:
         durations = np.array(durations, dtype=np.int64)
@@ -791,19 +868,29 @@ def verify(folders: list[str]) -> None:
 
 def unfinished(folder: Path, stems: list[str]) -> list[str]:
     """What the names in a corpus' folder tell of a run that is not over."""
-    problems = []
-    parts = {stem.rpartition("-")[0] for stem in stems}
-    for n in {int(p.rpartition("of")[2]) for p in parts if p}:
-        parts |= {f"part{i + 1:03d}of{n:03d}" for i in range(n)}
-    for part in sorted(parts):
-        prefix = f"{part}-" if part else ""
-        numbers = sorted(int(s.removeprefix(prefix)) for s in stems if s.rpartition("-")[0] == part)
-        gaps = set(range(len(numbers))) - set(numbers)
+    named = [re.fullmatch(r"(part\d+of(\d+)-)?(\d{5})", stem) for stem in stems]
+    problems = [f"{folder / stem}.safetensors: not a unit file by its name" for stem, m in zip(stems, named) if not m]
+    numbers = {}
+    for match in filter(None, named):
+        numbers.setdefault(match[1] or "", set()).add(int(match[3]))
+    for prefix, found in sorted(numbers.items()):
+        gaps = set(range(max(found))) - found
         if gaps:
             problems.append(f"{folder}: {prefix}{min(gaps):05d}.safetensors is missing")
+
+    def complete(prefix: str) -> bool:
         report = folder / f"{prefix}report.json"
-        if (folder / "config.json").exists() and not (report.exists() and json.loads(report.read_text())["complete"]):
-            problems.append(f"{folder}: {part or 'the run'} is not finished; start it again, and it goes on")
+        return report.exists() and json.loads(report.read_bytes())["complete"]
+
+    if not (folder / "config.json").exists():  # of another stage
+        return problems
+    # Begun in so many parts and finished in others it is whole too, as each looks for what no other has done.
+    counts = {int(m[2] or 1) for m in filter(None, named)} or {1}
+    pending = {n: [p for p in ([""] if n == 1 else [f"part{i + 1:03d}of{n:03d}-" for i in range(n)]) if not complete(p)]
+               for n in counts}
+    if all(pending.values()):
+        part = min(pending.values(), key=len)[0].rstrip("-")
+        problems.append(f"{folder}: {part or 'the run'} is not finished; start it again, and it goes on")
     return problems
 
 

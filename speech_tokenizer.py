@@ -175,6 +175,8 @@ def load_encoder(name: str, layer: int, device: str = "cpu", dtype: str = "auto"
         raise SystemExit(f"{name}: a {kind!r} model; speech encoders here are {' and '.join(kinds)}")
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
+    if dtype == "float32":
+        torch.backends.cudnn.allow_tf32 = False  # convolutions would round to ten bits
     return kinds[kind](name, layer, device, DTYPES[dtype])
 
 

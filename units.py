@@ -7,7 +7,8 @@ A unit file is a safetensors file, so its JSON header can be read by eye and its
     offsets   int64  (n_utterances + 1,)
     durations uint16 (n_tokens,)        frames per unit, 0 at BOS and EOS; only where asked for
     records   uint8                     JSON lines, one per utterance: {"id": ..., "text": ...}
-    header    format, version, fingerprint, source, n_utterances, n_tokens, hours (0 if durations are not known)
+    header    format, version, fingerprint, source, n_utterances, n_tokens, skipped,
+              hours (0 if durations are not known)
 A corpus is a folder of numbered such shards, several processes writing each its own. A shard is written under a
 temporary name and renamed, so one that has its name is whole; the same utterances make the same bytes.
 """
@@ -111,6 +112,7 @@ class UnitWriter:
         self.with_durations, self.shard_tokens = durations, shard_tokens
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
+        self.skipped: list[dict] = []  # what was to come before the next shard's end and is not in it, and why
         self.number = 0  # of the next shard
         if any(self.folder.glob("*.safetensors")):
             there = UnitReader(self.folder)
@@ -151,12 +153,13 @@ class UnitWriter:
             tensors["durations"] = np.concatenate(self.durations)
         header = {"format": "slam-units", "version": VERSION, "fingerprint": self.fingerprint.to_dict(),
                   "source": self.source, "n_utterances": len(self.lengths), "n_tokens": self.n_tokens,
-                  "hours": self.n_frames / self.fingerprint.unit_rate_hz / 3600}
+                  "hours": self.n_frames / self.fingerprint.unit_rate_hz / 3600, "skipped": self.skipped}
         path = self.folder / f"{self.prefix}{self.number:05d}.safetensors"
         temporary = path.with_suffix(".part")
         temporary.write_bytes(save(tensors, {"slam": json.dumps(header)}))  # several keys would have no fixed order
         os.replace(temporary, path)
         self.number += 1
+        self.skipped = []
         self._clear()
 
     def __enter__(self) -> "UnitWriter":

@@ -18,8 +18,8 @@ import torch
 from conftest import ROOT, refused, run
 from test_audio import bad, librispeech, pack, tone  # noqa: F401
 
-from prepare_units import Config, ReadAhead, draw, groups, kmeans, main, read_features, read_kmeans, verify
-from prepare_units import END, Piece, Utterance
+from prepare_units import (END, CheckConfig, Config, Piece, ReadAhead, Utterance, check, draw, groups, kmeans, main,
+                           read_features, read_kmeans, verify)
 from speech_tokenizer import SpeechTokenizer, assign
 from units import UnitReader, UnitWriter
 
@@ -46,10 +46,18 @@ def recordings(stories, tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         soundfile.write(path, wave[start:start + int(rng.integers(16_000, 320_000))], 16_000)
     soundfile.write(folder / "b" / "long.flac", np.concatenate(waves * 3)[:120 * 16_000], 16_000)
+    whole = (folder / "b" / "long.flac").read_bytes()  # bad ones, of which some is heard before that is known
+    for name in ("a/05_cut.flac", "b/00_cut.flac", "c/20_cut.flac"):
+        (folder / name).write_bytes(whole[:len(whole) * 3 // 4])
+    soundfile.write(folder / "c" / "00_silent.flac", np.zeros(100 * 16_000), 16_000)
     return folder
 
 
-SMALL = ["--batch_seconds=4", "--shard_tokens=500", "--durations"]  # groups of 32 s, shards of about one
+BAD = {"a/05_cut.flac", "b/00_cut.flac", "c/20_cut.flac", "c/00_silent.flac"}
+
+
+# Groups of 32 s, shards of about one.
+SMALL = ["--batch_seconds=4", "--shard_tokens=500", "--durations", "--max_bad_share=0.2"]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +71,10 @@ def whole(recordings, tmp_path_factory):
 def test_a_corpus_has_the_units_that_its_files_have_alone(recordings, whole):
     tokenizer, reader = SpeechTokenizer.load("embedded"), UnitReader(whole)
     ids = reader.ids()
-    assert ids == sorted(str(p.relative_to(recordings)) for p in recordings.rglob("*.flac")) and len(reader.shards) > 4
-    assert json.loads((whole / "report.json").read_text())["utterances"] == len(ids) == 31
+    assert ids == sorted({str(p.relative_to(recordings)) for p in recordings.rglob("*.flac")} - BAD)
+    report = json.loads((whole / "report.json").read_text())
+    assert report["utterances"] == len(ids) == 31 and len(reader.shards) > 4
+    assert {s["id"] for s in report["skipped"]} == BAD
     equal, n = 0, 0
     for i, id in enumerate(ids):
         wave = soundfile.read(recordings / id, dtype="float32")[0]
@@ -91,16 +101,18 @@ def test_killed_and_resumed_is_as_if_never_killed(recordings, whole, tmp_path, a
         assert "not finished" in str(pytest.raises(SystemExit, verify, [out]).value)
     (out / f"{done:05d}.part").write_bytes(b"half a shard")
     again = run(*command[1:]).stdout
-    assert f"{len(said(whole)) - len(UnitReader(whole).ids())} skipped" in again
-    assert shards(out) == shards(whole)
+    assert "; 4 skipped" in again and shards(out) == shards(whole)
+    assert {s["id"] for s in json.loads((out / "report.json").read_text())["skipped"]} == BAD
     verify([out])
-    assert "31 were there already" in run(*command[1:]).stdout and shards(out) == shards(whole)
+    again = run(*command[1:]).stdout
+    assert "31 were there already; 4 skipped" in again and shards(out) == shards(whole)
 
 
 def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
     """Three processes without coordination, one of them started twice; then a fourth way of sharing finds nothing."""
     out = tmp_path / "units"
-    cfg = Config(input=str(recordings), out=str(out), batch_seconds=4, shard_tokens=500, durations=True)
+    cfg = Config(input=str(recordings), out=str(out), batch_seconds=4, shard_tokens=500, durations=True,
+                 max_bad_share=0.5)
     main(replace(cfg, shard="1/3"))
     main(replace(cfg, shard="3/3"))
     with pytest.raises(SystemExit, match="part002of003 is not finished"):
@@ -112,19 +124,20 @@ def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
     one, parts = said(whole), said(out)
     assert parts.keys() == one.keys() and len(UnitReader(out)) == 31
     assert sum(len(set(a) ^ set(b)) for a, b in zip(map(one.get, sorted(one)), map(parts.get, sorted(one)))) < 10
-    assert len({len([p for p in shards(out) if p.startswith(f"part{i:03d}")]) > 0 for i in (1, 2, 3)}) == 1
+    assert all(any(p.startswith(f"part{i:03d}of003") for p in shards(out)) for i in (1, 2, 3))
     main(replace(cfg, shard="2/2"))
     assert len(UnitReader(out)) == 31
+    verify([out])
     with pytest.raises(SystemExit, match="none of which may empty it"):
         main(replace(cfg, shard="1/3", overwrite=True))
 
 
 def test_torchrun_shares_the_work(recordings, whole, tmp_path):
     run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "prepare_units.py",
-        f"--input={recordings / 'a'}", f"--out={tmp_path}/u", "--shard=1/1")
+        f"--input={recordings / 'a'}", f"--out={tmp_path}/u", "--shard=1/1", "--max_bad_share=0.5")
     names = sorted(p.name for p in (tmp_path / "u").glob("*.safetensors"))
     assert names == ["part001of002-00000.safetensors", "part002of002-00000.safetensors"]
-    assert sorted(said(tmp_path / "u")) == sorted(p.name for p in (recordings / "a").glob("*"))
+    assert sorted(said(tmp_path / "u")) == sorted({p.name for p in (recordings / "a").glob("*")} - {"05_cut.flac"})
     verify([tmp_path / "u"])
 
 
@@ -140,18 +153,23 @@ def test_archives_and_text(librispeech, tmp_path):  # noqa: F811
     assert records[0] == {"id": "LibriSpeech/dev-clean/174/1/174-1-0000.flac", "text": "SAID BY 174 0"}
 
 
-def test_long_recordings_are_cut_at_silences(recordings, tmp_path):
-    main(Config(input=str(recordings / "b"), out=f"{tmp_path}/u", max_utterance_seconds=12, durations=True))
+def test_long_recordings_are_cut_at_silences(recordings, tmp_path, capsys):
+    """In utterances of at most 12 s; of a recording cut short there is what came before, and a word about it."""
+    cfg = Config(input=str(recordings / "b"), out=f"{tmp_path}/u", max_utterance_seconds=12, durations=True,
+                 max_bad_share=0.1)
+    main(cfg)
     reader = UnitReader(tmp_path / "u")
     long = [id for id in reader.ids() if id.startswith("long.flac@")]
     starts = [float(id.partition("@")[2]) for id in long]
     assert starts[0] == 0 and starts == sorted(starts) and 10 <= len(long) <= 20
+    assert 4 < len([id for id in reader.ids() if id.startswith("00_cut.flac@")]) < len(long)
     assert max(reader.durations(i).sum() for i in range(len(reader))) <= 12 * 25
-    assert abs(reader.hours * 3600 - sum(soundfile.info(p).duration for p in (recordings / "b").glob("*"))) < 2
-    main(Config(input=str(recordings / "b"), out=f"{tmp_path}/u", max_utterance_seconds=12, durations=True))
-    assert len(UnitReader(tmp_path / "u")) == len(reader)
+    report = json.loads((tmp_path / "u" / "report.json").read_text())
+    assert [s["id"] for s in report["skipped"]] == ["00_cut.flac"]
+    main(cfg)
+    assert len(UnitReader(tmp_path / "u")) == len(reader) and "; 1 skipped" in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(SystemExit, match="max_utterance_seconds 12.*now 0"):
-        main(Config(input=str(recordings / "b"), out=f"{tmp_path}/u", durations=True))
+        main(replace(cfg, max_utterance_seconds=0.0))
 
 
 def test_bad_files_are_skipped_listed_and_counted(bad, tmp_path, capsys):  # noqa: F811
@@ -175,6 +193,36 @@ def test_too_many_bad_files_stop_the_run(bad, tmp_path):  # noqa: F811
     assert len(UnitReader(tmp_path / "u")) == 3 and "not finished" in refused("prepare_units.py", "verify",
                                                                              tmp_path / "u")
     run("prepare_units.py", f"--input={folder}", f"--out={tmp_path}/u", "--max_bad_share=0.9")
+    verify([tmp_path / "u"])
+
+
+def test_mended_files_are_tried_again(recordings, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("long.flac", "00_cut.flac"):
+        shutil.copy(recordings / "b" / name, tmp_path / "in" / name)
+    cfg = Config(input=str(tmp_path / "in"), out=f"{tmp_path}/u")
+    with pytest.raises(SystemExit, match="1 of 2 can't be used"):
+        main(cfg)
+    with pytest.raises(SystemExit, match="1 of 2 can't be used"):
+        main(cfg)
+    time.sleep(0.05)
+    shutil.copy(recordings / "b" / "long.flac", tmp_path / "in" / "00_cut.flac")
+    main(cfg)
+    assert UnitReader(tmp_path / "u").ids() == ["long.flac", "00_cut.flac"]
+    main(cfg)
+    assert json.loads((tmp_path / "u" / "report.json").read_text())["skipped"] == []
+    verify([tmp_path / "u"])
+
+
+def test_a_damaged_archive_is_an_error_however_much_was_good(librispeech, tmp_path):  # noqa: F811
+    archive = pack(librispeech / "LibriSpeech", tmp_path / "x.tar")
+    archive.write_bytes(archive.read_bytes()[:archive.stat().st_size * 6 // 10])
+    cfg = Config(input=str(archive), out=f"{tmp_path}/u", max_bad_share=0.9)
+    with pytest.raises(SystemExit, match="can't be read to its end"):
+        main(cfg)
+    with pytest.raises(SystemExit, match="is not finished"):
+        verify([tmp_path / "u"])
+    main(replace(cfg, max_bad_share=1.0))
     verify([tmp_path / "u"])
 
 
@@ -212,6 +260,18 @@ def test_refusals(tmp_path, recordings, corpus):
         assert word in error
     with pytest.raises(SystemExit, match="of another stage"):
         main(Config(input=str(recordings), out=str(corpus / "train")))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(SystemExit, match="no recordings in it"):
+        main(Config(input=f"{tmp_path}/empty.txt", out=f"{tmp_path}/u"))
+    shutil.copy(ROOT / "assets" / "codebook.safetensors", tmp_path / "codebook.safetensors")
+    with pytest.raises(SystemExit, match="not a unit file by its name"):
+        verify([tmp_path])
+    with pytest.raises(SystemExit, match="imported by one process"):
+        (tmp_path / "x.jsonl").write_text("")
+        main(Config(input=f"{tmp_path}/x.jsonl", out=f"{tmp_path}/u", shard="1/2"))
+    with pytest.raises(SystemExit, match="part of its tokeniser|part of the tokeniser|windows"):
+        check(CheckConfig(input=str(recordings), window_seconds=20.0))
+    assert "at least n_units" in refused("prepare_units.py", "fit", "--minibatch=50")
 
 
 # ---------------------------------------------------------------- the pieces
@@ -391,7 +451,7 @@ def test_fitting_reads_a_sample(recordings, tmp_path, capsys):
         assert 20 <= sum(map(len, waves)) / 16_000 < 25 and max(map(len, waves)) == 5 * 16_000
     assert all(np.array_equal(a, b) for a, b in zip(*found[:2])) and not np.array_equal(found[0][0], found[2][0])
     everything = draw(str(tmp_path / "in"), 1e4, 300.0, np.random.default_rng(0))
-    assert len(everything) == 31 and "bad.wav" in capsys.readouterr().err
+    assert len(everything) == 34 and "bad.wav" in capsys.readouterr().err
     archive = pack(tmp_path / "in", tmp_path / "x.tar")
     with pytest.raises(SystemExit, match="not one usable recording"):
         draw(str(archive), 10.0, 5.0, np.random.default_rng(0))  # of links only
