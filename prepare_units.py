@@ -68,7 +68,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        found = [] if self.input else ["input: name a folder of audio files"]
+        found = []
         try:
             part_of(self.shard)
         except ValueError:

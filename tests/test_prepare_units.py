@@ -256,7 +256,8 @@ def test_refusals(tmp_path, recordings, corpus):
     assert "no such folder" in refused("prepare_units.py", "--input=nowhere")
     assert "no audio files" in refused("prepare_units.py", f"--input={tmp_path}")
     error = refused("prepare_units.py", "--shard=0/3", "--dtype=int8", "--max_utterance_seconds=0.1")
-    for word in ("name a folder", "'0/3' is not a part", "int8", "at least 1"):
+    assert "give a folder of audio files" in refused("prepare_units.py")
+    for word in ("'0/3' is not a part", "int8", "at least 1"):
         assert word in error
     with pytest.raises(SystemExit, match="of another stage"):
         main(Config(input=str(recordings), out=str(corpus / "train")))
