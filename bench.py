@@ -346,7 +346,7 @@ def stage_rates(tokenizer: SpeechTokenizer, paths: list[Path], cfg: BenchUnits, 
     waves = timed("decode", lambda: [load_audio(p) for p in paths])
     waves = sorted((w[:tokenizer.encoder.window * tokenizer.encoder.samples_per_frame] for w in waves), key=len)
     seconds = sum(map(len, waves)) / SAMPLE_RATE
-    n = max(1, int((cfg.batch_seconds or (30 if tokenizer.encoder.device == "cpu" else 240)) * len(waves) / seconds))
+    n = max(1, int((cfg.batch_seconds or tokenizer.batch_seconds) * len(waves) / seconds))
     features = timed("encode", lambda: torch.cat([x for at in range(0, len(waves), n)
                                                   for x in tokenizer.features(waves[at:at + n])]))
     frames = timed("assign", lambda: assign(features, tokenizer.centroids).cpu().numpy())

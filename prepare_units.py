@@ -145,7 +145,6 @@ class BpeConfig:
     tokenizer: str = "embedded"  # codebook file of these units
     n_pieces: int = 2000  # size of the vocabulary, single units included
     train_tokens: float = 10e6  # units to train on, at most
-    shard_tokens: int = 50_000_000  # tokens per unit file
     overwrite: bool = False  # replace what is there
 
 
@@ -695,13 +694,12 @@ def finish_group(labelled: tuple[list, list[int], Fetched], tokenizer: SpeechTok
                 tally.seconds += utterance.n_samples / SAMPLE_RATE
 
 
-def skipped_before(out: Path, prefix: str) -> dict[str, tuple[Skipped, float]]:
+def skipped_before(shards: list[Shard]) -> dict[str, tuple[Skipped, float]]:
     """What the unit files of an earlier run of this part left out: {id: (skip, when the file was written)}.
 
     A bad recording may be bad only at its end, when it has had its share in the batches; so that a resumed run forms
     the same ones, it is not tried again unless it has changed since.
     """
-    shards = [Shard(p) for p in sorted(out.glob(prefix + "[0-9]" * 5 + ".safetensors"))]
     return {s["id"]: (Skipped(**s), shard.stat[1] / 1e9) for shard in shards for s in shard.header["skipped"]}
 
 
@@ -722,7 +720,6 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
     total, items = read_input(cfg.input, cfg.text, cfg.audio_column, (index, n_parts))
     out = claim(cfg, prefix)
     tally = Tally(out / f"{prefix}report.json", cfg.max_bad_share)
-    bad = skipped_before(out, prefix)
     bar = tqdm(total=total, disable=None, desc="units", unit="file", smoothing=0)
 
     def missing() -> Iterator[Item]:
@@ -741,12 +738,13 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
             bar.update()
 
     workers = cfg.workers or min(16, os.cpu_count() or 1)
-    batch_seconds = cfg.batch_seconds or (30 if tokenizer.encoder.device == "cpu" else 240)
+    batch_seconds = cfg.batch_seconds or tokenizer.batch_seconds
     started = time.perf_counter()
     with (UnitWriter(out, tokenizer.fingerprint, cfg.input, cfg.durations, None, prefix) as writer,
           ReadAhead(missing(), lambda item: pieces_of(item, tokenizer.encoder, cfg.max_utterance_seconds),
                     workers) as ahead):
         done = {id.rpartition("@")[0] if cfg.max_utterance_seconds else id for id in writer.done}
+        bad = skipped_before(writer.shards)
         before = label_group([], tokenizer, batch_seconds)
         for group in chain(groups(events(ahead), 8 * batch_seconds), [[]]):
             now = label_group(group, tokenizer, batch_seconds)
@@ -779,7 +777,7 @@ def import_units(cfg: Config) -> None:
         raise SystemExit(f"{cfg.input}: units are imported by one process")
     tensors, meta = read_codebook(cfg.tokenizer)
     fingerprint, base = codebook_fingerprints(tensors, meta)
-    bpe = Bpe(tensors["bpe"].numpy().tobytes()) if "bpe" in tensors else None
+    bpe = Bpe.of(tensors)
     out = claim(cfg)
     tally, started = Tally(out / "report.json", cfg.max_bad_share), time.perf_counter()
     with (open(cfg.input, encoding="utf-8", errors="replace") as lines,
@@ -818,14 +816,13 @@ def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray 
     units, durations = np.array(found["units"]), found.get("duration")
     if units.ndim != 1 or units.dtype.kind != "i" or not len(units) or units.min() < 0 or units.max() >= n_units:
         raise ValueError(f"expected a list of units below {n_units}")
-    units = units.astype(np.int64)
-    starts = np.flatnonzero(np.diff(units, prepend=-1))
+    merged, runs = dedup(units)
     if durations is not None:
         durations = np.array(durations, dtype=np.int64)
         if durations.shape != units.shape or durations.min() < 1:
             raise ValueError(f"{durations.shape} durations for {units.shape} units, each at least 1")
-        durations = np.add.reduceat(durations, starts)
-    return str(record["file_name"]), units[starts], durations
+        durations = np.add.reduceat(durations, np.cumsum(runs) - runs)
+    return str(record["file_name"]), merged, durations
 
 
 # ---------------------------------------------------------------- what is there
@@ -835,7 +832,7 @@ def verify(folders: list[str]) -> None:
     if not folders or "--help" in folders:
         raise SystemExit("usage: python prepare_units.py verify DIR [DIR ...]   # folders of unit files")
     problems, ids, hours, n_tokens = [], Counter(), 0.0, 0
-    counts, fingerprint = None, None
+    counts, fingerprint = 0, None
     for folder in map(Path, folders):
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
@@ -851,13 +848,13 @@ def verify(folders: list[str]) -> None:
             except (SystemExit, ValueError, KeyError) as e:
                 problems.append(str(e) if isinstance(e, SystemExit) else f"{path}: its records are damaged ({e})")
                 continue
-            tokens = np.bincount(shard.tokens, minlength=vocab_size(fingerprint.n_units))
-            counts = tokens if counts is None or len(tokens) != len(counts) else counts + tokens
+            size = vocab_size(fingerprint.n_units)
+            counts = counts + np.bincount(shard.tokens, minlength=size)[:size]
             hours, n_tokens = hours + shard.hours, n_tokens + len(shard.tokens)
     twice = [id for id, n in ids.items() if n > 1]
     if twice:
         problems.append(f"{len(twice)} utterances are there more than once, the first {twice[0]!r}")
-    if counts is not None:
+    if n_tokens:
         share = counts[2:] / max(1, counts[2:].sum())
         entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
         speed = f"{counts[2:].sum() / hours / 3600:.2f} units per second" if hours else "durations are not known"
@@ -932,11 +929,9 @@ def bpe(cfg: BpeConfig) -> None:
                     hours = reader.shards[writer.number].hours
                     writer.n_frames = round(hours * 3600 * base.unit_rate_hz)
                     writer.flush()
-        pieces = UnitReader(to)
-        print(json.dumps({"folder": str(to), "pieces": model.n_pieces, "units": reader.n_tokens - 2 * len(reader),
-                          "tokens": pieces.n_tokens - 2 * len(pieces),
-                          "units_per_token": round((reader.n_tokens - 2 * len(reader)) /
-                                                   (pieces.n_tokens - 2 * len(pieces)), 3)}))
+        units, tokens = (r.n_tokens - 2 * len(r) for r in (reader, UnitReader(to)))  # without BOS and EOS
+        print(json.dumps({"folder": str(to), "pieces": model.n_pieces, "units": units, "tokens": tokens,
+                          "units_per_token": round(units / tokens, 3)}))
     write_codebook(out / "tokenizer.safetensors", tensors, meta | {"n_pieces": model.n_pieces})
 
 

@@ -72,16 +72,12 @@ class WhisperFrames:
         lengths = torch.tensor([m.shape[1] for m in mels])
         longest = int(lengths.max())
         mel = torch.stack([F.pad(m, (0, longest - m.shape[1])) for m in mels]).to(self.dtype)
-        padded = (lengths < longest).any()
         inside = to_device(torch.arange(longest) < lengths[:, None], self.device)
         e = self.encoder
         x = F.gelu(e.conv1(mel)) * inside[:, None]  # a lone file's second convolution meets zeros past its end
         x = F.gelu(e.conv2(x)).transpose(1, 2)
         x = x + e.embed_positions.weight[:x.shape[1]]
-        mask = torch.where(inside[:, ::2], 0.0, -torch.inf)[:, None, None, :].to(self.dtype) if padded else None
-        for block in e.layers[:self.layer]:
-            x = block(x, attention_mask=mask)
-            x = x[0] if isinstance(x, tuple) else x  # transformers returned tuples once
+        x = through(e.layers[:self.layer], x, inside[:, ::2], min(lengths) < longest)
         x = (x[:, 0::2] + x[:, 1::2]).float() / 2
         positions = torch.arange(longest // 4, device=self.device)
         return [(row[:n // 4], positions[:n // 4]) for row, n in zip(x, lengths.tolist())]
@@ -146,13 +142,17 @@ class HubertFrames:
         x = x + e.pos_conv_embed(x)
         if not self.model.config.do_stable_layer_norm:
             x = e.layer_norm(x)
-        mask = None
-        if min(lengths) < x.shape[1]:
-            mask = torch.where(inside, 0.0, -torch.inf)[:, None, None, :].to(self.dtype)
-        for block in e.layers[:self.layer]:
-            x = block(x, attention_mask=mask)
-            x = x[0] if isinstance(x, tuple) else x  # transformers returned tuples once
+        x = through(e.layers[:self.layer], x, inside, min(lengths) < x.shape[1])
         return [(row[:n], None) for row, n in zip(x.float(), lengths)]
+
+
+def through(blocks: Iterable[nn.Module], x: Tensor, inside: Tensor, padded: bool) -> Tensor:
+    """x (B, T, D) through transformer blocks in which nobody attends to padding; inside: bool (B, T)."""
+    mask = torch.where(inside, 0.0, -torch.inf)[:, None, None, :].to(x.dtype) if padded else None
+    for block in blocks:
+        x = block(x, attention_mask=mask)
+        x = x[0] if isinstance(x, tuple) else x  # transformers returned tuples once
+    return x
 
 
 def to_device(x: np.ndarray | Tensor, device: str) -> Tensor:
@@ -219,6 +219,11 @@ class Bpe:
                            for i in range(self.n_pieces)]
 
     @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "Bpe | None":
+        """That of a codebook, if it has one."""
+        return cls(tensors["bpe"].numpy().tobytes()) if "bpe" in tensors else None
+
+    @classmethod
     def train(cls, utterances: Iterator[np.ndarray], n_units: int, n_pieces: int) -> "Bpe":
         """Fit on utterances of units. SystemExit if there are too few for so many pieces."""
         from sentencepiece import SentencePieceTrainer
@@ -274,13 +279,17 @@ class SpeechTokenizer:
             raise SystemExit(f"{name}: {base.unit_rate_hz:g} Hz and {tensors['centroids'].shape[1]} dimensions, but "
                              f"{meta['encoder']} gives {encoder.rate_hz:g} Hz and {encoder.dim}")
         mean = tensors["position_mean"].float().to(device) if "position_mean" in tensors else None
-        bpe = Bpe(tensors["bpe"].numpy().tobytes()) if "bpe" in tensors else None
-        return cls(encoder, tensors["centroids"].float().to(device), mean, fingerprint, bpe, base)
+        return cls(encoder, tensors["centroids"].float().to(device), mean, fingerprint, Bpe.of(tensors), base)
 
     @property
     def base(self) -> "SpeechTokenizer":
         """This tokeniser without BPE, whose units a vocoder speaks."""
         return SpeechTokenizer(self.encoder, self.centroids, self.position_mean, self.base_fingerprint)
+
+    @property
+    def batch_seconds(self) -> float:
+        """Audio that a corpus is encoded in at once, where no other is asked for."""
+        return 30.0 if self.encoder.device == "cpu" else 240.0
 
     def to_units(self, tokens: list[int]) -> list[int]:
         """What it gave, as units for a vocoder: pieces are taken apart."""
@@ -376,4 +385,4 @@ def codebook_fingerprints(tensors: dict[str, Tensor], meta: dict) -> tuple[Finge
     base = fingerprint(sorted(tensors.keys() & {"centroids", "position_mean"}), len(tensors["centroids"]))
     if "bpe" not in tensors:
         return base, base
-    return fingerprint(sorted(tensors), Bpe(tensors["bpe"].numpy().tobytes()).n_pieces), base
+    return fingerprint(sorted(tensors), Bpe.of(tensors).n_pieces), base

@@ -57,7 +57,6 @@ def to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-
 @dataclass(frozen=True)
 class Fingerprint:
     """What a speech tokeniser is; units with different fingerprints mean different sounds."""
@@ -113,13 +112,14 @@ class UnitWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
         self.skipped: list[dict] = []  # what was to come before the next shard's end and is not in it, and why
-        self.number = 0  # of the next shard
+        self.shards: list[Shard] = []  # that were there under this prefix
         if any(self.folder.glob("*.safetensors")):
             there = UnitReader(self.folder)
             require_same(there.fingerprint, folder, fingerprint, "the tokeniser to write with")
             self.done = set(there.ids())
-            mine = [s.path.stem.removeprefix(prefix) for s in there.shards if s.path.stem.startswith(prefix)]
-            self.number = max((int(n) + 1 for n in mine if n.isdecimal()), default=0)
+            self.shards = [s for s in there.shards if s.path.stem.startswith(prefix)
+                           and s.path.stem.removeprefix(prefix).isdecimal()]
+        self.number = max((int(s.path.stem.removeprefix(prefix)) + 1 for s in self.shards), default=0)  # of the next
         self._clear()
 
     def _clear(self) -> None:
@@ -214,10 +214,9 @@ class Shard:
     def problems(self) -> list[str]:
         """What is wrong inside a file that looks whole."""
         tokens, offsets, found = self.tokens, self.offsets, []
-        n = len(offsets) - 1
-        if self.header["n_utterances"] != n or len(self.records()) != n:
-            found.append(f"{n} utterances, but {self.header['n_utterances']} by its header and {len(self.records())} "
-                         f"records")
+        n, n_records = len(offsets) - 1, int((self._records == ord("\n")).sum()) + 1
+        if self.header["n_utterances"] != n or n_records != n:
+            found.append(f"{n} utterances, but {self.header['n_utterances']} by its header and {n_records} records")
         if offsets[0] != 0 or (np.diff(offsets) < 3).any():
             found.append("its offsets do not rise by an utterance each")
             return found
