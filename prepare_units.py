@@ -15,7 +15,6 @@ One process, or several that share a folder: `--shard=3/8` is the third of eight
 themselves. Killed, the same command goes on, and writes what it would have written. Two cores tokenise more than 100
 times faster than real time with the embedded encoder; an hour of units takes 0.15 MB.
 """
-import hashlib
 import io
 import json
 import math
@@ -43,6 +42,7 @@ from tqdm import tqdm
 
 from audio import SAMPLE_RATE, SILENCE, Item, check_extent, check_wave, read_blocks, read_input, split_at_silences
 from config import load_config
+from embedded import TWIST_URL, check_sha256, download, sha256
 from speech_tokenizer import (DTYPES, Bpe, HubertFrames, SpeechTokenizer, WhisperFrames, assign, codebook_fingerprints,
                               load_encoder, read_codebook, windows, write_codebook)
 from units import Shard, UnitReader, UnitWriter, dedup, require_same, to_bytes, vocab_size
@@ -129,7 +129,7 @@ class CheckConfig:
 @dataclass
 class ConvertConfig:
     """Make a codebook of a published k-means (scikit-learn's, written by joblib) without running what is in it."""
-    source: str = ""  # the file
+    source: str = ""  # the file; empty: the published one of mHuBERT-25hz's 500 units, which is fetched
     codebook: str = "out/mhubert25.safetensors"  # file to write
     encoder: str = "slprl/mhubert-base-25hz"  # hub id or folder of the model whose features it clusters
     layer: int = 11  # hidden state that it clusters
@@ -408,17 +408,15 @@ def read_kmeans(path: Path) -> np.ndarray:
 
 def convert(cfg: ConvertConfig) -> None:
     """A published k-means as a codebook."""
-    source, out = Path(cfg.source), Path(cfg.codebook)
+    out = Path(cfg.codebook)
+    refuse_existing(out, cfg.overwrite)
+    source = Path(cfg.source) if cfg.source else download(TWIST_URL + [*PUBLISHED][0], *[*PUBLISHED.values()][0])
     if not source.is_file():
         raise SystemExit(f"--source={cfg.source}: no such file")
-    refuse_existing(out, cfg.overwrite)
-    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    begin, end = PUBLISHED.get(source.name, ("", ""))
-    if not (sha256.startswith(begin) and sha256.endswith(end)):
-        raise SystemExit(f"{source}: its sha256 is {sha256}, but the published file's is {begin}…{end}; fetch it again")
+    check_sha256(source, *PUBLISHED.get(source.name, ("", "")))
     tensors = {"centroids": torch.from_numpy(read_kmeans(source))}
     meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
-            "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": sha256}
+            "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": sha256(source)}
     write_codebook(out, tensors, meta)
     print(f"wrote {out}: {codebook_fingerprints(tensors, meta)[0]}, {tensors['centroids'].shape[1]} dimensions")
 

@@ -1,61 +1,90 @@
 """Continue a spoken prompt aloud: wav -> units -> continuation -> wav, with what Whisper hears in it.
 
-In:  audio files (any rate, any number of channels) and a checkpoint of train.py or dpo.py.
-Out: a folder with, per prompt and sample, two wavs (prompt + continuation; continuation alone) and samples.json.
+In:  audio (any format, rate and number of channels; files or folders) and checkpoints of train.py or dpo.py.
+Out: a new folder with, per prompt, sample and checkpoint, two wavs (prompt + continuation; continuation alone),
+     samples.json, and listen.html: all of it on one page, to compare by ear.
 
-    python sample.py --prompt hello.wav                                  # the newest finished checkpoint under out/
-    python sample.py --prompt a.wav,b.wav --checkpoint out/demo/dpo --n 3 --temperature 0.7
+    python sample.py --prompt hello.wav                                   # the newest finished checkpoint under out/
+    python sample.py --prompt recordings --checkpoint out/demo/lm --checkpoint out/demo/dpo --n 3
+    python sample.py --prompt hello.wav --play                            # aloud, while it is still being made
+    python sample.py                                                      # no prompt: the model begins by itself
     python sample.py --prompt hello.wav --resynth        # what tokeniser and vocoder keep of it; no language model
 
-Seconds on two CPU cores.
+The tokeniser and the vocoder are those of the checkpoint's units. Seconds on two CPU cores.
 """
+import contextlib
 import json
+import math
+import queue
+import shutil
+import struct
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO, Iterator
 
+import numpy as np
 import soundfile
+import torch
 
-from audio import SAMPLE_RATE, load_audio
+from audio import SAMPLE_RATE, is_audio, load_audio, walk
 from config import load_config
 from eval import continue_units, transcribe
+from listen import Clip, Row, page
 from model import UnitLM, find_checkpoint
-from speech_tokenizer import SpeechTokenizer
+from speech_tokenizer import SpeechTokenizer, find_codebook
 from train import checkpoint_fingerprint, pick_device
-from units import require_same
-from vocoder import Vocoder
+from units import require_same, to_units
+from vocoder import Vocoder, find_vocoder
 
 
 @dataclass
 class Config:
     """Continue spoken prompts."""
-    prompt: tuple[str, ...] = ()  # audio files to continue
-    resynth: bool = False  # say the prompts again from their units instead, to hear what these keep
-    checkpoint: str = ""  # run folder, checkpoint folder or hub id; empty: the newest finished one under out/
-    out: str = "out/samples"  # folder for the wavs and samples.json
+    prompt: tuple[str, ...] = ()  # audio files to continue, or folders of them; none: the model begins by itself
+    checkpoint: tuple[str, ...] = ()  # run folders, checkpoint folders or hub ids; none: the newest under out/
+    out: str = ""  # a new folder for wavs, samples.json and listen.html; empty: out/samples, out/samples_2, …
     n: int = 1  # continuations of each prompt
     prompt_seconds: float = 10.0  # at most so much of a prompt is used: its end,
     from_start: bool = False  # or, with this, its beginning
-    continuation_seconds: float = 8.0  # about so much speech is added
+    continuation_seconds: float = 8.0  # so much speech is added, to a unit
     may_end: bool = False  # let the model end a continuation early, even at once after a prompt that sounds complete
     temperature: float = 0.8  # 0 takes the most likely unit each time
     top_k: int = 25  # draw from the k most likely units; 0: from all
     top_p: float = 1.0  # draw from the most likely units that make up so much probability
     repetition_penalty: float = 1.1  # above 1, units already heard become less likely
-    transcribe: bool = True  # print what the ASR hears
+    play: bool = False  # speak while the continuation is being made (by aplay, ffplay, mpv or sox)
+    stdout: bool = False  # write it there instead, as raw PCM: 16 bit, little-endian, mono; messages go to stderr
+    resynth: bool = False  # say the prompts again from their units instead, to hear what these keep
+    transcribe: bool = True  # tell what the ASR hears
     asr: str = "embedded:whisper-tiny.en"  # Whisper for the transcripts
-    tokenizer: str = "embedded"  # codebook file; must be the checkpoint's
-    vocoder: str = "embedded"  # vocoder file; must speak the checkpoint's units
+    tokenizer: str = ""  # codebook file; empty: that of the checkpoint's units (embedded, or below out/)
+    vocoder: str = ""  # vocoder file, .safetensors or .pt; empty: one that speaks them
+    speaker: int = 0  # of a vocoder with several
     seed: int = 0  # of the sampling
     overwrite: bool = False  # write over samples already in `out`
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        found = [] if self.prompt else ["prompt: name at least one audio file, as in --prompt hello.wav"]
+        found = []
         if self.temperature < 0 or self.n < 1 or self.prompt_seconds <= 0 or self.continuation_seconds <= 0:
             found.append("temperature must not be negative; n, prompt_seconds and continuation_seconds are positive")
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            found.append("top_k must not be negative, top_p lies in (0, 1], repetition_penalty is positive")
+        if self.resynth and not self.prompt:
+            found.append("resynth: name what is to be said again, as in --prompt hello.wav")
+        if (self.play or self.stdout) and (self.n > 1 or len(self.checkpoint) > 1 or self.resynth):
+            found.append("play and stdout speak one continuation by one checkpoint")
+        if len(set(self.checkpoint)) < len(self.checkpoint):
+            found.append("checkpoint: the same one twice")
         return found
 
+
+# ---------------------------------------------------------------- what is asked for
 
 def newest_checkpoint(root: str = "out") -> str:
     """The run folder below `root` with the newest finished checkpoint. SystemExit if there is none."""
@@ -66,85 +95,269 @@ def newest_checkpoint(root: str = "out") -> str:
     return str(max(found, key=lambda p: p.stat().st_mtime).parent.parent)
 
 
-def say_again(cfg: Config, waves: list, tokenizer: SpeechTokenizer, vocoder: Vocoder) -> list[dict]:
-    """Each wave as its units sound, with the durations that they had; the transcripts of both."""
-    records = []
-    for i, (source, wave) in enumerate(zip(cfg.prompt, waves)):
-        units, durations = tokenizer.encode(wave, SAMPLE_RATE)
-        again, sample_rate = vocoder.synthesize(units, durations)
-        path = Path(cfg.out) / f"{i:02d}_{Path(source).stem}_resynth.wav"
-        soundfile.write(path, again, sample_rate)
-        records.append({"prompt_file": source, "units": units.tolist(), "durations": durations.tolist(),
-                        "resynth": str(path)})
-    if cfg.transcribe:
-        heard = transcribe([w for r, wave in zip(records, waves) for w in (wave, load_audio(r["resynth"]))], cfg.asr)
-        for record, before, after in zip(records, heard[::2], heard[1::2]):
-            record |= {"prompt_text": before, "resynth_text": after}
-    for r in records:
-        print(f"{r['resynth']}: {len(r['units']) / sum(r['durations']) * tokenizer.fingerprint.unit_rate_hz:.1f} units "
-              f"per second\n  original:      {r.get('prompt_text', '')}\n  from its units: {r.get('resynth_text', '')}")
-    return records
-
-
-def main(cfg: Config) -> None:
-    out = Path(cfg.out)
-    if (out / "samples.json").exists() and not cfg.overwrite:
-        raise SystemExit(f"{out} holds samples already; choose another --out, or --overwrite")
-    waves = []
-    for path in cfg.prompt:
+def read_prompts(cfg: Config) -> dict[str, np.ndarray]:
+    """{file: wave at 16 kHz, cut as the settings say}. SystemExit for a file that holds nothing to continue."""
+    files, waves = [], {}
+    for name in cfg.prompt:
+        inside = [f for f in walk(name) if is_audio(f)] if Path(name).is_dir() else [name]
+        if not inside:
+            raise SystemExit(f"{name}: no audio files in this folder")
+        files += inside
+    for path in files:
         try:
             wave = load_audio(path)
         except ValueError as e:
-            raise SystemExit(str(e)) from None
+            hint = "" if cfg.resynth else "; without --prompt the model begins by itself"
+            raise SystemExit(f"{e}{hint}") from None
         limit = round(cfg.prompt_seconds * SAMPLE_RATE)
         if len(wave) > limit and not cfg.resynth:
             which = "first" if cfg.from_start else "last"
             print(f"{path}: {len(wave) / SAMPLE_RATE:.1f} s long; its {which} {cfg.prompt_seconds:g} s are used")
-        waves.append(wave if cfg.resynth else wave[:limit] if cfg.from_start else wave[-limit:])
-    device = pick_device()
-    tokenizer, vocoder = SpeechTokenizer.load(cfg.tokenizer, device.type), Vocoder.load(cfg.vocoder).to(device)
-    require_same(tokenizer.base_fingerprint, cfg.tokenizer, vocoder.fingerprint, f"vocoder {cfg.vocoder}")
-    if cfg.resynth:
-        out.mkdir(parents=True, exist_ok=True)
-        records = say_again(cfg, waves, tokenizer.base, vocoder)
-        (out / "samples.json").write_text(json.dumps({"config": asdict(cfg), "samples": records}, indent=1))
-        return
-    name = cfg.checkpoint or newest_checkpoint()
-    print(f"checkpoint: {name}")
-    folder = find_checkpoint(name)
-    fingerprint = checkpoint_fingerprint(folder)
-    require_same(fingerprint, name, tokenizer.fingerprint, f"tokenizer {cfg.tokenizer}")
-    lm = UnitLM.from_pretrained(folder).eval().to(device)
+            wave = wave[:limit] if cfg.from_start else wave[-limit:]
+        waves[path] = wave
+    return waves
 
-    encoded = [tokenizer.encode(wave, SAMPLE_RATE)[0].tolist() for wave in waves]
-    # A unit lasts as long in the continuation as it did in the prompts, on average.
-    rate = sum(map(len, encoded)) / (sum(map(len, waves)) / SAMPLE_RATE)
-    prompts = [units for units in encoded for _ in range(cfg.n)]
-    new = continue_units(lm, prompts, max(1, round(cfg.continuation_seconds * rate)), 32, cfg.seed, "continuing",
-                         may_end=cfg.may_end, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                         repetition_penalty=cfg.repetition_penalty)
+
+def hear_speech(name: str, units: np.ndarray, durations: np.ndarray, rate_hz: float) -> None:
+    """Say so if a prompt is hardly speech: 5 s of noise or hum have some ten kinds of units, of speech a hundred."""
+    kinds, frames = len(set(units.tolist())), int(durations.sum())
+    if kinds < 0.2 * min(frames, 5 * rate_hz):
+        print(f"{name}: hardly any speech in it, it sounds like noise or silence ({kinds} kinds of units in "
+              f"{frames / rate_hz:.1f} s); what follows will be made up", file=sys.stderr)
+
+
+def new_folder(cfg: Config) -> Path:
+    """Where the samples go. SystemExit if there are others."""
+    if not cfg.out:
+        names = chain(["out/samples"], (f"out/samples_{i}" for i in range(2, 1_000_000)))
+        return next(path for path in map(Path, names) if not path.exists())
+    if (Path(cfg.out) / "samples.json").exists() and not cfg.overwrite:
+        raise SystemExit(f"{cfg.out} holds samples already; choose another --out, or --overwrite")
+    return Path(cfg.out)
+
+
+def labels(names: list[str]) -> list[str]:
+    """The ends of paths, as long as they need to be to differ: out/a/lm, out/b/lm -> a-lm, b-lm."""
+    parts = [[p for p in Path(name).parts if p not in ("/", "checkpoint")] or [name] for name in names]
+    short = ["-".join(p[-1:]) for p in parts]
+    for n in range(2, max(map(len, parts)) + 1):
+        if len(set(short)) == len(short):
+            break
+        short = ["-".join(p[-n:]) for p in parts]
+    return short
+
+
+class Speaker:
+    """A checkpoint with the tokeniser and the vocoder of its units. SystemExit if they do not fit."""
+
+    def __init__(self, cfg: Config, name: str, label: str):
+        device = pick_device()
+        folder = find_checkpoint(name)
+        fingerprint = checkpoint_fingerprint(folder)
+        tokenizer = cfg.tokenizer or find_codebook(fingerprint)
+        self.name, self.label, self.tokenizer = name, label, SpeechTokenizer.load(tokenizer, device.type)
+        require_same(fingerprint, name, self.tokenizer.fingerprint, f"tokenizer {tokenizer}")
+        base = self.tokenizer.base_fingerprint
+        vocoder = cfg.vocoder or find_vocoder(base)
+        self.vocoder = Vocoder.load(vocoder, cfg.speaker).to(device)
+        require_same(base, tokenizer, self.vocoder.fingerprint, f"vocoder {vocoder}")
+        self.lm = UnitLM.from_pretrained(folder).eval().to(device)
+        record = Path(folder) / "slam.json"
+        slam = json.loads(record.read_text()) if record.is_file() else {}
+        self.about = [x for x in (name, f"{self.lm.n_params() / 1e6:.0f}M parameters",
+                                  slam and f"{slam['stage']}, step {slam['step']:,}",
+                                  f"tokenizer {tokenizer}, vocoder {vocoder}") if x]
+
+    def draw(self, cfg: Config, prompts: list[list[int]], **more) -> list[list[int]]:
+        """Tokens -> sampled continuations, at least `continuation_seconds` long: no unit is shorter than a frame."""
+        n = math.ceil(cfg.continuation_seconds * self.tokenizer.fingerprint.unit_rate_hz)
+        known = getattr(self.lm.config, "max_position_embeddings", n)
+        if max(map(len, prompts)) + n + 1 > known:
+            print(f"{self.name}: knows {known} tokens in a row; prompt and continuation may have "
+                  f"{max(map(len, prompts)) + n + 1}", file=sys.stderr)
+        return continue_units(self.lm, prompts, n, 32, cfg.seed, f"continuing, {self.label}", may_end=cfg.may_end,
+                              temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+                              repetition_penalty=cfg.repetition_penalty, **more)
+
+    def say(self, cfg: Config, prompt: list[int], new: list[int]) -> tuple[np.ndarray, float]:
+        """Tokens of a prompt and its continuation -> the wave of both, and the second in which the latter begins."""
+        before, units = len(self.tokenizer.to_units(prompt)), self.tokenizer.to_units(prompt + new)
+        if not units:  # it ended before it began
+            return np.zeros(0, np.float32), 0.0
+        durations = self.vocoder.predict_durations(units)
+        ends = np.append(0, np.cumsum(durations)) * self.vocoder.hop / self.vocoder.sample_rate
+        n = int((ends <= ends[before] + cfg.continuation_seconds + 1e-6).sum()) - 1
+        return self.vocoder.synthesize(units[:n], durations[:n])[0] if n else np.zeros(0, np.float32), ends[before]
+
+
+# ---------------------------------------------------------------- aloud, while it is being made
+
+def stream(cfg: Config, speaker: Speaker, prompt: list[int], sink: BinaryIO) -> tuple[list[int], np.ndarray, float]:
+    """Speak prompt and continuation into `sink` as 16-bit PCM, each piece as soon as it is settled.
+
+    The language model draws in a thread of its own. Returns what `draw` and `say` would: tokens, wave, seconds.
+    """
+    parts, enough, drawn, failed = queue.Queue(), threading.Event(), [], []
+
+    def progress(new: torch.Tensor) -> bool:
+        row = to_units(new[0].tolist())
+        parts.put(speaker.tokenizer.to_units(row[len(drawn):]))
+        drawn.extend(row[len(drawn):])
+        return enough.is_set()
+
+    def draw() -> None:
+        try:
+            speaker.draw(cfg, [prompt], progress=progress)
+        except BaseException as e:  # of any kind: it is raised again where somebody sees it
+            failed.append(e)
+        parts.put(None)
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    vocoder, before = speaker.vocoder, speaker.tokenizer.to_units(prompt)
+    began = vocoder.predict_durations(before).sum() * vocoder.hop if before else 0  # about
+    limit = began + round(cfg.continuation_seconds * vocoder.sample_rate)
+    pieces, n = [np.zeros(0, np.float32)], 0
+    for wave in vocoder.stream(chain([before], iter(parts.get, None))):
+        wave = wave[:limit - n]
+        pieces, n = [*pieces, wave], n + len(wave)
+        try:
+            sink.write((wave * 32767).round().astype("<i2").tobytes())
+            sink.flush()
+        except BrokenPipeError:
+            print("nobody listens any more", file=sys.stderr)
+            break
+        if n >= limit:
+            break
+    enough.set()
+    thread.join()
+    if failed:
+        raise failed[0]
+    starts = vocoder.predict_durations(before + speaker.tokenizer.to_units(drawn))[:len(before)].sum() if before else 0
+    return list(drawn), np.concatenate(pieces), float(starts) * vocoder.hop / vocoder.sample_rate
+
+
+PLAYERS = (["aplay", "-q", "-"], ["ffplay", "-nodisp", "-autoexit", "-loglevel", "quiet", "-"],
+           ["mpv", "--really-quiet", "-"], ["play", "-q", "-t", "wav", "-"])  # each reads a wav from its input
+
+
+@contextlib.contextmanager
+def loudspeaker(sample_rate: int) -> Iterator[BinaryIO]:
+    """Something to write 16-bit PCM to that plays it. SystemExit if there is no player."""
+    command = next((c for c in PLAYERS if shutil.which(c[0])), None)
+    if not command:
+        raise SystemExit(f"--play needs one of {', '.join(c[0] for c in PLAYERS)}; there is also --stdout")
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as player:
+        unknown = 0x7FFFFFFF  # the length of a wav that is still being made
+        player.stdin.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", unknown, b"WAVEfmt ", 16, 1, 1, sample_rate,
+                                       2 * sample_rate, 2, 16, b"data", unknown - 36))
+        with contextlib.suppress(BrokenPipeError):
+            yield player.stdin
+            player.stdin.close()
+
+
+# ---------------------------------------------------------------- all together
+
+def say_again(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[list[dict], list[str], list[Row]]:
+    """Each wave as its units sound, with the durations that they had; the transcripts of both."""
+    device, name = pick_device(), cfg.tokenizer or "embedded"
+    tokenizer = SpeechTokenizer.load(name, device.type).base
+    vocoder_name = cfg.vocoder or find_vocoder(tokenizer.fingerprint)
+    vocoder = Vocoder.load(vocoder_name, cfg.speaker).to(device)
+    require_same(tokenizer.fingerprint, name, vocoder.fingerprint, f"vocoder {vocoder_name}")
+    rate_hz, records, spoken = tokenizer.fingerprint.unit_rate_hz, [], []
     out.mkdir(parents=True, exist_ok=True)
-    records = []
-    for i, (prompt, units) in enumerate(zip(prompts, new)):
-        source = Path(cfg.prompt[i // cfg.n])
-        stem = f"{i // cfg.n:02d}_{source.stem}_{i % cfg.n}"
-        record = {"prompt_file": str(source), "prompt_units": prompt, "units": units}
-        for kind, x in (("whole", prompt + units), ("continuation", units)):
-            if x:
-                wave, sample_rate = vocoder.synthesize(tokenizer.to_units(x))
-                record[kind] = str(out / f"{stem}_{kind}.wav")
-                soundfile.write(record[kind], wave, sample_rate)
-        records.append(record)
+    for i, (source, wave) in enumerate(waves.items()):
+        units, durations = tokenizer.encode(wave, SAMPLE_RATE)
+        hear_speech(source, units, durations, rate_hz)
+        again, sample_rate = vocoder.synthesize(units, durations)
+        path = out / f"{i:02d}_{Path(source).stem}_resynth.wav"
+        soundfile.write(path, again, sample_rate)
+        spoken.append(again)
+        records.append({"prompt_file": source, "units": units.tolist(), "durations": durations.tolist(),
+                        "units_per_second": round(len(units) / durations.sum() * rate_hz, 1), "resynth": str(path)})
     if cfg.transcribe:
-        heard = [(r, kind) for r in records for kind in ("whole", "continuation") if kind in r]
-        for (record, kind), text in zip(heard, transcribe([load_audio(r[kind]) for r, kind in heard], cfg.asr)):
-            record[f"{kind}_text"] = text
-    record = {"checkpoint": name, "config": asdict(cfg), "samples": records}
-    (out / "samples.json").write_text(json.dumps(record, indent=1))
+        texts = transcribe([*waves.values(), *(load_audio(r["resynth"]) for r in records)], cfg.asr)
+        for record, before, after in zip(records, texts, texts[len(waves):]):
+            record |= {"prompt_text": before, "resynth_text": after}
+    rows = []
+    for (source, wave), again, r in zip(waves.items(), spoken, records):
+        print(f"{r['resynth']}: {r['units_per_second']} units per second")
+        print(f"  original:       {r.get('prompt_text', '')}\n  from its units: {r.get('resynth_text', '')}")
+        rows.append(Row(Path(source).name, Clip(wave, SAMPLE_RATE, r.get("prompt_text", "")), [[Clip(
+            again, vocoder.sample_rate, r.get("resynth_text", ""), note=Path(r["resynth"]).name)]]))
+    return records, [f"from its units\ntokenizer {name}, vocoder {vocoder_name}"], rows
+
+
+def continue_all(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[list[dict], list[str], list[Row]]:
+    """Every prompt continued `n` times by every checkpoint, as wavs; then what is heard in them."""
+    names = list(cfg.checkpoint) or [newest_checkpoint()]
+    print(f"checkpoint: {', '.join(names)}")
+    speakers = [Speaker(cfg, name, label) for name, label in zip(names, labels(names))]
+    sources, records, clips = list(waves) or [""], [], []
+    out.mkdir(parents=True, exist_ok=True)
+    for speaker in speakers:
+        encoded, rate = [], speaker.vocoder.sample_rate
+        for source in sources:
+            units, durations = speaker.tokenizer.encode(waves[source], SAMPLE_RATE) if source else ([], [])
+            if source and speaker is speakers[0]:
+                hear_speech(source, units, durations, speaker.tokenizer.base_fingerprint.unit_rate_hz)
+            encoded.append(list(map(int, units)))
+        prompts = [tokens for tokens in encoded for _ in range(cfg.n)]
+        if cfg.play or cfg.stdout:
+            with loudspeaker(rate) if cfg.play else contextlib.nullcontext(sys.__stdout__.buffer) as sink:
+                print(f"speaking: 16-bit little-endian PCM, mono, {rate} Hz", file=sys.stderr)
+                tokens, *said = stream(cfg, speaker, prompts[0], sink)
+            new, spoken = [tokens], [said]
+        else:
+            new = speaker.draw(cfg, prompts)
+            spoken = [speaker.say(cfg, *x) for x in zip(prompts, new)]
+        for i, (prompt, tokens, (wave, starts)) in enumerate(zip(prompts, new, spoken)):
+            source, k = sources[i // cfg.n], i % cfg.n
+            stem = f"{i // cfg.n:02d}_{Path(source).stem or 'unprompted'}_{k}" + f"_{speaker.label}" * (len(names) > 1)
+            record = {"checkpoint": speaker.name, "prompt_file": source, "prompt_units": prompt, "units": tokens,
+                      "continuation_starts": round(starts, 3)}
+            for kind, part in (("whole", wave), ("continuation", wave[round(starts * rate):])):
+                if len(part):
+                    record[kind] = str(out / f"{stem}_{kind}.wav")
+                    soundfile.write(record[kind], part, rate)
+            records.append(record)
+            clips.append(Clip(wave, rate, starts=starts, note=f"{stem}_whole.wav"))
+    print(f"{sum('whole' in r for r in records)} continuations are in {out}")
+    if cfg.transcribe:
+        alone = [r for r in records if "continuation" in r]
+        texts = transcribe([*waves.values(), *(load_audio(r["continuation"]) for r in alone)], cfg.asr)
+        prompt_texts = dict(zip(waves, texts))
+        for r, text in zip(alone, texts[len(waves):]):
+            r["continuation_text"] = text
+        for r, clip in zip(records, clips):
+            r["prompt_text"] = clip.prompt_text = prompt_texts.get(r["prompt_file"], "")
+            clip.text = r.get("continuation_text", "")
     for r in records:
-        print(f"{r['whole']}\n  heard: {r.get('whole_text', '')}\n"
-              f"  continuation: {r.get('continuation_text', '(ended at once)')}")
+        print(f"{r.get('whole', '(it ended before it began)')}\n  prompt:       {r.get('prompt_text', '')}\n"
+              f"  continuation: {r.get('continuation_text', '' if 'continuation' in r else '(ended at once)')}")
+    rows = [Row(Path(source).name or "unprompted",
+                Clip(waves[source], SAMPLE_RATE, clips[i * cfg.n].prompt_text) if source else None,
+                [[c for c in clips[s * len(sources) * cfg.n + i * cfg.n:][:cfg.n] if len(c.wave)]
+                 for s in range(len(speakers))]) for i, source in enumerate(sources)]
+    return records, ["\n".join([s.label, *s.about]) for s in speakers], rows
+
+
+def main(cfg: Config) -> None:
+    out, waves = new_folder(cfg), read_prompts(cfg)
+    if (cfg.play or cfg.stdout) and len(waves) > 1:
+        raise SystemExit(f"play and stdout speak one continuation; --prompt names {len(waves)} files")
+    records, columns, rows = (say_again if cfg.resynth else continue_all)(cfg, waves, out)
+    (out / "samples.json").write_text(json.dumps({"config": asdict(cfg), "samples": records}, indent=1))
+    shown = ("temperature", "top_k", "top_p", "repetition_penalty", "may_end", "prompt_seconds", "seed")
+    settings = {} if cfg.resynth else {k.replace("_", " "): getattr(cfg, k) for k in shown}
+    settings |= {"heard by": cfg.asr if cfg.transcribe else "nobody", "made": time.strftime("%Y-%m-%d %H:%M")}
+    title = "Speech from its units" if cfg.resynth else "Spoken prompts, continued"
+    (out / "listen.html").write_text(page(title, settings, ["prompt", *columns], rows), encoding="utf-8")
+    print(f"open {out / 'listen.html'} to listen")
 
 
 if __name__ == "__main__":
-    main(load_config(Config, sys.argv[1:], __doc__))
+    config = load_config(Config, sys.argv[1:], __doc__)
+    with contextlib.redirect_stdout(sys.stderr) if config.stdout else contextlib.nullcontext():
+        main(config)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from audio import SAMPLE_RATE, check_wave, resample
 from embedded import resolve
-from units import Fingerprint, dedup
+from units import Fingerprint, dedup, find_speaking
 
 EMBEDDED_TOKENIZER = Path(__file__).parent / "assets" / "codebook.safetensors"
 
@@ -361,6 +361,16 @@ def read_codebook(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as e:  # safetensors has no public base class for its errors
         raise SystemExit(f"{path}: not a codebook ({e}); `python prepare_units.py fit` makes one") from None
     return tensors, meta
+
+
+def find_codebook(fingerprint: Fingerprint, folder: str = "out") -> str:
+    """The codebook whose tokeniser has this fingerprint: `embedded`, or a file below a folder. SystemExit if none."""
+    found = find_speaking(fingerprint, EMBEDDED_TOKENIZER, folder, "centroids",
+                          lambda name: codebook_fingerprints(*read_codebook(name))[0])
+    if not found:
+        raise SystemExit(f"no codebook below {folder}/ is of {fingerprint}; name it with --tokenizer"
+                         + ", or fetch it: python prepare_units.py convert" * fingerprint.encoder.startswith("slprl/"))
+    return found
 
 
 def write_codebook(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:

@@ -12,15 +12,17 @@ A unit file is a safetensors file, so its JSON header can be read by eye and its
 A corpus is a folder of numbered such shards, several processes writing each its own. A shard is written under a
 temporary name and renamed, so one that has its name is whole; the same utterances make the same bytes.
 """
+import contextlib
 import json
 import os
 import struct
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2
@@ -84,15 +86,36 @@ def published_fingerprint(vocab: int) -> Fingerprint:
     return Fingerprint("slprl/mhubert-base-25hz", 11, 25.0, vocab - OFFSET, True, "")
 
 
+def same_units(a: Fingerprint, b: Fingerprint) -> bool:
+    """Whether both speak the same units; a codebook that is not recorded is taken to be the other's."""
+    return a == b or "" in (a.codebook_sha256, b.codebook_sha256) and \
+        replace(a, codebook_sha256="") == replace(b, codebook_sha256="")
+
+
 def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
     """SystemExit naming both files and both fingerprints unless they are equal; says so if a codebook is unrecorded."""
     if bool(a.codebook_sha256) != bool(b.codebook_sha256):
         silent, other = (a_name, b_name) if b.codebook_sha256 else (b_name, a_name)
         print(f"{silent} does not say which codebook its units are of; taken to be that of {other}", file=sys.stderr)
-        a, b = replace(a, codebook_sha256=""), replace(b, codebook_sha256="")
-    if a != b:
+    if not same_units(a, b):
         raise SystemExit(f"units of different tokenisers:\n  {a_name}: {a}\n  {b_name}: {b}\n"
                          f"  make one of them again with the other's tokeniser (prepare_units.py)")
+
+
+def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str, tensor: str,
+                  read: Callable[[str], Fingerprint]) -> str | None:
+    """The name of the codebook or vocoder of these units: `embedded`, or else the newest file below a folder.
+
+    embedded: the embedded one's file. tensor: by its name a file is known to be of the kind. read: its fingerprint.
+    """
+    found = sorted(Path(folder).rglob("*.safetensors"), key=lambda p: -p.stat().st_mtime)
+    for name, path in [("embedded", embedded), *((str(p), p) for p in found)]:
+        with contextlib.suppress(SafetensorError, OSError, SystemExit):  # other people's files, and half-written ones
+            with safe_open(path, "numpy") as f:
+                known = tensor in f.keys()
+            if known and same_units(read(name), fingerprint):
+                return name
+    return None
 
 
 # ---------------------------------------------------------------- unit files

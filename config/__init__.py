@@ -47,14 +47,18 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
     given = [(f"{file}: ", name, value, False) for file in files for name, value in read_file(file, kinds, problems)]
     given += [("--", name, text, True) for name, text in flags]
     all_read = not problems
-    values = {}
+    values, repeated = {}, set()
     for where, name, value, is_flag in given:
         if name not in kinds:
             hint = nearest(name, dict(zip(kinds, kinds)), "--help lists them")
             problems.append(f"{where}{name}: no such setting; {hint}")
             continue
         try:
-            values[name] = convert(value, kinds[name], is_flag)
+            value = convert(value, kinds[name], is_flag)
+            # `--prompt a.wav --prompt b.wav` names two; a file's list is replaced by a flag's.
+            more = is_flag and name in repeated and is_open_list(kinds[name])
+            values[name] = values[name] + value if more else value
+            repeated |= {name} if is_flag else set()
         except ValueError:
             problems.append(f"{where}{name}: expected {type_name(kinds[name])}, found {value!r}")
             values.setdefault(name, defaults[name])  # so that what follows can still be checked
@@ -169,6 +173,11 @@ def convert(value: Any, kind: Any, is_flag: bool) -> Any:
         parts = args if origin is tuple and args and ... not in args else (*args, Any)[:1] * len(value)
         return origin(convert(part, part_kind, is_flag) for part, part_kind in zip(value, parts, strict=True))
     raise ValueError(f"not {type_name(kind)}")
+
+
+def is_open_list(kind: Any) -> bool:
+    """Whether the annotation is a list or a tuple of any length."""
+    return get_origin(kind) is list or get_origin(kind) is tuple and ... in get_args(kind)
 
 
 def nearest(name: str, known: dict[str, str], otherwise: str) -> str:

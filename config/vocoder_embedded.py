@@ -2,4 +2,4 @@
 units = "out/corpus_units"
 audio = "out/corpus/audio"
 out = "out/vocoder"
-minutes = 16
+minutes = 45

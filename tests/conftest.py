@@ -76,3 +76,16 @@ def voice():
     from synth_stories import load_hibari
     speak = load_hibari()
     return lambda text: resample(*speak(text, 0), 16_000)
+
+
+@pytest.fixture(scope="session")
+def runs(stories, tmp_path_factory):
+    """A few steps of every stage, by the demo's own configs."""
+    out = tmp_path_factory.mktemp("runs")
+    small = ["--n_layers=2", "--context=512", "--micro_batch=2", "--batch_tokens=1024", "--time_budget_hours=none"]
+    data = [f"--train={stories}/units/train", f"--val={stories}/units/val"]
+    run("train.py", "config/demo_train.py", *data, *small, "--steps=6", f"--out={out}/lm")
+    run("dpo.py", "config/demo_dpo.py", f"--checkpoint={out}/lm", f"--pairs={stories}/pairs_train.jsonl",
+        f"--val_pairs={stories}/pairs_val.jsonl", "--steps=2", "--micro_batch=2", "--accumulation=1",
+        f"--out={out}/dpo")
+    return out

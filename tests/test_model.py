@@ -311,9 +311,12 @@ def test_stop_tokens_end_rows_at_different_times(lm):
     assert len({len(row) for row in penalised}) > 3
     assert [lm.generate([p], 40, temperature=0, stop=stop, repetition_penalty=1.5)[0] for p in PROMPTS] == penalised
     calls = []
-    lm.generate(PROMPTS, 40, temperature=0, stop=stop, progress=lambda done, rows: calls.append((done, rows)))
-    assert [done for done, _ in calls] == [8, 16, 24, 32, 40][:len(calls)]
-    assert calls[0][1] == len(PROMPTS) and calls[-1][1] < len(PROMPTS)
+    lm.generate(PROMPTS, 40, temperature=0, stop=stop, progress=lambda new: calls.append(new.tolist()))
+    assert [len(new[0]) for new in calls] == [8, 16, 24, 32, 40][:len(calls)]
+    assert [[t for t in row if t >= 0] for row in calls[-1]] == expected
+    assert calls[0] == [(row[:8] + 8 * [-1])[:8] for row in expected]
+    cut = lm.generate(PROMPTS, 40, temperature=0, stop=stop, progress=lambda new: new.shape[1] == 16)
+    assert cut == [row[:16] for row in expected]
     assert all(row == [] for row in lm.generate(PROMPTS, 40, temperature=0, stop=tuple(range(V))))
 
 
