@@ -4,6 +4,7 @@
     python bench.py generate --checkpoint out/demo/lm    # tokens/s of sampling: ours, and transformers' generate
     python bench.py memory config/slam.py                # GPU memory of a training run, counted without a GPU
     python bench.py units --input out/study/data/audio   # hours per hour of speech to units, and each stage of it
+    python bench.py vocoder                              # seconds of speech per second: ours, and a unit HiFi-GAN
 
 Each case is one JSON line: ours, peer, their ratio, the shape, the device and the versions. On a CPU the two sides take
 turns, since other work on the machine slows whoever runs; on a GPU each has the memory to itself.
@@ -11,6 +12,7 @@ turns, since other work on the machine slows whoever runs; on a GPU each has the
 import contextlib
 import io
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -37,6 +39,7 @@ from speech_tokenizer import SpeechTokenizer, WhisperFrames, assign, write_codeb
 from train import (Config as TrainConfig, Loader, Rows, accumulate, autocast, build, collate, compiled, cut,
                    flops_per_token, peak_flops, pick_device)
 from units import UnitReader, UnitWriter, to_tokens
+from vocoder import HifiGan, Vocoder
 
 
 def report(case: str, ours: float, peer: float, unit: str, **more) -> None:
@@ -405,9 +408,46 @@ def bench_units(cfg: BenchUnits) -> None:
                stages=stage_rates(tokenizer, paths, cfg, folder / "stages"), **hour, **memory)
 
 
+# ---------------------------------------------------------------- units to speech
+
+@dataclass
+class BenchVocoder:
+    """Units to speech, ours and HiFi-GAN V1 (Kong et al. 2020) over units, at the same sample rate."""
+    vocoder: str = "embedded"  # vocoder file
+    seconds: tuple[float, ...] = (10.0, 1.0)  # of speech at once, one case each
+    batch: int = 1  # utterances at once
+    rounds: int = 5  # timed of each side, after two more
+
+
+def bench_vocoder(cfg: BenchVocoder) -> None:
+    """Seconds of speech per second, durations given; the peer's weights are random, which its speed does not feel."""
+    device = pick_device()
+    ours = Vocoder.load(cfg.vocoder).to(device)
+    n_units, rate = ours.fingerprint.n_units, ours.fingerprint.unit_rate_hz
+    rates_of = {25.0: [5, 4, 4, 4, 2], 50.0: [5, 4, 4, 2, 2]}[rate]
+    peer = HifiGan({"num_embeddings": n_units, "embedding_dim": 128, "model_in_dim": 128, "upsample_rates": rates_of,
+                    "upsample_kernel_sizes": [2 * r + r % 2 for r in rates_of], "upsample_initial_channel": 512,
+                    "resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [[1, 3, 5]] * 3,
+                    "sampling_rate": ours.sample_rate, "code_hop_size": math.prod(rates_of)}, ours.fingerprint)
+    peer = peer.to(device).eval()
+    rng = np.random.default_rng(0)
+    for seconds in cfg.seconds:
+        rows = [rng.integers(0, n_units, round(seconds * rate)) for _ in range(cfg.batch)]
+        durations = [np.ones_like(row) for row in rows]
+
+        def side(vocoder: Vocoder) -> Callable[[], float]:
+            return lambda: sum(map(len, vocoder.synthesize_batch(rows, durations))) / vocoder.sample_rate
+
+        found = rates({"ours": lambda: side(ours), "peer": lambda: side(peer)}, cfg.rounds)
+        sizes = {name: sum(p.numel() for p in v.parameters()) for name, v in (("ours", ours), ("peer", peer))}
+        report("vocoder", found["ours"][0], found["peer"][0], "x real time", seconds=seconds, batch=cfg.batch,
+               parameters=sizes)
+
+
 if __name__ == "__main__":
     cases = {"train": (BenchTrain, bench_train), "generate": (BenchGenerate, bench_generate),
-             "memory": (BenchMemory, bench_memory), "units": (BenchUnits, bench_units)}
+             "memory": (BenchMemory, bench_memory), "units": (BenchUnits, bench_units),
+             "vocoder": (BenchVocoder, bench_vocoder)}
     if len(sys.argv) < 2 or sys.argv[1] not in cases:
         raise SystemExit(f"{__doc__.strip()}\n\nusage: python bench.py {'|'.join(cases)} [CONFIG.py ...] [--key=value]")
     Config, run = cases[sys.argv[1]]

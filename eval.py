@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,14 +23,14 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, load_audio
+from audio import SAMPLE_RATE, load_audio, resample
 from config import load_config
 from embedded import resolve, sha256
 from model import IGNORE, UnitLM, find_checkpoint
-from speech_tokenizer import SpeechTokenizer
+from speech_tokenizer import SpeechTokenizer, find_codebook
 from train import autocast, checkpoint_fingerprint, merge_results, pick_device, validation_loss
 from units import EOS, PAD, UnitReader, require_same, to_tokens, to_units, vocab_size
-from vocoder import Vocoder
+from vocoder import Vocoder, find_vocoder, mel_cepstral_distance
 
 
 @dataclass
@@ -48,8 +49,8 @@ class Config:
     top_k: int = 25  # of the generation
     repetition_penalty: float = 1.1  # of the generation
     may_end: bool = True  # an EOS ends a continuation; else none is drawn, for encoders that hear a cut as an ending
-    tokenizer: str = "embedded"  # codebook file; must be the checkpoint's
-    vocoder: str = "embedded"  # vocoder file; must speak the checkpoint's units
+    tokenizer: str = ""  # codebook file; empty: that of the (first) checkpoint's units, embedded or below out/
+    vocoder: str = ""  # vocoder file, .safetensors or .pt; empty: one that speaks them
     asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes the continuations
     judge: str = "embedded:smollm2-135m"  # text LM whose perplexity of the transcripts is GenPPL
     keep_audio: bool = False  # keep the generated wavs beside results.json
@@ -275,10 +276,11 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
     new = continue_units(lm, prompts, cfg.new_units, cfg.batch, cfg.seed, "continuing", temperature=cfg.temperature,
                          top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty, may_end=cfg.may_end,
                          compile=cfg.compile and lm.device.type == "cuda" and len(prompts) >= 4 * cfg.batch)
-    whole = [vocoder.synthesize(tokenizer.to_units(p + c))[0]
+    whole = [resample(*vocoder.synthesize(tokenizer.to_units(p + c)), SAMPLE_RATE)
              for p, c in zip(prompts, tqdm(new, disable=None, desc="vocoding", leave=False))]
     texts = transcribe(whole, cfg.asr)
-    heard = iter(transcribe([vocoder.synthesize(tokenizer.to_units(c))[0] for c in new if c], cfg.asr))
+    heard = iter(transcribe([resample(*vocoder.synthesize(tokenizer.to_units(c)), SAMPLE_RATE) for c in new if c],
+                            cfg.asr))
     texts_alone = [next(heard) if c else "" for c in new]  # a continuation may be empty
     ppl, empty = text_perplexity(texts, cfg.judge)
     ppl_alone, empty_alone = text_perplexity(texts_alone, cfg.judge)
@@ -300,17 +302,28 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
 
 
 def resynthesis_error(cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder) -> dict:
-    """Word error rate of the ASR on re-synthesised against original speech, with original and predicted durations."""
+    """How much of speech its units keep: word error rate of the ASR on re-synthesised against original speech, with
+    original and predicted durations; and with the former, mel-cepstral distance and the share of clipped samples."""
     waves = [load_audio(Path(cfg.resynth_from) / p["positive"])[:30 * SAMPLE_RATE]
              for p in read_manifest(cfg.resynth_from)]
     encoded = [tokenizer.encode(w, SAMPLE_RATE) for w in tqdm(waves, disable=None, desc="units")]
+    units, durations = zip(*encoded)
+    started = time.perf_counter()
+    spoken = [vocoder.synthesize(*x)[0] for x in encoded]
+    seconds = time.perf_counter() - started
+    again = [resample(wave, vocoder.sample_rate, SAMPLE_RATE) for wave in spoken]
+    predicted = [resample(*vocoder.synthesize(u), SAMPLE_RATE) for u in units]
     heard, errors = transcribe(waves, cfg.asr), {}
-    for name, spoken in (("original_durations", [vocoder.synthesize(u, d)[0] for u, d in encoded]),
-                         ("predicted_durations", [vocoder.synthesize(u)[0] for u, _ in encoded])):
-        pairs = [word_error_rate(a, b) for a, b in zip(heard, transcribe(spoken, cfg.asr))]
+    for name, those in (("original_durations", again), ("predicted_durations", predicted)):
+        pairs = [word_error_rate(a, b) for a, b in zip(heard, transcribe(those, cfg.asr))]
         errors[name] = round(sum(e for e, _ in pairs) / sum(n for _, n in pairs), 4)
-    return {"resynthesis_word_error_rate": errors, "files": len(waves), "words": sum(n for _, n in pairs),
-            "hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3), "asr": cfg.asr}
+    n_samples = sum(map(len, spoken))
+    return {"resynthesis_word_error_rate": errors, "mel_cepstral_distance_db": round(float(np.mean(
+                [mel_cepstral_distance(a, b) for a, b in zip(waves, again)])), 2),
+            "clipped_share": sum(int((np.abs(w) >= 1).sum()) for w in spoken) / n_samples,
+            "times_real_time": round(n_samples / vocoder.sample_rate / seconds, 1), "files": len(waves),
+            "words": sum(n for _, n in pairs), "hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3),
+            "asr": cfg.asr}
 
 
 # ---------------------------------------------------------------- all together
@@ -334,20 +347,27 @@ def table(rows: dict[str, dict]) -> str:
 def main(cfg: Config) -> None:
     device = pick_device()
     if cfg.resynth_from:
-        tokenizer, vocoder = SpeechTokenizer.load(cfg.tokenizer, device.type).base, Vocoder.load(cfg.vocoder).to(device)
-        require_same(tokenizer.fingerprint, cfg.tokenizer, vocoder.fingerprint, cfg.vocoder)
+        tokenizer_name = cfg.tokenizer or "embedded"
+        tokenizer = SpeechTokenizer.load(tokenizer_name, device.type).base
+        vocoder_name = cfg.vocoder or find_vocoder(tokenizer.fingerprint)
+        vocoder = Vocoder.load(vocoder_name).to(device)
+        require_same(tokenizer.fingerprint, tokenizer_name, vocoder.fingerprint, vocoder_name)
         print(json.dumps(resynthesis_error(cfg, tokenizer, vocoder)))
         return
     checkpoints = {name: find_checkpoint(name) for name in cfg.checkpoint}
-    tokenizer = SpeechTokenizer.load(cfg.tokenizer, device.type) if cfg.pairs or cfg.generate_from else None
-    vocoder = Vocoder.load(cfg.vocoder).to(device) if cfg.generate_from else None
-    if vocoder:
-        require_same(tokenizer.base_fingerprint, cfg.tokenizer, vocoder.fingerprint, f"vocoder {cfg.vocoder}")
-    val = UnitReader(*cfg.val) if cfg.val else None
     fingerprints = {name: checkpoint_fingerprint(folder) for name, folder in checkpoints.items()}
+    tokenizer = vocoder = None
+    if cfg.pairs or cfg.generate_from:
+        tokenizer_name = cfg.tokenizer or find_codebook(next(iter(fingerprints.values())))
+        tokenizer = SpeechTokenizer.load(tokenizer_name, device.type)
+    if cfg.generate_from:
+        vocoder_name = cfg.vocoder or find_vocoder(tokenizer.base_fingerprint)
+        vocoder = Vocoder.load(vocoder_name).to(device)
+        require_same(tokenizer.base_fingerprint, tokenizer_name, vocoder.fingerprint, f"vocoder {vocoder_name}")
+    val = UnitReader(*cfg.val) if cfg.val else None
     for name, fingerprint in fingerprints.items():
         if tokenizer:
-            require_same(fingerprint, name, tokenizer.fingerprint, f"tokenizer {cfg.tokenizer}")
+            require_same(fingerprint, name, tokenizer.fingerprint, f"tokenizer {tokenizer_name}")
         if val:
             require_same(fingerprint, name, val.fingerprint, cfg.val[0])
 

@@ -416,9 +416,8 @@ class HifiGan(Vocoder):
         rates, kernels = c["upsample_rates"], c["upsample_kernel_sizes"]
         if c.get("f0") or c.get("f0_quant_num_bin") or c.get("multispkr") and c.get("embedder_params"):
             raise ValueError("it wants a pitch curve or a speaker's embedding, which units do not have")
-        if math.prod(rates) != c["code_hop_size"] or any((k - r) % 2 for k, r in zip(kernels, rates)):
-            raise ValueError(f"upsample_rates {rates} with kernels {kernels} do not make code_hop_size "
-                             f"{c['code_hop_size']}")
+        if math.prod(rates) != c["code_hop_size"]:
+            raise ValueError(f"upsample_rates {rates} do not make code_hop_size {c['code_hop_size']}")
         self.fingerprint, self.speaker, self.rates = fingerprint, speaker, rates
         self.sample_rate, self.hop = c["sampling_rate"], c["code_hop_size"]
         self.dict = nn.Embedding(c["num_embeddings"], c["embedding_dim"])
@@ -451,7 +450,8 @@ class HifiGan(Vocoder):
         n = len(self.resblocks) // len(self.ups)
         for i, (up, rate) in enumerate(zip(self.ups, self.rates)):
             mask = mask if isinstance(mask, float) else mask.repeat_interleave(rate, 2)
-            x = up(F.leaky_relu(x, 0.1)) * mask
+            n_steps = x.shape[2] * rate
+            x = up(F.leaky_relu(x, 0.1))[..., :n_steps] * mask  # a kernel may make it one longer
             x = sum(block(x, mask) for block in self.resblocks[i * n:i * n + n]) / n
         return self.conv_post(F.leaky_relu(x)).tanh()[:, 0].float()  # the last slope is 0.01, as published
 

@@ -24,8 +24,6 @@ stage "DPO" python dpo.py config/demo_dpo.py --resume
 stage "evaluation, untrained" python eval.py config/demo_eval.py --checkpoint $out/untrained --generate_from ""
 stage "evaluation" python eval.py config/demo_eval.py
 prompt=$(python -c "import json; print(json.loads(open('$out/data/tstorycloze/manifest.jsonl').readline())['positive'])")
-for run in lm dpo; do
-    stage "a prompt continued ($run)" python sample.py --prompt "$out/data/tstorycloze/$prompt" --checkpoint $out/$run \
-        --out $out/samples_$run --from_start --prompt_seconds 6 --n 2 --overwrite
-done
+stage "a prompt continued" python sample.py --prompt "$out/data/tstorycloze/$prompt" --checkpoint $out/lm \
+    --checkpoint $out/dpo --out $out/samples --from_start --prompt_seconds 6 --n 2 --overwrite
 python runs/demo_report.py "$((SECONDS - started))"

@@ -30,7 +30,6 @@ for label, metric, key in (
 print(f"for comparison: a unigram model of the units has a loss of {lm['unigram_loss']['value']:.2f}, a bigram model "
       f"{lm['bigram_loss']['value']:.2f}")
 
-print("\na prompt continued aloud")
-for name in ("lm", "dpo"):
-    for sample in json.loads((out / f"samples_{name}" / "samples.json").read_text())["samples"]:
-        print(f"  {sample['whole']}\n    {sample['whole_text']}")
+print("\na prompt continued aloud (open out/demo/samples/listen.html to compare by ear)")
+for sample in json.loads((out / "samples" / "samples.json").read_text())["samples"]:
+    print(f"  {sample['whole']}\n    {sample['prompt_text']} | {sample.get('continuation_text', '')}")

@@ -84,3 +84,9 @@ def test_speech_to_units_reports_its_case(stories):
     found, = case("units", f"--input={stories / 'audio'}", "--files=3", "--rounds=1", "--hour=false")
     assert found["unit"] == "x real time" and found["ours"] > 1 and found["files"] == 3
     assert found["stages"].keys() == {"decode", "encode", "assign", "write"}
+
+
+def test_units_to_speech_reports_its_case():
+    found = case("vocoder", "--seconds=2,0.5", "--rounds=1")
+    assert [x["seconds"] for x in found] == [2, 0.5] and all(x["ours"] > x["peer"] > 0 for x in found)
+    assert found[0]["parameters"]["peer"] > 10e6  # HiFi-GAN V1 has 14M

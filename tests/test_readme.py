@@ -12,7 +12,8 @@ STAGES = ["prepare_units", "synth_stories", "vocoder", "model", "train", "dpo", 
 SUBCOMMANDS = {("prepare_units", "fit"): "FitConfig", ("prepare_units", "check"): "CheckConfig",
                ("prepare_units", "convert"): "ConvertConfig", ("prepare_units", "bpe"): "BpeConfig",
                ("vocoder", "train"): "Config", ("bench", "train"): "BenchTrain", ("bench", "generate"): "BenchGenerate",
-               ("bench", "memory"): "BenchMemory", ("bench", "units"): "BenchUnits"}
+               ("bench", "memory"): "BenchMemory", ("bench", "units"): "BenchUnits",
+               ("bench", "vocoder"): "BenchVocoder"}
 
 
 def commands() -> list[str]:
@@ -56,7 +57,7 @@ def test_every_config_file_is_a_whole_config():
     on_top = {"study": "slam", "gpu_24gb": "slam", "gpu_16gb": "slam", "gpu_12gb": "slam", "gpu_8gb": "slam"}
     stages = {"fit_embedded": ("prepare_units", "FitConfig"), "units_embedded": ("prepare_units", "Config"),
               "corpus_units": ("prepare_units", "Config"), "units_mhubert25": ("prepare_units", "Config"),
-              "vocoder_embedded": ("vocoder", "Config"),
+              "vocoder_embedded": ("vocoder", "Config"), "vocoder_gpu": ("vocoder", "Config"),
               **{name: ("train", "Config") for name in (
                   "slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories",
                   "demo_train", *on_top)}, "slam_dpo": ("dpo", "Config"),

@@ -100,7 +100,8 @@ def write_published(folder, **changes):
             state[name] = x * (1 if "dict" in name or "spkr" in name or "style" in name else 0.2)
     if config["dur_predictor_params"]:
         state |= {"dur_predictor.ln2.weight": torch.ones(16), "dur_predictor.ln2.bias": torch.zeros(16),
-                  "dur_predictor.proj.weight": torch.randn(1, 16, generator=generator) * 0.25,
+                  "dur_predictor.conv2.0.bias": torch.ones(16),
+                  "dur_predictor.proj.weight": 0.3 * torch.rand(1, 16, generator=generator),
                   "dur_predictor.proj.bias": torch.tensor([1.3])}
     folder.mkdir(exist_ok=True)
     torch.save({"generator": state}, folder / "vocoder.pt")
