@@ -424,7 +424,7 @@ def bench_vocoder(cfg: BenchVocoder) -> None:
     device = pick_device()
     ours = Vocoder.load(cfg.vocoder).to(device)
     n_units, rate = ours.fingerprint.n_units, ours.fingerprint.unit_rate_hz
-    rates_of = {25.0: [5, 4, 4, 4, 2], 50.0: [5, 4, 4, 2, 2]}[rate]
+    rates_of = {12.5: [8, 5, 4, 4, 2], 25.0: [5, 4, 4, 4, 2], 50.0: [5, 4, 4, 2, 2], 100.0: [5, 4, 4, 2]}[rate]
     peer = HifiGan({"num_embeddings": n_units, "embedding_dim": 128, "model_in_dim": 128, "upsample_rates": rates_of,
                     "upsample_kernel_sizes": [2 * r + r % 2 for r in rates_of], "upsample_initial_channel": 512,
                     "resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [[1, 3, 5]] * 3,

@@ -214,7 +214,8 @@ def check_sha256(path: Path, begin: str, end: str) -> None:
     """SystemExit unless a published file's sha256, of which these digits are known, has them."""
     found = sha256(path)
     if not (found.startswith(begin) and found.endswith(end)):
-        raise SystemExit(f"{path}: its sha256 is {found}, but the published file's is {begin}…{end}; fetch it again")
+        raise SystemExit(f"{path}: its sha256 is {found}, but the published file's is {begin}…{end}; remove it, and "
+                         f"fetch it again")
 
 
 def download(url: str, begin: str, end: str) -> Path:
@@ -224,15 +225,14 @@ def download(url: str, begin: str, end: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"fetching {url} into {path.parent}", file=sys.stderr)
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent) as part:
-                with urllib.request.urlopen(url, timeout=30) as answer:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                part = Path(folder) / path.name
+                with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as f:
                     total = int(answer.headers.get("Content-Length") or 0) or None
                     with tqdm.wrapattr(answer, "read", total=total, disable=None, desc=path.name) as body:
-                        shutil.copyfileobj(body, part)
-                part.flush()
-                check_sha256(Path(part.name), begin, end)
-                shutil.copyfile(part.name, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
+                        shutil.copyfileobj(body, f)
+                check_sha256(part, begin, end)
+                os.replace(part, path)
         except (OSError, ValueError) as e:
             raise SystemExit(f"{url}: can't be fetched ({e}); put the file into {path.parent} by hand") from None
     check_sha256(path, begin, end)

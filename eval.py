@@ -30,7 +30,7 @@ from model import IGNORE, UnitLM, find_checkpoint
 from speech_tokenizer import SpeechTokenizer, find_codebook
 from train import autocast, checkpoint_fingerprint, merge_results, pick_device, validation_loss
 from units import EOS, PAD, UnitReader, require_same, to_tokens, to_units, vocab_size
-from vocoder import Vocoder, find_vocoder, mel_cepstral_distance
+from vocoder import Vocoder, mel_cepstral_distance, vocoder_for
 
 
 @dataclass
@@ -306,8 +306,11 @@ def resynthesis_error(cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder)
     original and predicted durations; and with the former, mel-cepstral distance and the share of clipped samples."""
     waves = [load_audio(Path(cfg.resynth_from) / p["positive"])[:30 * SAMPLE_RATE]
              for p in read_manifest(cfg.resynth_from)]
+    if not waves:
+        raise SystemExit(f"{cfg.resynth_from}: its manifest is empty")
     encoded = [tokenizer.encode(w, SAMPLE_RATE) for w in tqdm(waves, disable=None, desc="units")]
     units, durations = zip(*encoded)
+    vocoder.synthesize(*encoded[0])  # the first call is slower
     started = time.perf_counter()
     spoken = [vocoder.synthesize(*x)[0] for x in encoded]
     seconds = time.perf_counter() - started
@@ -316,7 +319,7 @@ def resynthesis_error(cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder)
     heard, errors = transcribe(waves, cfg.asr), {}
     for name, those in (("original_durations", again), ("predicted_durations", predicted)):
         pairs = [word_error_rate(a, b) for a, b in zip(heard, transcribe(those, cfg.asr))]
-        errors[name] = round(sum(e for e, _ in pairs) / sum(n for _, n in pairs), 4)
+        errors[name] = round(sum(e for e, _ in pairs) / max(1, sum(n for _, n in pairs)), 4)
     n_samples = sum(map(len, spoken))
     return {"resynthesis_word_error_rate": errors, "mel_cepstral_distance_db": round(float(np.mean(
                 [mel_cepstral_distance(a, b) for a, b in zip(waves, again)])), 2),
@@ -347,11 +350,8 @@ def table(rows: dict[str, dict]) -> str:
 def main(cfg: Config) -> None:
     device = pick_device()
     if cfg.resynth_from:
-        tokenizer_name = cfg.tokenizer or "embedded"
-        tokenizer = SpeechTokenizer.load(tokenizer_name, device.type).base
-        vocoder_name = cfg.vocoder or find_vocoder(tokenizer.fingerprint)
-        vocoder = Vocoder.load(vocoder_name).to(device)
-        require_same(tokenizer.fingerprint, tokenizer_name, vocoder.fingerprint, vocoder_name)
+        tokenizer = SpeechTokenizer.load(cfg.tokenizer or "embedded", device.type).base
+        vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
         print(json.dumps(resynthesis_error(cfg, tokenizer, vocoder)))
         return
     checkpoints = {name: find_checkpoint(name) for name in cfg.checkpoint}
@@ -361,9 +361,7 @@ def main(cfg: Config) -> None:
         tokenizer_name = cfg.tokenizer or find_codebook(next(iter(fingerprints.values())))
         tokenizer = SpeechTokenizer.load(tokenizer_name, device.type)
     if cfg.generate_from:
-        vocoder_name = cfg.vocoder or find_vocoder(tokenizer.base_fingerprint)
-        vocoder = Vocoder.load(vocoder_name).to(device)
-        require_same(tokenizer.base_fingerprint, tokenizer_name, vocoder.fingerprint, f"vocoder {vocoder_name}")
+        vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
     val = UnitReader(*cfg.val) if cfg.val else None
     for name, fingerprint in fingerprints.items():
         if tokenizer:

@@ -78,8 +78,10 @@ def page(title: str, settings: dict, columns: list[str], rows: list[Row]) -> str
                    for row in rows)
     facts = "".join(f"<div><dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd></div>"
                     for k, v in settings.items())
-    parts = {"title": html.escape(title), "facts": facts, "heads": heads, "body": body}
-    return re.sub("{(title|facts|heads|body)}", lambda match: parts[match[1]], TEMPLATE)
+    legend = 'In colour: what is heard in the <span class="prompt">prompt</span> and in the ' \
+        '<span class="new">continuation</span>. ' if 'class="words"' in body else ""
+    parts = {"title": html.escape(title), "legend": legend, "facts": facts, "heads": heads, "body": body}
+    return re.sub("{(title|legend|facts|heads|body)}", lambda match: parts[match[1]], TEMPLATE)
 
 
 TEMPLATE = """<!doctype html>
@@ -112,8 +114,7 @@ button { font: inherit; font-size: .85rem; padding: .25rem .6rem; border-radius:
 .prompt { color: var(--prompt) } .new { color: var(--new) }
 </style></head><body>
 <h1>{title}</h1>
-<div>What Whisper hears in the <span class="prompt">prompt</span> and in the <span class="new">continuation</span>;
-a click into a spectrogram plays from there.</div>
+<div>{legend}A click into a spectrogram plays from there.</div>
 <dl>{facts}</dl>
 <div class="table"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>
 <script>
@@ -121,11 +122,13 @@ document.documentElement.style.setProperty("--columns", document.querySelectorAl
 const players = [...document.querySelectorAll("figure")].map(figure => {
   const audio = figure.querySelector("audio"), picture = figure.querySelector(".spectrogram");
   const head = figure.querySelector(".head");
+  let frame;
   const show = () => {
+    cancelAnimationFrame(frame);
     head.style.visibility = "visible";
     head.style.left = 100 * audio.currentTime / (audio.duration || 1) + "%";
     picture.setAttribute("aria-valuenow", audio.currentTime.toFixed(2));
-    if (!audio.paused) requestAnimationFrame(show);
+    if (!audio.paused) frame = requestAnimationFrame(show);
   };
   const play = () => audio.play().catch(() => {});  // another one may be asked for before this one begins
   const playFrom = seconds => { audio.currentTime = seconds; play(); };

@@ -43,8 +43,8 @@ from tqdm import tqdm
 from audio import SAMPLE_RATE, SILENCE, Item, check_extent, check_wave, read_blocks, read_input, split_at_silences
 from config import load_config
 from embedded import TWIST_URL, check_sha256, download, sha256
-from speech_tokenizer import (DTYPES, Bpe, HubertFrames, SpeechTokenizer, WhisperFrames, assign, codebook_fingerprints,
-                              load_encoder, read_codebook, windows, write_codebook)
+from speech_tokenizer import (DTYPES, PUBLISHED_KMEANS, Bpe, HubertFrames, SpeechTokenizer, WhisperFrames, assign,
+                              codebook_fingerprints, load_encoder, read_codebook, windows, write_codebook)
 from units import Shard, UnitReader, UnitWriter, dedup, require_same, to_bytes, vocab_size
 
 
@@ -334,7 +334,6 @@ EXPECTED = {"sklearn": {"KMeans", "MiniBatchKMeans"}, "joblib": {"NumpyArrayWrap
             "numpy": {"ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar", "MT19937", "__RandomState_ctor",
                       "__randomstate_ctor", "__bit_generator_ctor"},
             "copyreg": {"_reconstructor"}, "builtins": {"object"}, "__builtin__": {"object"}}
-PUBLISHED = {"mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin": ("03cc04a9", "28ad")}  # how their sha256 begin, end
 
 
 class Inert:
@@ -410,10 +409,12 @@ def convert(cfg: ConvertConfig) -> None:
     """A published k-means as a codebook."""
     out = Path(cfg.codebook)
     refuse_existing(out, cfg.overwrite)
-    source = Path(cfg.source) if cfg.source else download(TWIST_URL + [*PUBLISHED][0], *[*PUBLISHED.values()][0])
+    published, *digits = PUBLISHED_KMEANS
+    source = Path(cfg.source) if cfg.source else download(TWIST_URL + published, *digits)
     if not source.is_file():
         raise SystemExit(f"--source={cfg.source}: no such file")
-    check_sha256(source, *PUBLISHED.get(source.name, ("", "")))
+    if source.name == published:
+        check_sha256(source, *digits)
     tensors = {"centroids": torch.from_numpy(read_kmeans(source))}
     meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
             "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": sha256(source)}

@@ -31,7 +31,7 @@ import numpy as np
 import soundfile
 import torch
 
-from audio import SAMPLE_RATE, is_audio, load_audio, walk
+from audio import SAMPLE_RATE, check_wave, is_audio, load_audio, resample, walk
 from config import load_config
 from eval import continue_units, transcribe
 from listen import Clip, Row, page
@@ -39,7 +39,7 @@ from model import UnitLM, find_checkpoint
 from speech_tokenizer import SpeechTokenizer, find_codebook
 from train import checkpoint_fingerprint, pick_device
 from units import require_same, to_units
-from vocoder import Vocoder, find_vocoder
+from vocoder import vocoder_for
 
 
 @dataclass
@@ -77,6 +77,8 @@ class Config:
             found.append("top_k must not be negative, top_p lies in (0, 1], repetition_penalty is positive")
         if self.resynth and not self.prompt:
             found.append("resynth: name what is to be said again, as in --prompt hello.wav")
+        if self.play and self.stdout:
+            found.append("play and stdout: one or the other")
         if (self.play or self.stdout) and (self.n > 1 or len(self.checkpoint) > 1 or self.resynth):
             found.append("play and stdout speak one continuation by one checkpoint")
         if len(set(self.checkpoint)) < len(self.checkpoint):
@@ -106,14 +108,15 @@ def read_prompts(cfg: Config) -> dict[str, np.ndarray]:
     for path in files:
         try:
             wave = load_audio(path)
+            limit = round(cfg.prompt_seconds * SAMPLE_RATE)
+            if len(wave) > limit and not cfg.resynth:
+                which = "first" if cfg.from_start else "last"
+                print(f"{path}: {len(wave) / SAMPLE_RATE:.1f} s long; its {which} {cfg.prompt_seconds:g} s are used")
+                wave = wave[:limit] if cfg.from_start else wave[-limit:]
+                check_wave(wave, f"{path}, its {which} {cfg.prompt_seconds:g} s")
         except ValueError as e:
             hint = "" if cfg.resynth else "; without --prompt the model begins by itself"
             raise SystemExit(f"{e}{hint}") from None
-        limit = round(cfg.prompt_seconds * SAMPLE_RATE)
-        if len(wave) > limit and not cfg.resynth:
-            which = "first" if cfg.from_start else "last"
-            print(f"{path}: {len(wave) / SAMPLE_RATE:.1f} s long; its {which} {cfg.prompt_seconds:g} s are used")
-            wave = wave[:limit] if cfg.from_start else wave[-limit:]
         waves[path] = wave
     return waves
 
@@ -144,7 +147,7 @@ def labels(names: list[str]) -> list[str]:
         if len(set(short)) == len(short):
             break
         short = ["-".join(p[-n:]) for p in parts]
-    return short
+    return short if len(set(short)) == len(short) else [f"{name}-{i}" for i, name in enumerate(short)]
 
 
 class Speaker:
@@ -157,10 +160,8 @@ class Speaker:
         tokenizer = cfg.tokenizer or find_codebook(fingerprint)
         self.name, self.label, self.tokenizer = name, label, SpeechTokenizer.load(tokenizer, device.type)
         require_same(fingerprint, name, self.tokenizer.fingerprint, f"tokenizer {tokenizer}")
-        base = self.tokenizer.base_fingerprint
-        vocoder = cfg.vocoder or find_vocoder(base)
-        self.vocoder = Vocoder.load(vocoder, cfg.speaker).to(device)
-        require_same(base, tokenizer, self.vocoder.fingerprint, f"vocoder {vocoder}")
+        self.vocoder, vocoder = vocoder_for(self.tokenizer, cfg.vocoder, cfg.speaker)
+        self.made_of = {"checkpoint": name, "tokenizer": tokenizer, "vocoder": vocoder}
         self.lm = UnitLM.from_pretrained(folder).eval().to(device)
         record = Path(folder) / "slam.json"
         slam = json.loads(record.read_text()) if record.is_file() else {}
@@ -175,9 +176,12 @@ class Speaker:
         if max(map(len, prompts)) + n + 1 > known:
             print(f"{self.name}: knows {known} tokens in a row; prompt and continuation may have "
                   f"{max(map(len, prompts)) + n + 1}", file=sys.stderr)
-        return continue_units(self.lm, prompts, n, 32, cfg.seed, f"continuing, {self.label}", may_end=cfg.may_end,
-                              temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                              repetition_penalty=cfg.repetition_penalty, **more)
+        try:
+            return continue_units(self.lm, prompts, n, 32, cfg.seed, f"continuing, {self.label}", may_end=cfg.may_end,
+                                  temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+                                  repetition_penalty=cfg.repetition_penalty, **more)
+        except ValueError as e:  # OPT has no more positions than it has learned
+            raise SystemExit(f"{self.name}: {e}") from None
 
     def say(self, cfg: Config, prompt: list[int], new: list[int]) -> tuple[np.ndarray, float]:
         """Tokens of a prompt and its continuation -> the wave of both, and the second in which the latter begins."""
@@ -218,19 +222,19 @@ def stream(cfg: Config, speaker: Speaker, prompt: list[int], sink: BinaryIO) -> 
     began = vocoder.predict_durations(before).sum() * vocoder.hop if before else 0  # about
     limit = began + round(cfg.continuation_seconds * vocoder.sample_rate)
     pieces, n = [np.zeros(0, np.float32)], 0
-    for wave in vocoder.stream(chain([before], iter(parts.get, None))):
-        wave = wave[:limit - n]
-        pieces, n = [*pieces, wave], n + len(wave)
-        try:
+    try:
+        for wave in vocoder.stream(chain([before], iter(parts.get, None))):
+            wave = wave[:limit - n]
+            pieces, n = [*pieces, wave], n + len(wave)
             sink.write((wave * 32767).round().astype("<i2").tobytes())
             sink.flush()
-        except BrokenPipeError:
-            print("nobody listens any more", file=sys.stderr)
-            break
-        if n >= limit:
-            break
-    enough.set()
-    thread.join()
+            if n >= limit:
+                break
+    except (BrokenPipeError, KeyboardInterrupt):
+        print("nobody listens any more; what was said is kept", file=sys.stderr)
+    finally:
+        enough.set()
+        thread.join()
     if failed:
         raise failed[0]
     starts = vocoder.predict_durations(before + speaker.tokenizer.to_units(drawn))[:len(before)].sum() if before else 0
@@ -254,17 +258,19 @@ def loudspeaker(sample_rate: int) -> Iterator[BinaryIO]:
         with contextlib.suppress(BrokenPipeError):
             yield player.stdin
             player.stdin.close()
+    if player.returncode:
+        print(f"{command[0]} ended with {player.returncode}: is there a sound device?", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- all together
 
 def say_again(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[list[dict], list[str], list[Row]]:
     """Each wave as its units sound, with the durations that they had; the transcripts of both."""
-    device, name = pick_device(), cfg.tokenizer or "embedded"
-    tokenizer = SpeechTokenizer.load(name, device.type).base
-    vocoder_name = cfg.vocoder or find_vocoder(tokenizer.fingerprint)
-    vocoder = Vocoder.load(vocoder_name, cfg.speaker).to(device)
-    require_same(tokenizer.fingerprint, name, vocoder.fingerprint, f"vocoder {vocoder_name}")
+    name = cfg.tokenizer or "embedded"
+    if cfg.checkpoint and not cfg.tokenizer:
+        name = find_codebook(checkpoint_fingerprint(find_checkpoint(cfg.checkpoint[0])))
+    tokenizer = SpeechTokenizer.load(name, pick_device().type).base
+    vocoder, vocoder_name = vocoder_for(tokenizer, cfg.vocoder, cfg.speaker, durations=True)
     rate_hz, records, spoken = tokenizer.fingerprint.unit_rate_hz, [], []
     out.mkdir(parents=True, exist_ok=True)
     for i, (source, wave) in enumerate(waves.items()):
@@ -274,10 +280,11 @@ def say_again(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[lis
         path = out / f"{i:02d}_{Path(source).stem}_resynth.wav"
         soundfile.write(path, again, sample_rate)
         spoken.append(again)
-        records.append({"prompt_file": source, "units": units.tolist(), "durations": durations.tolist(),
-                        "units_per_second": round(len(units) / durations.sum() * rate_hz, 1), "resynth": str(path)})
+        records.append({"tokenizer": name, "vocoder": vocoder_name, "prompt_file": source, "units": units.tolist(),
+                        "durations": durations.tolist(), "resynth": str(path),
+                        "units_per_second": round(len(units) / durations.sum() * rate_hz, 1)})
     if cfg.transcribe:
-        texts = transcribe([*waves.values(), *(load_audio(r["resynth"]) for r in records)], cfg.asr)
+        texts = transcribe([*waves.values(), *(resample(x, vocoder.sample_rate, SAMPLE_RATE) for x in spoken)], cfg.asr)
         for record, before, after in zip(records, texts, texts[len(waves):]):
             record |= {"prompt_text": before, "resynth_text": after}
     rows = []
@@ -294,7 +301,7 @@ def continue_all(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[
     names = list(cfg.checkpoint) or [newest_checkpoint()]
     print(f"checkpoint: {', '.join(names)}")
     speakers = [Speaker(cfg, name, label) for name, label in zip(names, labels(names))]
-    sources, records, clips = list(waves) or [""], [], []
+    sources, records, clips, parts = list(waves) or [""], [], [], []
     out.mkdir(parents=True, exist_ok=True)
     for speaker in speakers:
         encoded, rate = [], speaker.vocoder.sample_rate
@@ -315,8 +322,9 @@ def continue_all(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[
         for i, (prompt, tokens, (wave, starts)) in enumerate(zip(prompts, new, spoken)):
             source, k = sources[i // cfg.n], i % cfg.n
             stem = f"{i // cfg.n:02d}_{Path(source).stem or 'unprompted'}_{k}" + f"_{speaker.label}" * (len(names) > 1)
-            record = {"checkpoint": speaker.name, "prompt_file": source, "prompt_units": prompt, "units": tokens,
+            record = speaker.made_of | {"prompt_file": source, "prompt_units": prompt, "units": tokens,
                       "continuation_starts": round(starts, 3)}
+            parts.append(resample(wave[round(starts * rate):], rate, SAMPLE_RATE))
             for kind, part in (("whole", wave), ("continuation", wave[round(starts * rate):])):
                 if len(part):
                     record[kind] = str(out / f"{stem}_{kind}.wav")
@@ -325,10 +333,10 @@ def continue_all(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[
             clips.append(Clip(wave, rate, starts=starts, note=f"{stem}_whole.wav"))
     print(f"{sum('whole' in r for r in records)} continuations are in {out}")
     if cfg.transcribe:
-        alone = [r for r in records if "continuation" in r]
-        texts = transcribe([*waves.values(), *(load_audio(r["continuation"]) for r in alone)], cfg.asr)
+        alone = [(r, part) for r, part in zip(records, parts) if len(part)]
+        texts = transcribe([*waves.values(), *(part for _, part in alone)], cfg.asr)
         prompt_texts = dict(zip(waves, texts))
-        for r, text in zip(alone, texts[len(waves):]):
+        for (r, _), text in zip(alone, texts[len(waves):]):
             r["continuation_text"] = text
         for r, clip in zip(records, clips):
             r["prompt_text"] = clip.prompt_text = prompt_texts.get(r["prompt_file"], "")
@@ -345,6 +353,8 @@ def continue_all(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[
 
 def main(cfg: Config) -> None:
     out, waves = new_folder(cfg), read_prompts(cfg)
+    if cfg.stdout and sys.__stdout__.isatty():
+        raise SystemExit("stdout: raw PCM is not for a terminal; lead it to a program or a file")
     if (cfg.play or cfg.stdout) and len(waves) > 1:
         raise SystemExit(f"play and stdout speak one continuation; --prompt names {len(waves)} files")
     records, columns, rows = (say_again if cfg.resynth else continue_all)(cfg, waves, out)
@@ -353,11 +363,13 @@ def main(cfg: Config) -> None:
     settings = {} if cfg.resynth else {k.replace("_", " "): getattr(cfg, k) for k in shown}
     settings |= {"heard by": cfg.asr if cfg.transcribe else "nobody", "made": time.strftime("%Y-%m-%d %H:%M")}
     title = "Speech from its units" if cfg.resynth else "Spoken prompts, continued"
-    (out / "listen.html").write_text(page(title, settings, ["prompt", *columns], rows), encoding="utf-8")
+    (out / "listen.html").write_text(page(title, settings, ["prompt", *columns], rows), encoding="utf-8",
+                                     errors="backslashreplace")
     print(f"open {out / 'listen.html'} to listen")
 
 
 if __name__ == "__main__":
     config = load_config(Config, sys.argv[1:], __doc__)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     with contextlib.redirect_stdout(sys.stderr) if config.stdout else contextlib.nullcontext():
         main(config)

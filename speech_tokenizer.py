@@ -9,6 +9,7 @@ import hashlib
 import io
 import math
 import os
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -25,6 +26,8 @@ from embedded import resolve
 from units import Fingerprint, dedup, find_speaking
 
 EMBEDDED_TOKENIZER = Path(__file__).parent / "assets" / "codebook.safetensors"
+# The k-means of mHuBERT-25hz, and how its sha256 begins and ends.
+PUBLISHED_KMEANS = "mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin", "03cc04a9", "28ad"
 
 
 # ---------------------------------------------------------------- encoders
@@ -264,9 +267,9 @@ class SpeechTokenizer:
     """
 
     def __init__(self, encoder, centroids: Tensor, position_mean: Tensor | None, fingerprint: Fingerprint,
-                 bpe: Bpe | None = None, base_fingerprint: Fingerprint | None = None):
+                 bpe: Bpe | None = None, base_fingerprint: Fingerprint | None = None, published: bool = False):
         self.encoder, self.centroids, self.position_mean = encoder, centroids, position_mean
-        self.fingerprint, self.bpe = fingerprint, bpe
+        self.fingerprint, self.bpe, self.published = fingerprint, bpe, published
         self.base_fingerprint = base_fingerprint or fingerprint  # of the units that the pieces stand for
 
     @classmethod
@@ -279,12 +282,14 @@ class SpeechTokenizer:
             raise SystemExit(f"{name}: {base.unit_rate_hz:g} Hz and {tensors['centroids'].shape[1]} dimensions, but "
                              f"{meta['encoder']} gives {encoder.rate_hz:g} Hz and {encoder.dim}")
         mean = tensors["position_mean"].float().to(device) if "position_mean" in tensors else None
-        return cls(encoder, tensors["centroids"].float().to(device), mean, fingerprint, Bpe.of(tensors), base)
+        return cls(encoder, tensors["centroids"].float().to(device), mean, fingerprint, Bpe.of(tensors), base,
+                   is_published(meta))
 
     @property
     def base(self) -> "SpeechTokenizer":
         """This tokeniser without BPE, whose units a vocoder speaks."""
-        return SpeechTokenizer(self.encoder, self.centroids, self.position_mean, self.base_fingerprint)
+        return SpeechTokenizer(self.encoder, self.centroids, self.position_mean, self.base_fingerprint,
+                               published=self.published)
 
     @property
     def batch_seconds(self) -> float:
@@ -363,10 +368,21 @@ def read_codebook(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, meta
 
 
+def is_published(meta: dict[str, str]) -> bool:
+    """Whether a codebook was converted from the k-means that was published with mHuBERT-25hz."""
+    begin, end = PUBLISHED_KMEANS[1:]
+    return meta.get("source_sha256", "").startswith(begin) and meta.get("source_sha256", "").endswith(end)
+
+
 def find_codebook(fingerprint: Fingerprint, folder: str = "out") -> str:
     """The codebook whose tokeniser has this fingerprint: `embedded`, or a file below a folder. SystemExit if none."""
-    found = find_speaking(fingerprint, EMBEDDED_TOKENIZER, folder, "centroids",
-                          lambda name: codebook_fingerprints(*read_codebook(name))[0])
+    def read(path: Path) -> Fingerprint:
+        tensors, meta = read_codebook(str(path))
+        found, _ = codebook_fingerprints(tensors, meta)
+        # SlamKit's checkpoints do not say which codebook; it is the published one.
+        return replace(found, codebook_sha256="") if is_published(meta) and not fingerprint.codebook_sha256 else found
+
+    found = find_speaking(fingerprint, EMBEDDED_TOKENIZER, folder, "centroids", read)
     if not found:
         raise SystemExit(f"no codebook below {folder}/ is of {fingerprint}; name it with --tokenizer"
                          + ", or fetch it: python prepare_units.py convert" * fingerprint.encoder.startswith("slprl/"))

@@ -103,17 +103,20 @@ def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
 
 
 def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str, tensor: str,
-                  read: Callable[[str], Fingerprint]) -> str | None:
+                  read: Callable[[Path], Fingerprint]) -> str | None:
     """The name of the codebook or vocoder of these units: `embedded`, or else the newest file below a folder.
 
     embedded: the embedded one's file. tensor: by its name a file is known to be of the kind. read: its fingerprint.
     """
-    found = sorted(Path(folder).rglob("*.safetensors"), key=lambda p: -p.stat().st_mtime)
-    for name, path in [("embedded", embedded), *((str(p), p) for p in found)]:
+    found = []
+    for path in Path(folder).rglob("*.safetensors"):
+        with contextlib.suppress(OSError):  # a broken link, or gone meanwhile
+            found.append((path.stat().st_mtime, str(path), path))
+    for name, path in [("embedded", embedded), *(x[1:] for x in sorted(found, reverse=True))]:
         with contextlib.suppress(SafetensorError, OSError, SystemExit):  # other people's files, and half-written ones
             with safe_open(path, "numpy") as f:
                 known = tensor in f.keys()
-            if known and same_units(read(name), fingerprint):
+            if known and read(path) == fingerprint:
                 return name
     return None
 

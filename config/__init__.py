@@ -1,6 +1,7 @@
 """Settings of a stage. In order of force: the defaults of its dataclass < config files, as given < flags.
 
     python train.py config/slam.py --lr=5e-4 --seed 7 --overwrite
+    python sample.py --prompt a.wav --prompt b.wav   # a list of any length: both; so does --prompt=a.wav,b.wav
     python train.py --help                           # every setting: type, default and the comment beside its field
     python train.py out/slam/config.json --seed=8    # what `save_config` wrote is a config file too
 
@@ -55,7 +56,7 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
             continue
         try:
             value = convert(value, kinds[name], is_flag)
-            # `--prompt a.wav --prompt b.wav` names two; a file's list is replaced by a flag's.
+            # A flag's list replaces a config file's, and is added to an earlier flag's.
             more = is_flag and name in repeated and is_open_list(kinds[name])
             values[name] = values[name] + value if more else value
             repeated |= {name} if is_flag else set()

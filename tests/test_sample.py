@@ -1,5 +1,6 @@
 """sample.py: prompts continued aloud, and the page to listen to them, in a real browser if there is one."""
 import base64
+import html
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from conftest import ROOT, refused, run
 import sample
 from config import load_config
 from listen import Clip, Row, page
-from speech_tokenizer import EMBEDDED_TOKENIZER, find_codebook, write_codebook
+from speech_tokenizer import EMBEDDED_TOKENIZER, PUBLISHED_KMEANS, find_codebook, write_codebook
 from units import Fingerprint, published_fingerprint
 from vocoder import EMBEDDED_VOCODER, Vocoder, Vocos, find_vocoder
 
@@ -88,7 +90,7 @@ def test_the_page_holds_it_all(compared):
     for wav in wavs:  # both roundings to 16 bits are libsndfile's, and differ
         assert any(len(wav) == len(s) and abs(wav.astype(int) - s).max() <= 2 for s in sounds)
     for r in records(out):
-        assert r["continuation_text"].split()[:1] == [] or r["continuation_text"][:10].replace("'", "&#x27;") in text
+        assert html.escape(r["continuation_text"]) in text and html.escape(r["prompt_text"]) in text
 
 
 def test_what_a_page_shows_is_only_text():
@@ -139,6 +141,7 @@ def test_speaks_before_it_knows_the_end(runs, prompts, tmp_path):
     content = (tmp_path / "played.wav").read_bytes()
     assert content[:4] == b"RIFF" and content[8:16] == b"WAVEfmt " and content[44:] == done.stdout
     assert "one continuation" in refusal(*command[1:], "--play", "--n=2")
+    assert "one or the other" in refusal(*command[1:], "--play", "--stdout")
     env = os.environ | {"PATH": str(tmp_path)}
     silent = run(*command, "--play", f"--out={tmp_path}/q", check=False, env=env)
     assert silent.returncode == 1 and "needs one of aplay" in silent.stderr and "Traceback" not in silent.stderr
@@ -172,6 +175,9 @@ def test_prompts_that_are_no_speech(runs, voice, tmp_path, capsys):
     assert "silent" in silent and "without --prompt" in silent
     soundfile.write(tmp_path / "short.wav", cases["speech"][:500], 16_000)
     assert "at least 40 ms" in refusal(*how, f"--prompt={tmp_path}/short.wav")
+    faded = np.concatenate([cases["speech"], np.zeros(32_000)])  # what is used of it is silent
+    soundfile.write(tmp_path / "faded.wav", faded, 16_000)
+    assert "faded.wav, its last 2 s: silent" in refusal(*how, f"--prompt={tmp_path}/faded.wav", "--prompt_seconds=2")
     (tmp_path / "none").mkdir()
     assert "no audio files in this folder" in refusal(*how, f"--prompt={tmp_path}/none")
 
@@ -222,13 +228,15 @@ def test_newest_finished_checkpoint(tmp_path, monkeypatch):
 def test_labels_are_the_ends_that_differ():
     assert sample.labels(["out/demo/lm", "out/demo/dpo/checkpoint"]) == ["lm", "dpo"]
     assert sample.labels(["out/a/lm", "out/b/lm", "slprl/slam"]) == ["a-lm", "b-lm", "slprl-slam"]
-    assert sample.labels(["/x/run"]) == ["run"]
+    assert sample.labels(["/x/run"]) == ["run"] and len(set(sample.labels(["/out/lm", "out/lm"]))) == 2
 
 
 def test_codebook_and_vocoder_are_found_by_fingerprint(tmp_path):
     shipped = Vocoder.load("embedded").fingerprint
-    assert (find_codebook(shipped, str(tmp_path)), find_vocoder(shipped, str(tmp_path))) == ("embedded", "embedded")
+    here = str(tmp_path)
+    assert (find_codebook(shipped, here), find_vocoder(shipped, folder=here)) == ("embedded", "embedded")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
     shutil.copy(EMBEDDED_TOKENIZER, tmp_path / "copy.safetensors")
     meta = {"encoder": "some/encoder", "layer": 3, "unit_rate_hz": 25.0}
     for name in ("x", "y"):
@@ -239,18 +247,26 @@ def test_codebook_and_vocoder_are_found_by_fingerprint(tmp_path):
     other, _ = codebook_fingerprints(*read_codebook(path))
     assert find_codebook(other, str(tmp_path)) == path
     with pytest.raises(SystemExit, match="no vocoder below"):
-        find_vocoder(other, str(tmp_path))
+        find_vocoder(other, folder=here)
     Vocos(other, 16, 1).save(tmp_path / "deep" / "v.safetensors")
-    assert find_vocoder(other, str(tmp_path)) == str(tmp_path / "deep" / "v.safetensors")
+    assert find_vocoder(other, folder=here) == str(tmp_path / "deep" / "v.safetensors")
     with pytest.raises(SystemExit, match="no codebook below"):
         find_codebook(Fingerprint("some/encoder", 3, 25.0, 8, True, "f"), str(tmp_path))
     published = published_fingerprint(502)
-    assert find_vocoder(published, str(tmp_path)) == "published"
+    assert find_vocoder(published, folder=here) == "published"
+    fitted = replace(published, codebook_sha256="f" * 64)  # by somebody: other units of the same encoder
+    with pytest.raises(SystemExit, match="no vocoder below"):
+        find_vocoder(fitted, folder=here)
+    assert find_vocoder(fitted, published=True, folder=here) == "published"
     with pytest.raises(SystemExit, match="prepare_units.py convert"):
         find_codebook(published, str(tmp_path))
+    meta = {"encoder": published.encoder, "layer": 11, "unit_rate_hz": 25.0}
+    write_codebook(tmp_path / "fitted.safetensors", {"centroids": torch.zeros(500, 4)}, meta)
+    with pytest.raises(SystemExit, match="no codebook below"):
+        find_codebook(published, here)
     write_codebook(tmp_path / "m.safetensors", {"centroids": torch.zeros(500, 4)},
-                   {"encoder": published.encoder, "layer": 11, "unit_rate_hz": 25.0})
-    assert find_codebook(published, str(tmp_path)) == str(tmp_path / "m.safetensors")
+                   meta | {"source_sha256": PUBLISHED_KMEANS[1] + 52 * "0" + PUBLISHED_KMEANS[2]})
+    assert find_codebook(published, here) == str(tmp_path / "m.safetensors")
     assert EMBEDDED_VOCODER.is_file()
 
 
@@ -343,7 +359,6 @@ def test_the_page_in_a_browser(compared, tmp_path):
         assert browser.eval("(a => a.currentTime / a.duration)(document.querySelector('th audio'))") >= 0.49
         assert browser.eval("getComputedStyle(document.querySelector('th .head')).visibility") == "visible"
         assert not browser.problems
-        browser.call("Page.captureScreenshot")
     finally:
         browser.process.kill()
         browser.process.wait()

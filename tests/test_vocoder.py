@@ -1,5 +1,6 @@
 """vocoder.py: units aloud, and understood; the published layout; training."""
 import json
+import math
 import pickle
 import struct
 import subprocess
@@ -17,8 +18,8 @@ import embedded
 from eval import transcribe, word_error_rate
 from speech_tokenizer import SpeechTokenizer
 from units import Fingerprint
-from vocoder import (EMBEDDED_VOCODER, HifiGan, SpectralLoss, Vocoder, Vocos, crops, discriminators, log_mel,
-                     mel_cepstral_distance, png, spectrogram)
+from vocoder import (EMBEDDED_VOCODER, HifiGan, SpectralLoss, Vocoder, Vocos, cepstral_distance, crops, discriminators,
+                     log_mel, mel_cepstral_distance, png, spectrogram)
 
 HELD_OUT = [
     "Once upon a time, there was a clever duck who lived near a wide river. One day, the duck found a golden ring.",
@@ -196,7 +197,7 @@ def test_refusals(tmp_path):
     folder = tmp_path / "p"
     config = json.loads((folder / "vocoder_config.json").read_text())
     for change, match in (({"f0": True}, "pitch"), ({"code_hop_size": 320}, "code_hop_size"),
-                          ({"num_embeddings": 100}, "not a unit HiFi-GAN")):
+                          ({"num_embeddings": 100}, "not a unit HiFi-GAN"), ({"upsample_rates": None}, "not a unit")):
         (folder / "vocoder_config.json").write_text(json.dumps(config | change))
         refuses(name, match)
     (folder / "vocoder_config.json").unlink()
@@ -251,6 +252,12 @@ def test_spectral_loss_and_distance(voice):
     assert mel_cepstral_distance(wave, wave) == 0 and mel_cepstral_distance(wave, -wave[:-100]) < 1e-3
     noisy = [mel_cepstral_distance(wave, wave + level * noise[0].numpy()) for level in (0.001, 0.01, 0.1)]
     assert 0 < noisy[0] < noisy[1] < noisy[2]
+    # In closed form: a ripple of one neper, and a change of loudness, which does not count.
+    mel = torch.randn(5, 80, generator=torch.Generator().manual_seed(1))
+    ripple = torch.cos(3 * math.pi * (torch.arange(80) + 0.5) / 80)
+    torch.testing.assert_close(cepstral_distance(mel + ripple, mel), torch.full((5,), 10 / math.log(10) * 2 ** 0.5))
+    assert cepstral_distance(mel + 2, mel).abs().max() < 1e-4
+    assert len(log_mel(torch.zeros(320))) > 0  # shorter than a window
     # Brute force: one frame's log-mels by hand.
     n = np.fft.rfft(np.hanning(1025)[:-1] * np.pad(wave, 512, mode="reflect")[1600:2624])
     from vocoder import mel_filters
@@ -338,7 +345,8 @@ def test_training_learns_resumes_and_saves(stories, tmp_path):
 
     process = subprocess.Popen([sys.executable, *command("killed")], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "vocoder.safetensors").exists():
+    written = tmp_path / "killed" / "log.jsonl"
+    while not (written.exists() and "val_clipped_share" in written.read_text()):
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
@@ -351,6 +359,7 @@ def test_training_learns_resumes_and_saves(stories, tmp_path):
     assert all(torch.equal(x, resumed[name]) for name, x in whole.items())
 
     assert "--resume" in refused(*command("whole"))
+    assert "finished already" in run(*command("whole", "--resume")).stdout
     assert "width was 32" in refused(*command("whole", "--resume", "--width=64"))
     assert "expected 64 and 1" in refused(*command("x", "--width=64", f"--init={tmp_path}/whole/vocoder.safetensors"))
     # Audio of other recordings is not taken for theirs.
