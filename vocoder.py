@@ -13,6 +13,7 @@ the inverse STFT knows what a wave is, spectral losses alone teach it to be unde
 discriminators.
 """
 import copy
+import functools
 import json
 import math
 import os
@@ -605,12 +606,13 @@ def load_corpus(cfg: Config, reader: UnitReader) -> list[Utterance]:
     if reader.durations(0) is None:
         raise SystemExit(f"{cfg.units}: has no durations; make it with prepare_units.py --durations")
     hop, corpus, seconds, skipped = round(SAMPLE_RATE / reader.fingerprint.unit_rate_hz), [], 0.0, 0
+    load = functools.lru_cache(maxsize=1)(load_audio)  # utterances of one recording follow each other
     for i, id in enumerate(tqdm(reader.ids(), disable=None, desc="audio", unit="file")):
         units, durations = reader.units(i), reader.durations(i).astype(np.int64)
         n = int(durations.sum())
         file, _, at = id.rpartition("@") if re.fullmatch(r".*@[\d.]+", id) else (id, "", "")
         try:
-            wave = load_audio(Path(cfg.audio) / file)
+            wave = load(Path(cfg.audio) / file)
         except ValueError:
             skipped += 1
             continue

@@ -15,11 +15,14 @@ import torch
 from conftest import ROOT, refused, run
 
 import embedded
+import prepare_units
+from audio import load_audio
+from config import load_config
 from eval import transcribe, word_error_rate
 from speech_tokenizer import SpeechTokenizer
-from units import Fingerprint
-from vocoder import (EMBEDDED_VOCODER, HifiGan, SpectralLoss, Vocoder, Vocos, cepstral_distance, crops, discriminators,
-                     log_mel, mel_cepstral_distance, png, spectrogram)
+from units import Fingerprint, UnitReader
+from vocoder import (EMBEDDED_VOCODER, Config, HifiGan, SpectralLoss, Vocoder, Vocos, cepstral_distance, crops,
+                     discriminators, load_corpus, log_mel, mel_cepstral_distance, png, spectrogram)
 
 HELD_OUT = [
     "Once upon a time, there was a clever duck who lived near a wide river. One day, the duck found a golden ring.",
@@ -294,6 +297,27 @@ def test_crops_are_aligned():
         x, waves = crops(items, 20, 640, rng)
         assert x.shape == (2, 20) and waves.shape == (2, 20 * 640)
         assert (x.repeat_interleave(640, 1) == (waves * 32767).round()).all()
+
+
+def test_utterances_cut_out_of_a_recording(voice, tmp_path, capsys):
+    """Each has its own part of the audio; what has none is counted, and archives are named as the reason."""
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "long.flac", np.concatenate([voice(text) for text in HELD_OUT]), 16_000)
+    soundfile.write(tmp_path / "audio" / "short.flac", voice("Good morning."), 16_000)
+    prepare_units.main(load_config(prepare_units.Config, [
+        f"--input={tmp_path}/audio", f"--out={tmp_path}/units", "--durations", "--max_utterance_seconds=8"]))
+    reader, wave = UnitReader(tmp_path / "units"), load_audio(tmp_path / "audio" / "long.flac")
+    cfg = Config(units=str(tmp_path / "units"), audio=str(tmp_path / "audio"))
+    corpus = load_corpus(cfg, reader)
+    assert len(corpus) == len(reader) >= 4 and " 0 skipped" in capsys.readouterr().out
+    for id, (units, durations, part) in zip(reader.ids(), corpus):
+        if id.startswith("long"):
+            at = round(float(id.rpartition("@")[2]) * 16_000)
+            assert len(part) == durations.sum() * 640
+            assert abs(wave[at:at + len(part)] - part[:len(wave) - at] / 32767).max() < 1e-3
+    (tmp_path / "audio" / "long.flac").unlink()
+    with pytest.raises(SystemExit, match="in archives must be unpacked"):
+        load_corpus(cfg, reader)
 
 
 def test_discriminators_can_tell():
