@@ -35,7 +35,10 @@ class Config:
     pairs: str = "out/spoken_swag/pairs_train.jsonl"  # pair file to train on
     val_pairs: str = "out/spoken_swag/pairs_val.jsonl"  # held-out pair file
     beta: float = 0.1  # strength of the pull towards the reference
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's, or IPO's
     label_smoothing: float = 0.0  # share of pairs assumed to be labelled the wrong way round
+    length_normalized: bool = False  # log-probabilities per token rather than summed; wants a beta of about 5
+    nll_weight: float = 0.0  # of the chosen completion's negative log-likelihood per token, added to the loss
     context: int = 1024  # tokens of prompt and completion; longer prompts lose their beginning
     micro_batch: int = 4  # pairs in a forward pass
     accumulation: int = 16  # forward passes in an optimiser step
@@ -60,21 +63,44 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        return run_problems(self)
+        wrong = [] if self.beta > 0 and 0 <= self.label_smoothing < 0.5 and self.nll_weight >= 0 else [
+            "beta must be positive, label_smoothing in [0, 0.5), nll_weight not negative"]
+        return run_problems(self) + wrong
+
+    def losses(self, policy: Tensor, reference: Tensor, sequences: list[tuple[list[int], int]]) -> tuple[Tensor, ...]:
+        """`dpo_loss` with these settings, of log-probabilities (2, B), chosen and rejected, and their sequences."""
+        lengths = torch.tensor([n for _, n in sequences], device=policy.device).view(2, -1)
+        return dpo_loss(*policy, *reference, self.beta, self.label_smoothing, self.loss, lengths,
+                        self.length_normalized, self.nll_weight)
 
 
 def dpo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, reference_chosen_logp: Tensor,
-             reference_rejected_logp: Tensor, beta: float = 0.1,
-             label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """DPO's loss (Rafailov et al. 2023, eq. 7; smoothing: Mitchell 2023), from summed log-probabilities, each (B,).
+             reference_rejected_logp: Tensor, beta: float = 0.1, label_smoothing: float = 0.0, loss: str = "sigmoid",
+             lengths: Tensor | None = None, length_normalized: bool = False,
+             nll_weight: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """A preference loss, from summed log-probabilities, each (B,).
+
+    With h, the log-ratio of policy and reference of the chosen completion less that of the rejected one,
+    loss: `sigmoid`, -log sigmoid(beta h), is DPO (Rafailov et al. 2023, eq. 7); `ipo`, (h - 1 / (2 beta))^2, is IPO
+        (Azar et al. 2023, eq. 17).
+    label_smoothing: the share of pairs taken to be labelled the wrong way round (Mitchell 2023); their loss is of -h.
+    lengths: (2, B), tokens of the chosen and the rejected completions, which the next two need.
+    length_normalized: log-probabilities are per token, in h and in the rewards (Lambert et al. 2024).
+    nll_weight: of the chosen completion's negative log-likelihood per token, which is added (Pang et al. 2024).
 
     Returns the mean loss () and the implicit rewards beta log(policy / reference) of chosen and rejected, (B,) each.
     """
-    chosen_reward = beta * (policy_chosen_logp - reference_chosen_logp)
-    rejected_reward = beta * (policy_rejected_logp - reference_rejected_logp)
-    margin = chosen_reward - rejected_reward
-    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return loss.mean(), chosen_reward.detach(), rejected_reward.detach()
+    nll = -policy_chosen_logp / lengths[0] if nll_weight else 0.0
+    chosen, rejected = policy_chosen_logp - reference_chosen_logp, policy_rejected_logp - reference_rejected_logp
+    if length_normalized:
+        chosen, rejected = chosen / lengths[0], rejected / lengths[1]
+
+    def of(h: Tensor) -> Tensor:
+        return -F.logsigmoid(beta * h) if loss == "sigmoid" else (h - 1 / (2 * beta)).square()
+
+    h = chosen - rejected
+    total = (1 - label_smoothing) * of(h) + label_smoothing * of(-h) + nll_weight * nll
+    return total.mean(), beta * chosen.detach(), beta * rejected.detach()
 
 
 def sequence(prompt: list[int], completion: list[int], context: int) -> tuple[list[int], int]:
@@ -169,7 +195,7 @@ def main(cfg: Config) -> None:
 
     def evaluate() -> None:
         logps = all_logps(lm.eval(), pairs["val"], cfg, "validation")
-        loss, chosen, rejected = dpo_loss(*logps.T, *reference["val"].T, cfg.beta, cfg.label_smoothing)
+        loss, chosen, rejected = cfg.losses(logps.T, reference["val"].T, pair_sequences(pairs["val"], cfg.context))
         correct = (logps[:, 0] > logps[:, 1]).float().mean().item()
         record = {"val_dpo_loss": loss.item(), "val_margin": (chosen - rejected).mean().item(),
                   "val_reward_accuracy": (chosen > rejected).float().mean().item(), "val_chosen_preferred": correct}
@@ -193,8 +219,7 @@ def main(cfg: Config) -> None:
             part = indices[at:at + cfg.micro_batch]
             sequences = pair_sequences([pairs["train"][i] for i in part], cfg.context)
             logps = completion_logp(lm, sequences, cfg.dtype).view(2, -1)
-            loss, chosen, rejected = dpo_loss(*logps, *reference["train"][part].T.to(device), cfg.beta,
-                                              cfg.label_smoothing)
+            loss, chosen, rejected = cfg.losses(logps, reference["train"][part].T.to(device), sequences)
             (loss / cfg.accumulation).backward()
             seen.append(torch.stack([loss.detach(), (chosen - rejected).mean(), (chosen > rejected).float().mean(),
                                      *logps.detach().mean(1)]))

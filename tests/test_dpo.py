@@ -10,7 +10,7 @@ import torch
 from conftest import N_UNITS, ROOT, markov, refused, run
 from test_train import flags, tiny
 
-from dpo import completion_logp, dpo_loss, sequence
+from dpo import Config, completion_logp, dpo_loss, sequence
 from units import write_pairs
 
 
@@ -26,10 +26,51 @@ def test_loss_closed_forms():
         np.mean([0.5 * math.log(1 + math.exp(-m)) + 0.5 * math.log(1 + math.exp(m)) for m in margins]))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_gradient_by_finite_differences(smoothing):
+def test_variants_closed_forms():
+    logps = torch.tensor([[-3.0, -5.0], [-4.0, -2.0], [-3.5, -6.0], [-3.0, -2.5]], dtype=torch.float64)
+    lengths = torch.tensor([[3, 10], [8, 4]])
+    h = [(-3 + 3.5) - (-4 + 3), (-5 + 6) - (-2 + 2.5)]
+    per_token = [0.5 / 3 + 1 / 8, 1 / 10 - 0.5 / 4]
+
+    def sigmoid(x):
+        return math.log(1 + math.exp(-x))
+
+    def close(expected, **how):
+        loss, chosen, rejected = dpo_loss(*logps, lengths=lengths, **how)
+        assert loss.item() == pytest.approx(np.mean(expected))
+        return chosen, rejected
+
+    chosen, rejected = close([(x - 5) ** 2 for x in h], beta=0.1, loss="ipo")
+    assert chosen.tolist() == pytest.approx([0.05, 0.1]) and (chosen - rejected).tolist() == pytest.approx(
+        [0.1 * x for x in h])
+    close([0.9 * (x - 1) ** 2 + 0.1 * (-x - 1) ** 2 for x in h], beta=0.5, loss="ipo", label_smoothing=0.1)
+    chosen, _ = close([sigmoid(5 * x) for x in per_token], beta=5.0, length_normalized=True)
+    assert chosen.tolist() == pytest.approx([5 * 0.5 / 3, 5 * 1 / 10])
+    close([(x - 0.1) ** 2 for x in per_token], beta=5.0, length_normalized=True, loss="ipo")
+    close([sigmoid(0.1 * x) + 0.3 * y for x, y in zip(h, (3 / 3, 5 / 10))], beta=0.1, nll_weight=0.3)
+    # The minimum of IPO's loss is where h is 1 / 2 beta; DPO's has none.
+    best = logps.clone()
+    best[0] += 5 - torch.tensor(h)
+    assert dpo_loss(*best, beta=0.1, loss="ipo")[0].item() == pytest.approx(0)
+
+
+def test_settings_reach_the_loss():
+    sequences = [([1, 5, 6, 7, 1], 3), ([1, 5, 6, 1], 2), ([1, 5, 8, 1], 2), ([1, 5, 9, 9, 9, 1], 5)]
+    policy, reference = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(0))
+    cfg = Config(beta=2.0, loss="ipo", label_smoothing=0.1, length_normalized=True, nll_weight=0.4)
+    ours, *_ = cfg.losses(policy, reference, sequences)
+    expected, *_ = dpo_loss(*policy, *reference, beta=2.0, loss="ipo", label_smoothing=0.1, length_normalized=True,
+                            nll_weight=0.4, lengths=torch.tensor([[3, 2], [2, 5]]))
+    assert ours == expected
+    assert Config().losses(policy, reference, sequences)[0] == dpo_loss(*policy, *reference, beta=0.1)[0]
+
+
+@pytest.mark.parametrize("how", [{}, {"label_smoothing": 0.2}, {"loss": "ipo"}, {"loss": "ipo", "label_smoothing": 0.2},
+                                 {"length_normalized": True}, {"nll_weight": 0.7}])
+def test_gradient_by_finite_differences(how):
     logps = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: dpo_loss(*x, beta=0.3, label_smoothing=smoothing)[0], logps)
+    lengths = torch.tensor([[3, 10, 2], [8, 4, 2]])
+    assert torch.autograd.gradcheck(lambda x: dpo_loss(*x, beta=0.3, lengths=lengths, **how)[0], logps)
 
 
 def test_sequence():
