@@ -322,7 +322,7 @@ def continue_all(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[
         for i, (prompt, tokens, (wave, starts)) in enumerate(zip(prompts, new, spoken)):
             source, k = sources[i // cfg.n], i % cfg.n
             stem = f"{i // cfg.n:02d}_{Path(source).stem or 'unprompted'}_{k}" + f"_{speaker.label}" * (len(names) > 1)
-            record = speaker.made_of | {"prompt_file": source, "prompt_units": prompt, "units": tokens,
+            record = {**speaker.made_of, "prompt_file": source, "prompt_units": prompt, "units": tokens,
                       "continuation_starts": round(starts, 3)}
             parts.append(resample(wave[round(starts * rate):], rate, SAMPLE_RATE))
             for kind, part in (("whole", wave), ("continuation", wave[round(starts * rate):])):
