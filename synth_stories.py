@@ -3,13 +3,17 @@
 In:  a text LM, a TTS and a speech tokeniser, by name.
 Out: one folder:  stories.jsonl · units/train, units/val (unit files) · pairs_train.jsonl, pairs_val.jsonl ·
      tstorycloze/, sblimp/ (wav files, manifest.jsonl) · audio/ (with --keep_audio) · synth.json (settings, done or not)
+     With --swag, spoken preference pairs from SWAG's text as in SpokenSwag, and nothing else.
 
     python synth_stories.py config/demo_stories.py
     python synth_stories.py config/demo_stories.py --out out/big --n_train 5000 --keep_audio
+    python synth_stories.py config/spoken_swag.py --swag train.csv      # of SWAG's full set; hours of speaking
 
 Three minutes on two CPU cores for the demo's 250 stories (1.6 h of speech), pairs and benchmarks. The same seed
 on the same machine gives the same files. Killed, it goes on where it was when started again.
 """
+import csv
+import functools
 import json
 import multiprocessing
 import os
@@ -17,7 +21,9 @@ import re
 import shutil
 import sys
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +31,13 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, resample
+from audio import SAMPLE_RATE, SILENCE, resample
 from config import load_config
 from embedded import resolve
+from eval import auto_bleu
 from model import UnitLM
 from speech_tokenizer import SpeechTokenizer
+from train import pick_device
 from units import UnitReader, UnitWriter, write_pairs
 
 
@@ -38,11 +46,14 @@ class Config:
     """Write, speak and tokenise stories."""
     out: str = "out/stories"  # folder to write; an interrupted run resumes in it
     writer: str = "embedded:smollm2-135m"  # text LM that writes the stories
-    tts: str = "hibari"  # voice that speaks them
+    swag: str = ""  # SWAG's train.csv (the one with gold-source and ending0 to 3): pairs of it, and nothing else
+    max_auto_bleu: float = 0.3  # a pair whose prompt and chosen text repeat bigrams as often as this is left out
+    tts: str = "hibari"  # what speaks: hibari, kokoro (its package installed) or fastspeech2 (from the hub)
+    voices: tuple[str, ...] = ()  # of the TTS; a story or a pair is in one of them; none: stories its first, pairs all
     tokenizer: str = "embedded"  # codebook file; `none` stops after the audio
     n_train: int = 400  # stories to train on
     n_val: int = 40  # stories held out: validation units, validation pairs, tStoryCloze pairs
-    n_pairs: int = 200  # preference pairs made from the training stories, at most one from each
+    n_pairs: int = 200  # preference pairs made from the training stories or from SWAG, at most one from each
     n_sblimp: int = 100  # sentence pairs of the sBLIMP-style set
     max_new_tokens: int = 80  # the text LM's part of a story, in text tokens
     temperature: float = 0.6  # of the text LM
@@ -58,9 +69,13 @@ class Config:
         found = []
         if self.tts not in TTS:
             found.append(f"tts = {self.tts!r}: there is {', '.join(TTS)}")
+        elif unknown := set(self.voices) - set(TTS[self.tts][1]):
+            found.append(f"voices: {self.tts} has {', '.join(TTS[self.tts][1])}, not {', '.join(sorted(unknown))}")
+        if self.swag and self.tokenizer == "none":
+            found.append("swag: pairs are of units, so a tokenizer is needed")
         if self.tokenizer == "none" and not self.keep_audio:
             found.append("tokenizer = none without keep_audio = true would leave nothing")
-        if self.n_val < 4:
+        if self.n_val < 4 and not self.swag:
             found.append("n_val: at least 4 stories, so that endings can be exchanged")
         return found
 
@@ -157,37 +172,72 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
 # ---------------------------------------------------------------- speaking
 
 def load_hibari():
-    """hibari (Apache-2.0): one American English voice; (text, seed) -> float32 at 24 kHz."""
+    """hibari (Apache-2.0): one American English voice; (text, seed, voice) -> float32 at 24 kHz."""
     try:
         from hibari import Hibari
     except ImportError:
         raise SystemExit("hibari-tts is not installed: pip install --no-deps -r requirements-embedded.txt") from None
     voice = Hibari(threads=1)
-    return lambda text, seed: (voice(text, seed=seed), voice.sample_rate)
+    return lambda text, seed, _: (voice(text, seed=seed), voice.sample_rate)
 
 
-TTS = {"hibari": load_hibari}  # name -> () -> (text, seed) -> (wave, sample rate)
+def load_kokoro():
+    """Kokoro-82M (Apache-2.0) by its package, which fetches it from the hub: SpokenSwag's four voices, 24 kHz."""
+    try:
+        from kokoro import KPipeline
+    except ImportError:
+        raise SystemExit("kokoro is not installed: pip install kokoro") from None
+    pipeline = functools.cache(lambda language: KPipeline(lang_code=language))  # a: American, b: British
+    return lambda text, seed, voice: (np.concatenate(
+        [np.asarray(audio) for *_, audio in pipeline(voice[0])(text, voice=voice)]), 24_000)
+
+
+def load_fastspeech2():
+    """FastSpeech2Conformer with HiFi-GAN (ESPnet, LJSpeech) from the hub, by transformers; needs g2p_en; 22.05 kHz."""
+    from transformers import FastSpeech2ConformerTokenizer, FastSpeech2ConformerWithHifiGan
+    try:
+        tokenizer = FastSpeech2ConformerTokenizer.from_pretrained("espnet/fastspeech2_conformer")
+        model = FastSpeech2ConformerWithHifiGan.from_pretrained("espnet/fastspeech2_conformer_with_hifigan").eval()
+    except (OSError, ImportError) as e:
+        raise SystemExit(f"fastspeech2 can't be loaded: {e}") from None
+
+    @torch.inference_mode()
+    def speak(text: str, seed: int, voice: str) -> tuple[np.ndarray, int]:
+        return model(tokenizer(text, return_tensors="pt")["input_ids"]).waveform[0].numpy(), 22_050
+
+    return speak
+
+
+# name -> (() -> (text, seed, voice) -> (wave, sample rate), voices)
+TTS = {"hibari": (load_hibari, ("american",)),
+       "kokoro": (load_kokoro, ("af_heart", "am_fenrir", "bf_emma", "bm_george")),
+       "fastspeech2": (load_fastspeech2, ("ljspeech",))}
 _speak = None  # a worker process's voice
 
 
 def _start_worker(tts: str) -> None:
     global _speak
-    _speak = TTS[tts]()
+    _speak = TTS[tts][0]()
 
 
-def speak(job: tuple[list[str], int]) -> list[np.ndarray]:
+def speak(job: tuple[list[str], int, str]) -> list[np.ndarray]:
     """Sentences -> waves at 16 kHz, each padded to whole frames (40 ms) so that sentence borders are frame borders."""
-    sentences, seed = job
+    sentences, seed, voice = job
     waves = []
     for i, sentence in enumerate(sentences):
-        wave = resample(*(_speak(sentence, seed + i)), SAMPLE_RATE)
+        wave = resample(*(_speak(sentence, seed + i, voice)), SAMPLE_RATE)
         waves.append(np.pad(wave, (0, -len(wave) % 640)).astype(np.float32))
     return waves
 
 
-def spoken(cfg: Config, pool, texts: dict[str, list[str]], desc: str):
-    """Yield (id, sentence waves) of each text in order, spoken by the pool's processes; seeded by (seed, id)."""
-    jobs = [(sentences, zlib.crc32(f"{cfg.seed} {id}".encode())) for id, sentences in texts.items()]
+def spoken(cfg: Config, pool, texts: dict[str, list[str]], desc: str, voices: dict[str, str] | None = None):
+    """Yield (id, sentence waves) of each text in order, spoken by the pool's processes; seeded by (seed, id).
+
+    voices: {id: voice}; without, all are in the first.
+    """
+    first = (cfg.voices or TTS[cfg.tts][1])[0]
+    jobs = [(sentences, zlib.crc32(f"{cfg.seed} {id}".encode()), voices[id] if voices else first)
+            for id, sentences in texts.items()]
     waves = tqdm(pool.imap(speak, jobs, chunksize=2), total=len(jobs), disable=None, desc=desc, unit="text")
     yield from ((id, w) for w, id in zip(waves, texts))  # in this order zip exhausts the bar
 
@@ -241,6 +291,91 @@ def make_pairs(cfg: Config, pool, stories: list[dict], split: str, tokenizer: Sp
                       "rejected": units[f"{other} next"], "prompt_text": " ".join(own[id][0]),
                       "chosen_text": own[id][1], "rejected_text": own[other][1]})
     write_pairs(path, tokenizer.fingerprint, pairs)
+
+
+def read_swag(path: str, cfg: Config) -> tuple[list[dict], Counter]:
+    """SWAG's original CSV -> texts of preference pairs, as SpokenSwag has them, and the rows skipped, by reason.
+
+    Of gold rows, prompt is sent1, chosen sent2 with the right ending, rejected sent2 with a wrong one drawn by (seed,
+    row). A pair stays if the bigram auto-BLEU of "prompt chosen" is below `max_auto_bleu`. SystemExit if it is no such
+    file.
+    """
+    columns = ["sent1", "sent2", "gold-source", "ending0", "ending1", "ending2", "ending3", "label"]
+    pairs, skipped = [], Counter()
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = csv.DictReader(f, strict=True)
+            if missing := [c for c in columns if c not in (rows.fieldnames or ())]:
+                raise SystemExit(f"{path}: no column {', '.join(missing)}; it wants SWAG's full train.csv or val.csv")
+            for number, row in enumerate(rows):
+                prompt, start, source, *endings, label = (" ".join((row[c] or "").split()) for c in columns)
+                if source != "gold":
+                    skipped["not gold"] += 1
+                    continue
+                if not (prompt and start and all(endings)) or label not in ("0", "1", "2", "3") or None in row:
+                    skipped["malformed"] += 1
+                    continue
+                rng = np.random.default_rng((cfg.seed, number))
+                right, (*wrong,) = endings[int(label)], (e for i, e in enumerate(endings) if i != int(label))
+                chosen, rejected = f"{start} {right}", f"{start} {wrong[rng.integers(3)]}"
+                if auto_bleu(f"{prompt} {chosen}") >= cfg.max_auto_bleu:
+                    skipped["repetitive"] += 1
+                    continue
+                voice = str(rng.choice(cfg.voices or TTS[cfg.tts][1]))
+                pairs.append({"id": f"swag{number:06d}", "speaker": voice, "prompt_text": prompt, "chosen_text": chosen,
+                              "rejected_text": rejected})
+    except OSError as e:
+        raise SystemExit(f"--swag={path}: not readable ({e.strerror})") from None
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise SystemExit(f"{path}: row {len(pairs) + skipped.total() + 2}: not CSV ({e})") from None
+    return pairs, skipped
+
+
+def speak_pairs(cfg: Config, pool, pairs: list[dict], path: Path, tokenizer: SpeechTokenizer) -> int:
+    """Speak and tokenise the texts of pairs into a pair file, each text by itself; how many gave no units.
+
+    Pairs are kept as they come, so that a killed run goes on with the next.
+    """
+    if path.exists():
+        return 0
+    kept = path.with_name(path.name + ".kept")
+    lines = kept.read_text(encoding="utf-8").split("\n")[:-1] if kept.exists() else []  # a kill may have cut the last
+    kept.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    done = {json.loads(line)["id"] for line in lines}
+    todo = {p["id"]: p for p in pairs if p["id"] not in done}
+    sides = ("prompt", "chosen", "rejected")
+    texts = {f"{id} {side}": [p[f"{side}_text"]] for id, p in todo.items() for side in sides}
+    voices = {name: todo[name.partition(" ")[0]]["speaker"] for name in texts}
+    with open(kept, "a", encoding="utf-8") as f:
+        said = spoken(cfg, pool, texts, f"speaking {path.stem}", voices) if texts else iter(())
+        while batch := list(islice(said, 3 * 16)):  # whole pairs, tokenised together
+            waves = {name: wave for name, (wave,) in batch}
+            sound = {name: wave for name, wave in waves.items() if len(wave) >= 640 and np.abs(wave).max() >= SILENCE}
+            units = dict(zip(sound, (u.tolist() for u, _ in tokenizer.encode_batch(list(sound.values())))))
+            for id in dict.fromkeys(name.partition(" ")[0] for name in waves):
+                own = {side: units.get(f"{id} {side}") for side in sides}
+                f.write(json.dumps(todo[id] | own, ensure_ascii=False) + "\n")
+            f.flush()
+    found = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    whole = [p for p in found if p["prompt"] and p["chosen"] and p["rejected"]]
+    write_pairs(path, tokenizer.fingerprint, whole)
+    kept.unlink()
+    return len(found) - len(whole)
+
+
+def make_swag_pairs(cfg: Config, pool, tokenizer: SpeechTokenizer) -> None:
+    """pairs_val.jsonl, of `n_val` rows drawn by the seed, and pairs_train.jsonl, of at most `n_pairs` others."""
+    pairs, skipped = read_swag(cfg.swag, cfg)
+    if len(pairs) <= cfg.n_val:
+        raise SystemExit(f"{cfg.swag}: {len(pairs)} usable rows ({dict(skipped)}); more than n_val, {cfg.n_val}, are "
+                         f"needed")
+    order = np.random.default_rng(cfg.seed).permutation(len(pairs))
+    for split, part in (("val", order[:cfg.n_val]), ("train", order[cfg.n_val:][:cfg.n_pairs])):
+        path = Path(cfg.out) / f"pairs_{split}.jsonl"
+        silent = speak_pairs(cfg, pool, [pairs[i] for i in part], path, tokenizer)
+        print(f"{path}: {len(part) - silent:,} pairs; {silent} gave no sound")
+    print(f"{cfg.swag}: {len(pairs) + skipped.total():,} rows, of which were skipped: "
+          + (", ".join(f"{n:,} {why}" for why, n in skipped.items()) or "none"))
 
 
 def exchange(items: list, seed: int) -> list:
@@ -340,16 +475,23 @@ def main(cfg: Config) -> None:
         shutil.rmtree(out, ignore_errors=True)
     # What decides the files; a folder made with other settings is not resumed.
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "workers", "overwrite")}
+    settings = json.loads(json.dumps(settings))  # as the file gives them back: tuples are lists there
     if record.exists():
         before = json.loads(record.read_text())["settings"]
-        changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
+        changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k, v) != v]
         if changed:
             raise SystemExit(f"{out} was made with other settings ({'; '.join(changed)}); choose another --out, or "
                              f"--overwrite")
     out.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"settings": settings, "done": False}, indent=2))
 
-    tokenizer = None if cfg.tokenizer == "none" else SpeechTokenizer.load(cfg.tokenizer)
+    tokenizer = None if cfg.tokenizer == "none" else SpeechTokenizer.load(cfg.tokenizer, pick_device().type)
+    if cfg.swag:
+        with multiprocessing.get_context("spawn").Pool(cfg.workers, _start_worker, (cfg.tts,)) as pool:
+            make_swag_pairs(cfg, pool, tokenizer)
+        record.write_text(json.dumps({"settings": settings, "done": True}, indent=2))
+        print(f"{out}: done")
+        return
     stories = write_stories(cfg, cfg.n_val + cfg.n_train)
     splits = {"val": stories[:cfg.n_val], "train": stories[cfg.n_val:]}
     # spawn, not fork: a forked child of a process that has run torch's threads may hang

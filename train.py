@@ -727,6 +727,7 @@ def main(cfg: Config) -> None:
         print(f"{run.checkpoint}: {run.step} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} min of training, "
               f"{n_graphs() - graphs} recompilations{memory}")
     if world > 1:
+        over_ranks([0.0])  # nobody hangs up while another still talks
         dist.destroy_process_group()
 
 

@@ -62,7 +62,8 @@ def test_every_config_file_is_a_whole_config():
                   "slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories",
                   "demo_train", *on_top)}, "slam_dpo": ("dpo", "Config"),
               "demo_dpo": ("dpo", "Config"), "demo_eval": ("eval", "Config"),
-              "demo_stories": ("synth_stories", "Config"), "corpus_stories": ("synth_stories", "Config")}
+              "demo_stories": ("synth_stories", "Config"), "corpus_stories": ("synth_stories", "Config"),
+              "spoken_swag": ("synth_stories", "Config")}
     assert set(stages) == {p.stem for p in (ROOT / "config").glob("*.py")} - {"__init__"}
     for name, (stage, kind) in stages.items():
         files = [str(ROOT / "config" / f"{x}.py") for x in (on_top.get(name), name) if x]

@@ -1,4 +1,5 @@
 """synth_stories.py: the same seed gives the same files, also after a kill."""
+import csv
 import hashlib
 import json
 import subprocess
@@ -6,11 +7,15 @@ import sys
 import time
 
 import numpy as np
+import pytest
 import soundfile
 from conftest import ROOT, SYNTH, refused, run
 
-from synth_stories import GRAMMAR, exchange, grammar_pair, opening, split_sentences, tidy
+from eval import auto_bleu, transcribe, word_error_rate
+from speech_tokenizer import SpeechTokenizer
+from synth_stories import GRAMMAR, Config, exchange, grammar_pair, opening, read_swag, split_sentences, tidy
 from units import UnitReader, read_pairs
+from vocoder import Vocoder
 
 
 def test_split_and_tidy():
@@ -101,3 +106,92 @@ def test_refusals(stories, tmp_path):
     assert (tmp_path / "mine" / "precious.txt").exists()
     assert "did you mean" in refused("synth_stories.py", "config/demo_storys.py")
     assert "n_train" in refused("synth_stories.py", "--n_trian=5")
+
+
+COLUMNS = "video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,ending3,distractor-0,label"
+
+
+def swag_row(sent1: str, endings: str, label, source="gold", sent2="She") -> list[str]:
+    return ["lsmdc1", "1", f"{sent1} {sent2}", sent1, sent2, source, *endings.split("|"), "n/a", str(label)]
+
+
+def write_swag(path, rows: list[list[str]], columns: str = COLUMNS):
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerows([columns.split(","), *rows])
+    return path
+
+
+ROWS = [swag_row("A woman opens the door.", 'walks into, or "enters", the house.|eats a car.|flies.|sleeps.', 0),
+        swag_row("A man  picks up a ball.", "sings.|throws it to his dog.|drinks the moon.|melts.", 1, sent2="He"),
+        swag_row("Somebody smiles.", "runs.|sits.|falls.|nods.", 2, source="gen"),
+        swag_row("The same the same the same", "the same|a|b|c", 0),  # repetitive
+        swag_row("The boy swims.", "a|b|c|d", 7), swag_row("", "a|b|c|d", 1), swag_row("No ending.", "a||c|d", 1),
+        swag_row("The boy swims in the lake.", "gets cold.|is a table.|reads the water.|paints.", 3),
+        ["short", "row"],
+        swag_row("Some cats sit on a wall.", "jump.|read.|glow.|sail.", 0, sent2="They")]
+
+
+def test_swag_rows_become_pairs(tmp_path):
+    cfg = Config(tts="kokoro", tokenizer="x")
+    pairs, skipped = read_swag(write_swag(tmp_path / "train.csv", ROWS), cfg)
+    assert dict(skipped) == {"not gold": 2, "repetitive": 1, "malformed": 3}  # a short row has no source
+    assert [p["prompt_text"] for p in pairs] == ["A woman opens the door.", "A man picks up a ball.",
+                                                 "The boy swims in the lake.", "Some cats sit on a wall."]
+    assert pairs[0]["chosen_text"] == 'She walks into, or "enters", the house.'
+    assert pairs[1]["chosen_text"] == "He throws it to his dog."
+    wrong = {"He sings.", "He drinks the moon.", "He melts."}
+    drawn = [read_swag(tmp_path / "train.csv", Config(tts="kokoro", seed=seed))[0][1] for seed in range(40)]
+    assert {p["rejected_text"] for p in drawn} == wrong
+    assert {p["speaker"] for p in drawn} == {"af_heart", "am_fenrir", "bf_emma", "bm_george"}
+    assert pairs == read_swag(tmp_path / "train.csv", cfg)[0]
+    # The bound is strict.
+    text = f"{pairs[0]['prompt_text']} {pairs[0]['chosen_text']}"
+    twice = write_swag(tmp_path / "t.csv", [swag_row("A dog. A dog.", "barks at me.|a|b|c", 0)])
+    value = auto_bleu("A dog. A dog. She barks at me.")
+    assert 0 < value < 1 and auto_bleu(text) == 0
+    assert len(read_swag(twice, Config(max_auto_bleu=value))[0]) == 0
+    assert len(read_swag(twice, Config(max_auto_bleu=value + 1e-9))[0]) == 1
+
+
+def test_swag_files_that_are_none(tmp_path):
+    def refusal(path):
+        with pytest.raises(SystemExit) as e:
+            read_swag(str(path), Config())
+        return str(e.value)
+
+    assert "not readable" in refusal(tmp_path / "nowhere.csv")
+    regular = write_swag(tmp_path / "regular.csv", [], COLUMNS.replace("gold-source", "x"))
+    assert "no column gold-source" in refusal(regular)
+    (tmp_path / "binary.csv").write_bytes(COLUMNS.encode() + b"\n\xff\xfe")
+    assert "not CSV" in refusal(tmp_path / "binary.csv")
+    (tmp_path / "quote.csv").write_text(COLUMNS + '\na,"b"c,d\n')
+    assert "not CSV" in refusal(tmp_path / "quote.csv")
+    assert "hibari has american, not bf_emma" in refused("synth_stories.py", "--voices=bf_emma")
+
+
+def test_swag_is_spoken_and_resumed(tmp_path):
+    """Prompt, chosen and rejected are units of what their texts say; a killed run ends as one that was not."""
+    swag, out = write_swag(tmp_path / "train.csv", ROWS), tmp_path / "pairs"
+    command = ["synth_stories.py", f"--swag={swag}", "--n_val=1", "--workers=1", f"--out={out}"]
+    said = run(*command).stdout
+    assert "10 rows, of which were skipped: 2 not gold, 1 repetitive, 3 malformed" in said
+    fingerprint, train = read_pairs(out / "pairs_train.jsonl")
+    _, val = read_pairs(out / "pairs_val.jsonl")
+    assert len(train) == 3 and len(val) == 1 and not {p["id"] for p in train} & {p["id"] for p in val}
+    tokenizer = SpeechTokenizer.load("embedded")
+    assert fingerprint == tokenizer.fingerprint
+    vocoder = Vocoder.load()
+    heard = transcribe([vocoder.synthesize(train[0][side])[0] for side in ("prompt", "chosen")],
+                       "embedded:whisper-tiny.en")
+    for side, text in zip(("prompt", "chosen"), heard):
+        wrong, n = word_error_rate(train[0][f"{side}_text"], text)
+        assert wrong <= n / 3, (train[0], heard)
+    # Killed while it spoke: two pairs are kept, and half of a third one's line.
+    whole = (out / "pairs_train.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)[1:]
+    (out / "pairs_train.jsonl").unlink()
+    (out / "pairs_train.jsonl.kept").write_text("".join(lines[:2]) + lines[2][:40])
+    run(*command)
+    assert (out / "pairs_train.jsonl").read_text() == whole and not (out / "pairs_train.jsonl.kept").exists()
+    assert "usable rows" in refused(*command[:2], "--n_val=4", f"--out={tmp_path}/few")
