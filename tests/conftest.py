@@ -75,7 +75,7 @@ def voice():
     from audio import resample
     from synth_stories import load_hibari
     speak = load_hibari()
-    return lambda text: resample(*speak(text, 0), 16_000)
+    return lambda text: resample(*speak(text, 0, "american"), 16_000)
 
 
 @pytest.fixture(scope="session")
