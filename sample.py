@@ -301,7 +301,7 @@ def continue_all(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[
     names = list(cfg.checkpoint) or [newest_checkpoint()]
     print(f"checkpoint: {', '.join(names)}")
     speakers = [Speaker(cfg, name, label) for name, label in zip(names, labels(names))]
-    sources, records, clips, parts = list(waves) or [""], [], [], []
+    sources, records, clips, alone = list(waves) or [""], [], [], []
     out.mkdir(parents=True, exist_ok=True)
     for speaker in speakers:
         encoded, rate = [], speaker.vocoder.sample_rate
@@ -324,16 +324,17 @@ def continue_all(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[
             stem = f"{i // cfg.n:02d}_{Path(source).stem or 'unprompted'}_{k}" + f"_{speaker.label}" * (len(names) > 1)
             record = {**speaker.made_of, "prompt_file": source, "prompt_units": prompt, "units": tokens,
                       "continuation_starts": round(starts, 3)}
-            parts.append(resample(wave[round(starts * rate):], rate, SAMPLE_RATE))
-            for kind, part in (("whole", wave), ("continuation", wave[round(starts * rate):])):
+            continuation = wave[round(starts * rate):]
+            for kind, part in (("whole", wave), ("continuation", continuation)):
                 if len(part):
                     record[kind] = str(out / f"{stem}_{kind}.wav")
                     soundfile.write(record[kind], part, rate)
+            if len(continuation):
+                alone.append((record, resample(continuation, rate, SAMPLE_RATE)))
             records.append(record)
             clips.append(Clip(wave, rate, starts=starts, note=f"{stem}_whole.wav"))
     print(f"{sum('whole' in r for r in records)} continuations are in {out}")
     if cfg.transcribe:
-        alone = [(r, part) for r, part in zip(records, parts) if len(part)]
         texts = transcribe([*waves.values(), *(part for _, part in alone)], cfg.asr)
         prompt_texts = dict(zip(waves, texts))
         for (r, _), text in zip(alone, texts[len(waves):]):

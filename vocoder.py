@@ -81,8 +81,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        positive = ("width", "blocks", "minutes", "batch", "crop_seconds", "lr", "disc_width", "log_every",
-                    "save_every", "max_hours")
+        positive = ("width", "blocks", "minutes", "batch", "lr", "disc_width", "log_every", "save_every", "max_hours")
         found = [f"{name} must be positive" for name in positive if getattr(self, name) <= 0]
         found += ["steps must be positive"] * (self.steps is not None and self.steps <= 0)
         found += ["crop_seconds must be at least 0.2"] * (self.crop_seconds < 0.2)
@@ -505,7 +504,8 @@ class HifiGan(Vocoder):
         if not config_path:
             raise SystemExit(f"{path}: no {beside[0].name} or config.json beside it")
         for p in (path, config_path):
-            check_sha256(p, *PUBLISHED.get(p.name, ("", "")))
+            if p.name in PUBLISHED:
+                check_sha256(p, *PUBLISHED[p.name])
         try:
             config = json.loads(config_path.read_text())
             # Whose units it speaks its files do not say; "fingerprint" in the config is for those who do.
