@@ -1,63 +1,78 @@
 """Direct preference optimisation of a unit LM on pairs of continuations (Rafailov et al. 2023), standalone.
 
-In:  a checkpoint of train.py and pair files (synth_stories.py).
-Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json · reference.pt
+In:  a checkpoint of train.py and pair files (synth_stories.py, or `pairs` below).
+Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json
 
-    python dpo.py                                    # after config/slam.py: half an hour on a 24 GB GPU, 9 GB of disk
+    python dpo.py                                    # the paper's recipe, on the newest pre-trained run under out/
+    python dpo.py config/slam_dpo.py                 # the same by name: half an hour on a 24 GB GPU, 9 GB of disk
     python dpo.py config/demo_dpo.py                 # a minute on two CPU cores
+    python dpo.py pairs config/align_pairs.py        # pairs of the model's own continuations, the better over the worse
 
-The reference is the starting checkpoint; its log-probabilities are computed once, so only one model is in memory.
+The reference is the starting checkpoint; its log-probabilities are computed once and kept beside the pairs, so only one
+model is in memory. A pair is one row: the prompt, the chosen completion, and the rejected one, which sees the same
+prompt. So the prompt is computed once, and rows are filled with several pairs.
 """
 import hashlib
+import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Callable, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from config import load_config
+from eval import auto_bleu, continuation_scores, continue_units, speak, transcribe
 from model import IGNORE, UnitLM, fetch, find_checkpoint
 from optim import make_optimizer, schedule, update
-from train import Epochs, Run, autocast, checkpoint_fingerprint, pick_device, run_problems
-from units import PAD, read_pairs, require_same, to_tokens
+from speech_tokenizer import SpeechTokenizer, find_codebook
+from train import (Epochs, Packed, Run, autocast, checkpoint_fingerprint, compiled, newest_checkpoint, pick_device,
+                   run_problems)
+from units import (PAD, Fingerprint, UnitReader, read_pairs, require_same, same_units, to_tokens, to_units,
+                   write_pairs)
+from vocoder import vocoder_for
 
 
 @dataclass
 class Config:
     """Tune a unit LM on preference pairs. The defaults are the paper's (table 5)."""
-    out: str = "out/slam_dpo"  # run folder
-    checkpoint: str = "out/slam"  # model to start from, which is also the reference: a run or checkpoint folder
-    pairs: str = "out/spoken_swag/pairs_train.jsonl"  # pair file to train on
-    val_pairs: str = "out/spoken_swag/pairs_val.jsonl"  # held-out pair file
+    out: str = ""  # run folder; empty: the checkpoint's with _dpo at its end
+    checkpoint: str = ""  # model to start from, which is also the reference; empty: the newest pre-trained under out/
+    pairs: str = ""  # pair file to train on; empty: the newest pairs_train.jsonl under out/ of the checkpoint's units
+    val_pairs: str = ""  # held-out pair file; empty: pairs_val.jsonl beside `pairs`
     beta: float = 0.1  # strength of the pull towards the reference
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's, or IPO's
     label_smoothing: float = 0.0  # share of pairs assumed to be labelled the wrong way round
     length_normalized: bool = False  # log-probabilities per token rather than summed; wants a beta of about 5
     nll_weight: float = 0.0  # of the chosen completion's negative log-likelihood per token, added to the loss
-    context: int = 1024  # tokens of prompt and completion; longer prompts lose their beginning
-    micro_batch: int = 4  # pairs in a forward pass
-    accumulation: int = 16  # forward passes in an optimiser step
-    steps: int | None = None  # length of the run, by whichever of these is set: optimiser steps,
+    context: int = 1024  # tokens in a row, of one pair or several; longer prompts lose their beginning
+    batch_pairs: int = 64  # pairs in an optimiser step (the paper: micro-batch 4 x accumulation 16)
+    micro_batch: int = 4  # rows in a forward pass, as many as fit into memory; the result does not depend on it
+    steps: int | None = 813  # length of the run, by whichever of these is set: optimiser steps,
     tokens: float | None = None  # completion tokens,
-    time_budget_hours: float | None = 0.5  # or hours of training
+    time_budget_hours: float | None = None  # or hours of training
     lr: float = 5e-5  # peak learning rate
     min_lr: float = 0.0  # floor of the cosine and wsd schedules
     schedule: Literal["cosine", "inverse_sqrt", "wsd", "constant"] = "inverse_sqrt"  # of the learning rate
-    warmup: float = 0.01  # share of the run in which the learning rate rises linearly
+    warmup: float = 100 / 813  # share of the run in which the learning rate rises linearly
     beta1: float = 0.9  # AdamW
     beta2: float = 0.999  # AdamW
     eps: float = 1e-8  # AdamW
     weight_decay: float = 0.0  # AdamW
     clip: float = 0.5  # largest gradient norm
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; weights and optimiser are fp32
+    checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, a third more work
+    compile: bool | None = None  # torch.compile; none: on a GPU
     log_every: int = 10  # steps
+    eval_every: int = 200  # steps: validation pairs, and what the continuations of their prompts say
+    n_samples: int = 16  # such continuations, whose transcripts' auto-BLEU tells of repetition; 0: none
     save_every: int = 200  # steps
-    seed: int = 0  # of the order of the pairs
+    seed: int = 0  # of the order of the pairs and the samples
     resume: bool = False  # go on with the run in `out`, if there is one
     overwrite: bool = False  # remove the run in `out` and start anew
 
@@ -65,14 +80,12 @@ class Config:
         """Cross-field checks of the loader."""
         wrong = [] if self.beta > 0 and 0 <= self.label_smoothing < 0.5 and self.nll_weight >= 0 else [
             "beta must be positive, label_smoothing in [0, 0.5), nll_weight not negative"]
+        if self.batch_pairs < 1 or self.micro_batch < 1:
+            wrong.append("batch_pairs and micro_batch must be at least 1")
         return run_problems(self) + wrong
 
-    def losses(self, policy: Tensor, reference: Tensor, sequences: list[tuple[list[int], int]]) -> tuple[Tensor, ...]:
-        """`dpo_loss` with these settings, of log-probabilities (2, B), chosen and rejected, and their sequences."""
-        lengths = torch.tensor([n for _, n in sequences], device=policy.device).view(2, -1)
-        return dpo_loss(*policy, *reference, self.beta, self.label_smoothing, self.loss, lengths,
-                        self.length_normalized, self.nll_weight)
 
+# ---------------------------------------------------------------- the loss
 
 def dpo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, reference_chosen_logp: Tensor,
              reference_rejected_logp: Tensor, beta: float = 0.1, label_smoothing: float = 0.0, loss: str = "sigmoid",
@@ -103,147 +116,474 @@ def dpo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, reference
     return total.mean(), beta * chosen.detach(), beta * rejected.detach()
 
 
-def sequence(prompt: list[int], completion: list[int], context: int) -> tuple[list[int], int]:
-    """Units -> tokens `1 prompt completion 1` and how many of them, at the end, are the completion and its EOS.
+def losses(cfg: Config, policy: Tensor, reference: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`dpo_loss` with these settings, of log-probabilities and lengths, (B, 2) each: chosen, rejected."""
+    return dpo_loss(*policy.T, *reference.T, cfg.beta, cfg.label_smoothing, cfg.loss, lengths.T, cfg.length_normalized,
+                    cfg.nll_weight)
 
-    A unit that prompt and completion share at the joint stands once, as dedup would leave it.
-    sequence([5, 6], [6, 9], 1024) -> [1, 7, 8, 11, 1], 2
+
+# ---------------------------------------------------------------- pairs -> rows -> log-probabilities
+
+class Pair(NamedTuple):
+    """A preference pair in tokens: `1 prompt`, `chosen 1`, `rejected 1`."""
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @classmethod
+    def of(cls, pair: dict, context: int) -> "Pair | None":
+        """From a pair file's units; None if no unit of the prompt would fit into the row beside the completions.
+
+        A unit that prompt and completion share at the joint stands once, as dedup would leave it. A long prompt loses
+        its beginning, the same for both completions.
+        """
+        prompt, completions = pair["prompt"], []
+        for side in ("chosen", "rejected"):
+            units = pair[side]
+            completions.append(to_tokens(units[1:] if units[0] == prompt[-1] and len(units) > 1 else units)[1:])
+        room = context - sum(map(len, completions))
+        return cls(to_tokens(prompt[-room:])[:-1], *completions) if room > 0 else None
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the completions, EOS included."""
+        return len(self.chosen), len(self.rejected)
+
+    @property
+    def n_inputs(self) -> int:
+        """Inputs in a row: the prompt, each completion without its EOS, and the prompt's last token once more."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected) - 1
+
+    def row(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Inputs, targets, positions, and which completion each target is of (0 chosen, 1 rejected).
+
+        Positions fall back where the rejected completion begins, so that it sees the prompt and not the chosen one
+        (`UnitLM.forward`). The prompt's last token stands there again, as it predicts the first of both.
+        """
+        p, c, r = map(len, self)
+        return ([*self.prompt, *self.chosen[:-1], self.prompt[-1], *self.rejected[:-1]],
+                [IGNORE] * (p - 1) + self.chosen + self.rejected,
+                [*range(p + c - 1), *range(p - 1, p + r - 1)], [0] * (p - 1 + c) + [1] * r)
+
+
+def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[dict], list[Pair]]:
+    """Fingerprint, pairs as in the file, and their tokens; pairs too long for a row are left out, and counted."""
+    fingerprint, found = read_pairs(path)
+    both = [(x, pair) for x in found if (pair := Pair.of(x, context))]
+    if len(both) < len(found):
+        print(f"{path}: {len(found) - len(both)} of {len(found)} pairs left out, as their completions fill a row of "
+              f"{context} tokens")
+    if not both:
+        raise SystemExit(f"{path}: no pairs in it" if not found else f"{path}: no pair fits; raise context")
+    return fingerprint, *map(list, zip(*both))
+
+
+def pack(pairs: list[Pair], context: int) -> list[np.ndarray]:
+    """Rows of pairs, by number, nearly full (train.Packed)."""
+    pieces = np.array([(i, 0, pair.n_inputs) for i, pair in enumerate(pairs)])
+    return [row[:, 0] for row in Packed(pieces, context, None)]
+
+
+def completion_logps(forward: Callable, rows: list[list[Pair]], width: int, device: torch.device,
+                     dtype: str) -> Tensor:
+    """Log-probabilities (n, 2) of the chosen and the rejected completion, EOS included, of n pairs given their prompts.
+
+    Summed over tokens, in fp32. width: the rows are padded on the right to so many tokens; 0: to the longest.
     """
-    if completion[0] == prompt[-1] and len(completion) > 1:
-        completion = completion[1:]
-    room = context - len(completion) - 2
-    if room < 1:
-        raise SystemExit(f"a completion of {len(completion)} units leaves no room for a prompt in context {context}")
-    return to_tokens([*prompt[-room:], *completion]), len(completion) + 1
+    if device.type == "cpu" and not width:  # one row, which needs no padding
+        rows = [[pair for row in rows for pair in row]]
+    parts = [[pair.row() for pair in row] for row in rows]
+    width = width or max(sum(len(x[0]) for x in row) for row in parts)
+    inputs, targets, positions, sides = (torch.full((len(rows), width), fill) for fill in (PAD, IGNORE, 0, 0))
+    n = 0
+    for b, row in enumerate(parts):
+        at = 0
+        for ours in row:
+            span = slice(at, at := at + len(ours[0]))
+            for tensor, values in zip((inputs, targets, positions, sides), ours):
+                tensor[b, span] = torch.tensor(values)
+            sides[b, span] += 2 * n
+            n += 1
+    inputs, targets, positions, sides = (put(x, device) for x in (inputs, targets, positions, sides))
+    with autocast(device, dtype):
+        loss = forward(inputs, targets, positions, reduction="none")[1]
+    return -loss.new_zeros(2 * n).index_add(0, sides.flatten(), loss.flatten()).view(n, 2)
 
 
-def completion_logp(lm: UnitLM, sequences: list[tuple[list[int], int]], dtype: str) -> Tensor:
-    """Summed log-probability (B,) of each sequence's completion and EOS given its prompt; padded on the right."""
-    length = max(len(tokens) for tokens, _ in sequences)
-    x = torch.full((len(sequences), length), PAD)
-    targets = torch.full((len(sequences), length - 1), IGNORE)
-    for row, (tokens, n) in enumerate(sequences):
-        x[row, :len(tokens)] = torch.tensor(tokens)
-        targets[row, len(tokens) - 1 - n:len(tokens) - 1] = torch.tensor(tokens[-n:])
-    x, targets = x.to(lm.device), targets.to(lm.device)
-    with autocast(lm.device, dtype):
-        return -lm(x[:, :-1], targets, reduction="none")[1].sum(1)
-
-
-def pair_sequences(pairs: list[dict], context: int) -> list[tuple[list[int], int]]:
-    """Chosen sequences, then rejected ones."""
-    return [sequence(p["prompt"], p[side], context) for side in ("chosen", "rejected") for p in pairs]
+def put(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 @torch.inference_mode()
-def all_logps(lm: UnitLM, pairs: list[dict], cfg: Config, desc: str, batch: int = 32) -> Tensor:
-    """Log-probabilities (n_pairs, 2) of chosen and rejected, in batches of like length."""
-    sequences = pair_sequences(pairs, cfg.context)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-    out = torch.zeros(len(sequences))
-    for at in tqdm(range(0, len(order), batch), disable=None, desc=desc, leave=False):
-        part = order[at:at + batch]
-        out[part] = completion_logp(lm, [sequences[i] for i in part], cfg.dtype).float().cpu()
-    return out.view(2, -1).T.contiguous()
+def all_logps(lm: UnitLM, pairs: list[Pair], cfg: Config, desc: str) -> Tensor:
+    """`completion_logps` of all pairs, on the CPU; as many rows at once as fit."""
+    rows, out = pack(pairs, cfg.context), torch.zeros(len(pairs), 2)
+    batch, at = 64 if lm.device.type == "cuda" else 4, 0
+    with tqdm(total=len(pairs), disable=None, desc=desc, unit="pair", leave=False) as bar:
+        while at < len(rows):
+            part = rows[at:at + batch]
+            try:
+                logps = completion_logps(lm, [[pairs[i] for i in row] for row in part], 0, lm.device, cfg.dtype)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise SystemExit(f"{desc}: a row of {cfg.context} tokens does not fit into the GPU's memory") \
+                        from None
+                batch //= 2
+                continue
+            out[np.concatenate(part)] = logps.cpu()
+            bar.update(sum(map(len, part)))
+            at += batch
+    return out
 
 
-def reference_logps(lm: UnitLM, pairs: dict[str, list[dict]], cfg: Config, run: Run) -> dict[str, Tensor]:
-    """The starting checkpoint's log-probabilities of every pair file, computed once and kept in the run's folder."""
-    path = run.out / "reference.pt"
-    start = find_checkpoint(cfg.checkpoint)
-    digest = hashlib.sha256((fetch(start) / "model.safetensors").read_bytes())
-    for file in (cfg.pairs, cfg.val_pairs):
-        digest.update(Path(file).read_bytes())
-    key = f"{digest.hexdigest()} {cfg.context} {cfg.dtype} {lm.device.type}"
-    if path.exists():
-        stored = torch.load(path, weights_only=True)
-        if stored["key"] == key:
-            return stored["logps"]
-    if run.step:  # the weights in hand are no longer the reference
-        lm = UnitLM.from_pretrained(start).to(lm.device)
-    logps = {name: all_logps(lm.eval(), p, cfg, f"reference {name}") for name, p in pairs.items()}
-    torch.save({"key": key, "logps": logps}, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[Pair], cfg: Config, digest: str) -> Tensor:
+    """The starting checkpoint's `all_logps` of a pair file: computed once and kept beside it, whoever asks again.
+
+    lm: that checkpoint, if it is at hand; digest: sha256 of its weights.
+    """
+    key = hashlib.sha256(f"{digest} {cfg.context} {cfg.dtype} {pick_device().type}".encode())
+    key.update(Path(path).read_bytes())
+    kept = Path(f"{path}.reference-{key.hexdigest()[:16]}.npy")
+    if kept.exists():
+        return torch.from_numpy(np.load(kept))
+    lm = UnitLM.from_pretrained(start).to(pick_device()) if lm is None else lm
+    logps = all_logps(lm.eval(), pairs, cfg, f"reference, {Path(path).name}")
+    try:
+        with open(f"{kept}.{os.getpid()}", "wb") as f:
+            np.save(f, logps.numpy())
+        os.replace(f.name, kept)
+    except OSError as e:
+        print(f"{kept}: not kept ({e.strerror}); the next run computes it again", file=sys.stderr)
     return logps
 
 
+def weights_sha256(name: str) -> str:
+    """sha256 of a checkpoint folder's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin")):
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- a step
+
+class Data(NamedTuple):
+    """Pairs, the lengths of their completions (n, 2), and the reference's log-probabilities of these (n, 2)."""
+    pairs: list[Pair]
+    lengths: Tensor
+    reference: Tensor
+
+    @classmethod
+    def of(cls, pairs: list[Pair], reference: Tensor, device: torch.device) -> "Data":
+        return cls(pairs, torch.tensor([pair.lengths for pair in pairs], device=device), reference.to(device))
+
+
+def step_rows(ids: list[int], pairs: list[Pair], cfg: Config, width: int) -> list[list[int]]:
+    """A step's pairs in rows. Compiled code, of fixed width, wants whole micro-batches: the last rows may be empty."""
+    rows = [[ids[i] for i in row] for row in pack([pairs[i] for i in ids], cfg.context)]
+    return rows + [[]] * (-len(rows) % cfg.micro_batch if width else 0)
+
+
+def backward(forward: Callable, data: Data, rows: list[list[int]], cfg: Config, width: int) -> Tensor:
+    """Forward and backward passes of a step's rows of pairs, without a host sync; the step's STATISTICS.
+
+    The loss is the mean over the step's pairs, however they are divided into micro-batches.
+    """
+    device, total = data.reference.device, 0.0
+    for at in range(0, len(rows), cfg.micro_batch):
+        part = rows[at:at + cfg.micro_batch]
+        logps = completion_logps(forward, [[data.pairs[i] for i in row] for row in part], width, device, cfg.dtype)
+        ids = put(torch.tensor([i for row in part for i in row]), device)
+        lengths = data.lengths[ids]
+        loss, chosen, rejected = losses(cfg, logps, data.reference[ids], lengths)
+        share = len(ids) / cfg.batch_pairs
+        (share * loss).backward()
+        total += share * torch.stack([loss.detach(), (chosen - rejected).mean(), (chosen > rejected).float().mean(),
+                                      *logps.detach().mean(0), *lengths.float().mean(0)])
+    return total
+
+
+# ---------------------------------------------------------------- the loop
+
+STATISTICS = ("loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "chosen_length", "rejected_length")
+
+
+def complete(cfg: Config) -> Config:
+    """Fill in what was left empty, and say what it is. SystemExit if there is nothing to start from."""
+    checkpoint = cfg.checkpoint or newest_checkpoint("out", "train")
+    pairs = cfg.pairs or newest_pairs(checkpoint)
+    out = cfg.out or f"{checkpoint.rstrip('/').removesuffix('/checkpoint')}_dpo"
+    full = replace(cfg, checkpoint=checkpoint, pairs=pairs, out=out,
+                   val_pairs=cfg.val_pairs or str(Path(pairs).with_name("pairs_val.jsonl")))
+    said = [f"{k} {getattr(full, k)}" for k in ("checkpoint", "pairs", "out") if not getattr(cfg, k)]
+    if said:
+        how = "" if replace(Config(), **{k: getattr(cfg, k) for k in ("out", "checkpoint", "pairs", "val_pairs",
+                                                                      "resume", "overwrite")}) != cfg else \
+            "the paper's recipe (table 5, config/slam_dpo.py): "
+        print(f"{how}{', '.join(said)}")
+    return full
+
+
+def newest_pairs(checkpoint: str) -> str:
+    """The newest pairs_train.jsonl under out/ of a checkpoint's units. SystemExit if there is none."""
+    fingerprint = checkpoint_fingerprint(find_checkpoint(checkpoint))
+    for path in sorted(Path("out").rglob("pairs_train.jsonl"), key=lambda p: -p.stat().st_mtime):
+        if same_units(read_pairs(path)[0], fingerprint):
+            return str(path)
+    raise SystemExit(f"no pairs_train.jsonl under out/ of the units of {checkpoint}; make one (synth_stories.py "
+                     f"config/spoken_swag.py) or name one with --pairs")
+
+
 def main(cfg: Config) -> None:
-    device = pick_device()
+    cfg, device = complete(cfg), pick_device()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
     start = find_checkpoint(cfg.checkpoint)
-    fingerprint = checkpoint_fingerprint(start)
-    pairs = {}
+    fingerprint, pairs = checkpoint_fingerprint(start), {}
     for name, path in (("train", cfg.pairs), ("val", cfg.val_pairs)):
-        theirs, pairs[name] = read_pairs(path)
+        theirs, _, pairs[name] = load_pairs(path, cfg.context)
         require_same(fingerprint, cfg.checkpoint, theirs, path)
         fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's do not record it
-        if not pairs[name]:
-            raise SystemExit(f"{path}: no pairs in it")
     run = Run(cfg, "dpo")
-    if run.trainer and run.progress() >= 1:
+    if run.trainer and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
         return
     lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else start).to(device)
+    lm.set_checkpointing(cfg.checkpointing)
     optimizer = make_optimizer(lm, cfg)
-    seen: list[Tensor] = []  # since the last log line: loss, margin, accuracy, chosen and rejected log-probability
+    seen: list[Tensor] = []  # of the steps since the last log line: what STATISTICS names
     if run.trainer:
         optimizer.load_state_dict(run.trainer["optimizer"])
         seen = [x.to(device) for x in run.trainer["pending"]]
+        run.trainer = None  # the memory
+    listen = listener(cfg, fingerprint)
     run.open()
-    reference = reference_logps(lm, pairs, cfg, run)
-    print(f"{lm.n_params() / 1e6:.1f}M parameters from {cfg.checkpoint}, {len(pairs['train']):,} pairs, on {device}")
+    digest = weights_sha256(start)
+    train, val = (Data.of(pairs[name], reference_logps(start, None if run.step else lm, path, pairs[name], cfg, digest),
+                          where) for name, path, where in (("train", cfg.pairs, device), ("val", cfg.val_pairs, "cpu")))
+    print(f"{lm.n_params() / 1e6:.1f}M parameters from {cfg.checkpoint}, {len(train.pairs):,} pairs of on average "
+          f"{np.mean([pair.n_inputs for pair in train.pairs]):.0f} tokens, on {device}")
 
     def evaluate() -> None:
-        logps = all_logps(lm.eval(), pairs["val"], cfg, "validation")
-        loss, chosen, rejected = cfg.losses(logps.T, reference["val"].T, pair_sequences(pairs["val"], cfg.context))
-        correct = (logps[:, 0] > logps[:, 1]).float().mean().item()
+        logps = all_logps(lm.eval(), val.pairs, cfg, "validation")
+        loss, chosen, rejected = losses(cfg, logps, val.reference, val.lengths)
         record = {"val_dpo_loss": loss.item(), "val_margin": (chosen - rejected).mean().item(),
-                  "val_reward_accuracy": (chosen > rejected).float().mean().item(), "val_chosen_preferred": correct}
-        run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in record.items()), **record)
-        run.results({k: {"value": v, "n": len(logps), "step": run.step} for k, v in record.items()})
+                  "val_reward_accuracy": (chosen > rejected).float().mean().item(),
+                  "val_chosen_preferred": (logps[:, 0] > logps[:, 1]).float().mean().item()}
+        texts = listen(lm, [pair.prompt for pair in val.pairs[:cfg.n_samples]]) if listen else []
+        results = {k: {"value": v, "n": len(logps), "step": run.step} for k, v in record.items()}
+        if texts:
+            record["sample_auto_bleu"] = 100 * float(np.mean([auto_bleu(text) for text in texts]))
+        run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in record.items()), **record, samples=texts)
+        run.results(results)
+        lm.train()
 
     def save(how: Callable) -> None:
         if seen:  # else the log line has just checked
             run.check_finite([torch.stack(seen)[:, 0].mean().item()], norm.item())
         how(lm, optimizer, fingerprint, seen)
 
-    order, size = Epochs(len(pairs["train"]), cfg.seed), cfg.micro_batch * cfg.accumulation
-    if not run.step:
-        with run.pause():
-            evaluate()
+    forward, order = compiled(lm, cfg.compile), Epochs(len(train.pairs), cfg.seed)
+    width = cfg.context if forward is not lm else 0  # compiled code wants one shape
+
+    def batch(step: int) -> list[list[int]]:
+        """Rows of pairs of an optimiser step: a pure function of (seed, step)."""
+        return step_rows([order[step * cfg.batch_pairs + i] for i in range(cfg.batch_pairs)], train.pairs, cfg, width)
+
     lm.train()
+    with run.pause():
+        if not run.step or run.step % cfg.eval_every == 0 and run.progress() < 1 and not run.evaluated("val_dpo_loss"):
+            evaluate()  # also what a kill after the last save prevented
+        if forward is not lm and run.progress() < 1:  # compile before the clock runs
+            backward(forward, train, batch(run.step)[:cfg.micro_batch], cfg, width)
+            optimizer.zero_grad(set_to_none=True)
     while run.progress() < 1 and not run.stopping:
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
-        indices = [order[run.step * size + i] for i in range(size)]
-        for at in range(0, size, cfg.micro_batch):
-            part = indices[at:at + cfg.micro_batch]
-            sequences = pair_sequences([pairs["train"][i] for i in part], cfg.context)
-            logps = completion_logp(lm, sequences, cfg.dtype).view(2, -1)
-            loss, chosen, rejected = cfg.losses(logps, reference["train"][part].T.to(device), sequences)
-            (loss / cfg.accumulation).backward()
-            seen.append(torch.stack([loss.detach(), (chosen - rejected).mean(), (chosen > rejected).float().mean(),
-                                     *logps.detach().mean(1)]))
-            run.tokens += sum(n for _, n in sequences)
+        rows = batch(run.step)
+        seen.append(backward(forward, train, rows, cfg, width))
         norm = update(lm, optimizer, lr, cfg.clip)
         run.step += 1
+        run.tokens += sum(sum(train.pairs[i].lengths) for row in rows for i in row)
         run.tick()
         run.agree()
         if run.step % cfg.log_every == 0 or run.progress() >= 1:  # the only host sync
-            loss, margin, accuracy, chosen, rejected = torch.stack(seen).mean(0).tolist()
-            run.check_finite([loss], norm.item())
+            mean = dict(zip(STATISTICS, torch.stack(seen).mean(0).tolist()))
+            run.check_finite([mean["loss"]], norm.item())
             run.tick()
             run.agree()
-            run.log(f"loss {loss:.4f} | margin {margin:.3f} | acc {accuracy:.3f} | logp {chosen:.1f} / {rejected:.1f} "
-                    f"| lr {lr:.1e} | gnorm {norm.item():.2f} | {run.clock()}", loss=loss, margin=margin,
-                    accuracy=accuracy, chosen_logp=chosen, rejected_logp=rejected, lr=lr, gnorm=norm.item())
+            run.log(f"loss {mean['loss']:.4f} | margin {mean['margin']:.3f} | acc {mean['accuracy']:.3f} | logp "
+                    f"{mean['chosen_logp']:.1f} / {mean['rejected_logp']:.1f} | length {mean['chosen_length']:.1f} / "
+                    f"{mean['rejected_length']:.1f} | lr {lr:.1e} | gnorm {norm.item():.2f} | {run.clock()}", **mean,
+                    lr=lr, gnorm=norm.item())
             seen = []
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             with run.pause():
                 save(run.save)
-    save(run.finish)
-    evaluate()
+        if run.step % cfg.eval_every == 0 and run.progress() < 1:
+            with run.pause():
+                evaluate()
+    with run.pause():
+        save(run.finish)
+        evaluate()
     print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")
 
 
+def listener(cfg: Config, fingerprint: Fingerprint) -> Callable | None:
+    """A function of a model and prompts in tokens: what the ASR hears in the prompts with their continuations.
+
+    5 s, drawn as eval.py does but with no repetition penalty, which would hide what it is to show. None, and why, if
+    there is nothing that speaks these units.
+    """
+    if not cfg.n_samples:
+        return None
+    try:
+        tokenizer = SpeechTokenizer.load(find_codebook(fingerprint), pick_device().type)
+        vocoder, _ = vocoder_for(tokenizer, "")
+    except SystemExit as e:
+        print(f"no samples are taken while training: {e}", file=sys.stderr)
+        return None
+
+    def listen(lm: UnitLM, prompts: list[list[int]]) -> list[str]:
+        units = [to_units(prompt) for prompt in prompts]
+        new = continue_units(lm, units, 100, 16, cfg.seed, "samples", temperature=0.8, top_k=25)
+        return transcribe(speak([u + x for u, x in zip(units, new)], tokenizer, vocoder), "embedded:whisper-tiny.en")
+
+    return listen
+
+
+# ---------------------------------------------------------------- on-policy pairs
+
+@dataclass
+class PairsConfig:
+    """Make preference pairs of a model's own continuations (AlignSLM, Lin et al. 2024, arXiv 2411.01834)."""
+    out: str = "out/align"  # folder: pairs_train.jsonl, pairs_val.jsonl, candidates.jsonl; a killed run goes on in it
+    checkpoint: str = ""  # model that continues; empty: the newest pre-trained under out/
+    prompts: str = ""  # pair file whose prompts are continued, or unit files whose utterances' beginnings are; empty:
+    # the newest pairs_train.jsonl under out/ of the checkpoint's units
+    n_prompts: int = 10_000  # prompts, at most, drawn by the seed
+    n_val: int = 200  # pairs that are held out
+    prompt_units: int = 60  # of an utterance's beginning; 3 s
+    n: int = 8  # continuations of each prompt
+    new_units: int = 100  # of a continuation; 5 s
+    temperature: float = 1.0  # of the continuations
+    top_k: int = 50  # draw from the k most likely units
+    repetition_penalty: float = 1.0  # of the continuations
+    may_end: bool = True  # an EOS ends a continuation
+    asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes them
+    judge: str = "embedded:smollm2-135m"  # text LM whose mean log-probability per token, given the prompt's text, ranks
+    max_auto_bleu: float = 0.1  # what repeats bigrams as often as this is never chosen,
+    min_words: int = 4  # nor what has fewer words
+    min_gap: float = 0.5  # nats per text token between chosen and rejected; closer ones give no pair
+    tokenizer: str = ""  # codebook file; empty: that of the checkpoint's units
+    vocoder: str = ""  # vocoder file; empty: one that speaks them
+    batch: int = 8  # prompts continued together
+    seed: int = 0  # of prompts and continuations
+    overwrite: bool = False  # start anew instead of going on
+
+    def problems(self) -> list[str]:
+        """Cross-field checks of the loader."""
+        found = [] if self.n >= 2 else ["n: a pair needs at least 2 continuations"]
+        return found if min(self.batch, self.new_units, self.prompt_units, self.n_prompts) >= 1 else [
+            *found, "batch, new_units, prompt_units and n_prompts must be at least 1"]
+
+
+def choose(candidates: list[dict], cfg: PairsConfig) -> tuple[dict, dict] | None:
+    """The best and the worst of {"text", "score", "auto_bleu"}; None if nothing may be chosen or they are too close.
+
+    score: mean log-probability per text token; None, with which a candidate is out, for one without words.
+    """
+    heard = [c for c in candidates if c["score"] is not None]
+    fine = [c for c in heard if c["auto_bleu"] < cfg.max_auto_bleu and len(c["text"].split()) >= cfg.min_words]
+    if not fine:
+        return None
+    best, worst = max(fine, key=lambda c: c["score"]), min(heard, key=lambda c: c["score"])
+    return (best, worst) if best is not worst and best["score"] - worst["score"] >= cfg.min_gap else None
+
+
+def read_prompts(cfg: PairsConfig, fingerprint: Fingerprint) -> list[dict]:
+    """Prompts {"id", "prompt" (units)} and, where it is known, "prompt_text"; at most n_prompts, drawn by the seed."""
+    if cfg.prompts.endswith(".jsonl"):
+        theirs, pairs = read_pairs(cfg.prompts)
+        found = [{k: p[k] for k in ("id", "prompt", "prompt_text") if k in p} for p in pairs]
+    else:
+        reader = UnitReader(cfg.prompts)
+        theirs, ids = reader.fingerprint, reader.ids()
+        found = [{"id": ids[i], "prompt": reader.units(i)[:cfg.prompt_units].tolist()}
+                 for i in np.flatnonzero(reader.lengths - 2 >= cfg.prompt_units)]
+    require_same(fingerprint, cfg.checkpoint, theirs, cfg.prompts)
+    order = np.random.default_rng(cfg.seed).permutation(len(found))[:cfg.n_prompts]
+    return [found[i] for i in order]
+
+
+def make_pairs(cfg: PairsConfig) -> None:
+    """Continue, hear, score and choose; candidates.jsonl keeps every continuation, its transcript and its score."""
+    checkpoint = cfg.checkpoint or newest_checkpoint("out", "train")
+    cfg = replace(cfg, checkpoint=checkpoint, prompts=cfg.prompts or newest_pairs(checkpoint))
+    start, device, out = find_checkpoint(checkpoint), pick_device(), Path(cfg.out)
+    fingerprint = checkpoint_fingerprint(start)
+    tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(fingerprint), device.type)
+    require_same(fingerprint, checkpoint, tokenizer.fingerprint, "tokenizer")
+    vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
+    prompts = read_prompts(cfg, fingerprint)
+    # What decides the candidates; how one is chosen may change.
+    settings = {k: v for k, v in asdict(cfg).items() if k not in (
+        "out", "overwrite", "n_val", "max_auto_bleu", "min_words", "min_gap")} | {"weights": weights_sha256(start)}
+    path, header = out / "candidates.jsonl", json.dumps(settings)
+    lines = [] if cfg.overwrite or not path.exists() else path.read_text().split("\n")[:-1]  # one may be cut
+    if lines and json.loads(lines[0]) != settings:
+        changed = [f"{k} was {json.loads(lines[0]).get(k)!r}, now {v!r}" for k, v in settings.items()
+                   if json.loads(lines[0]).get(k) != v]
+        raise SystemExit(f"{path} was made with other settings ({'; '.join(changed)}); choose another --out, or "
+                         f"--overwrite")
+    n_done = len(lines[1:]) // cfg.batch  # batches are drawn together, so a part of one is of no use
+    n_done += len(lines) - 1 == len(prompts) and len(prompts) % cfg.batch > 0
+    lines = [header, *lines[1:][:n_done * cfg.batch]]
+    out.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text("".join(line + "\n" for line in lines))
+    os.replace(path.with_suffix(".part"), path)
+    lm = UnitLM.from_pretrained(start).eval().to(device)
+    with open(path, "a") as f, tqdm(total=len(prompts), initial=len(lines) - 1, disable=None, unit="prompt") as bar:
+        for number in range(n_done, -(-len(prompts) // cfg.batch)):
+            part = prompts[number * cfg.batch:][:cfg.batch]
+            f.write("".join(json.dumps(x) + "\n" for x in continuations(cfg, lm, tokenizer, vocoder, part, number)))
+            f.flush()
+            bar.update(len(part))
+    pairs = []
+    for line in path.read_text().splitlines()[1:]:
+        found = json.loads(line)
+        if chosen := choose(found.pop("candidates"), cfg):
+            pairs.append(found | {f"{side}{end}": c[key] for side, c in zip(("chosen", "rejected"), chosen)
+                                  for end, key in (("", "units"), ("_text", "text"), ("_score", "score"))})
+    if len(pairs) <= cfg.n_val:
+        raise SystemExit(f"{len(pairs)} pairs from {len(prompts)} prompts, and n_val, {cfg.n_val}, are to be held out; "
+                         f"more prompts, a smaller min_gap or a larger max_auto_bleu give more; {path} is kept")
+    for name, part in (("val", pairs[:cfg.n_val]), ("train", pairs[cfg.n_val:])):
+        write_pairs(out / f"pairs_{name}.jsonl", tokenizer.fingerprint, part)
+    gap = np.mean([p["chosen_score"] - p["rejected_score"] for p in pairs])
+    print(f"{out}: {len(pairs):,} pairs from {len(prompts):,} prompts, {gap:.2f} nats per text token apart; "
+          f"{len(prompts) - len(pairs):,} prompts gave none")
+
+
+def continuations(cfg: PairsConfig, lm: UnitLM, tokenizer: SpeechTokenizer, vocoder, prompts: list[dict],
+                  number: int) -> list[dict]:
+    """Batch `number` of prompts with their "candidates": {"units", "text", "score", "auto_bleu"} each."""
+    units = [p["prompt"] for p in prompts for _ in range(cfg.n)]
+    seed = int(np.random.default_rng((cfg.seed, number)).integers(2**31))
+    new = continue_units(lm, units, cfg.new_units, len(units), seed, "", may_end=cfg.may_end,
+                         temperature=cfg.temperature, top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty)
+    unheard = [p for p in prompts if "prompt_text" not in p]
+    texts = transcribe(speak([p["prompt"] for p in unheard] + new, tokenizer, vocoder), cfg.asr)
+    for p, text in zip(unheard, texts):
+        p["prompt_text"] = text
+    texts = texts[len(unheard):]
+    scores = continuation_scores([p["prompt_text"] for p in prompts for _ in range(cfg.n)], texts, cfg.judge)
+    found = [{"units": u, "text": t, "score": s, "auto_bleu": auto_bleu(t)} for u, t, s in zip(new, texts, scores)]
+    return [p | {"candidates": found[i * cfg.n:][:cfg.n]} for i, p in enumerate(prompts)]
+
+
 if __name__ == "__main__":
-    main(load_config(Config, sys.argv[1:], __doc__))
+    if sys.argv[1:2] == ["pairs"]:
+        make_pairs(load_config(PairsConfig, sys.argv[2:], __doc__))
+    else:
+        main(load_config(Config, sys.argv[1:], __doc__))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from audio import SAMPLE_RATE, load_audio, resample
 from config import load_config
 from embedded import resolve, sha256
-from model import IGNORE, UnitLM, find_checkpoint
+from model import IGNORE, UnitLM, cross_entropy, find_checkpoint
 from speech_tokenizer import SpeechTokenizer, find_codebook
 from train import autocast, checkpoint_fingerprint, merge_results, pick_device, validation_loss
 from units import EOS, PAD, UnitReader, require_same, to_tokens, to_units, vocab_size
@@ -181,15 +181,32 @@ def load_asr(asr: str) -> tuple:
 
 
 def transcribe(waves: list[np.ndarray], asr: str, batch: int = 8) -> list[str]:
-    """Whisper's transcripts of waves (T,) at 16 kHz, of at most 30 s each (longer ones are cut); greedy."""
+    """Whisper's transcripts of waves (T,) at 16 kHz, of at most 30 s each (longer ones are cut); greedy.
+
+    A wave of no samples says nothing.
+    """
     model, extractor, tokenizer = load_asr(asr)
-    texts = []
-    for at in tqdm(range(0, len(waves), batch), disable=None, desc="transcribing", leave=False):
-        part = [w[:30 * SAMPLE_RATE] for w in waves[at:at + batch]]
-        x = extractor(part, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(model.device)
+    texts, sound = [""] * len(waves), [i for i, w in enumerate(waves) if len(w)]
+    for at in tqdm(range(0, len(sound), batch), disable=None, desc="transcribing", leave=False):
+        part = sound[at:at + batch]
+        x = extractor([waves[i][:30 * SAMPLE_RATE] for i in part], sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        x = x.input_features.to(model.device)
         tokens = model.generate(x, attention_mask=torch.ones(x.shape[::2], device=x.device), max_length=200)
-        texts += [t.strip() for t in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        for i, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True)):
+            texts[i] = text.strip()
     return texts
+
+
+def speak(rows: list[list[int]], tokenizer: SpeechTokenizer, vocoder: Vocoder, batch: int = 16) -> list[np.ndarray]:
+    """Tokens of a tokeniser -> waves (T,) at 16 kHz, like lengths together; silence of no length for no tokens."""
+    units = [tokenizer.to_units(row) for row in rows]
+    order = sorted((i for i, u in enumerate(units) if u), key=lambda i: len(units[i]))
+    waves = [np.zeros(0, np.float32)] * len(rows)
+    for at in tqdm(range(0, len(order), batch), disable=None, desc="vocoding", leave=False):
+        part = order[at:at + batch]
+        for i, wave in zip(part, vocoder.synthesize_batch([units[i] for i in part])):
+            waves[i] = resample(wave, vocoder.sample_rate, SAMPLE_RATE)
+    return waves
 
 
 def words(text: str) -> list[str]:
@@ -245,6 +262,28 @@ def text_perplexity(texts: list[str], judge: str) -> tuple[float, int]:
     return math.exp(np.mean(losses)) if losses else math.nan, len(texts) - len(losses)
 
 
+@torch.inference_mode()
+def continuation_scores(prompts: list[str], texts: list[str], judge: str, batch: int = 16) -> list[float | None]:
+    """Mean log-probability (nats) per token of each text given its prompt's text; None for a text without tokens."""
+    model, tokenizer = load_judge(judge)
+    known = [tokenizer(p).input_ids or [tokenizer.bos_token_id] for p in prompts]
+    new = [tokenizer(f" {t}", add_special_tokens=False).input_ids if t else [] for t in texts]
+    both = [a + b for a, b in zip(known, new)]
+    scores, order = [None] * len(texts), sorted((i for i, x in enumerate(new) if x), key=lambda i: len(both[i]))
+    for at in tqdm(range(0, len(order), batch), disable=None, desc="judging", leave=False):
+        part = order[at:at + batch]
+        ids = torch.zeros(len(part), len(both[part[-1]]), dtype=torch.long)
+        mask, targets = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+        for row, i in enumerate(part):
+            n = len(both[i])
+            ids[row, :n], mask[row, :n], targets[row, len(known[i]):n] = torch.tensor(both[i]), 1, torch.tensor(new[i])
+        ids, mask, targets = (x.to(model.device) for x in (ids, mask, targets[:, 1:]))
+        loss = cross_entropy(model(ids, attention_mask=mask).logits[:, :-1], targets, "none").sum(1)
+        for i, value in zip(part, (loss / (targets != IGNORE).sum(1)).tolist()):
+            scores[i] = -value
+    return scores
+
+
 def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: int, seed: int, desc: str,
                    may_end: bool = True, compile: bool = False, **sampling) -> list[list[int]]:
     """Units -> sampled continuations (units), batched; prompts of like length share a batch.
@@ -276,12 +315,8 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
     new = continue_units(lm, prompts, cfg.new_units, cfg.batch, cfg.seed, "continuing", temperature=cfg.temperature,
                          top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty, may_end=cfg.may_end,
                          compile=cfg.compile and lm.device.type == "cuda" and len(prompts) >= 4 * cfg.batch)
-    whole = [resample(*vocoder.synthesize(tokenizer.to_units(p + c)), SAMPLE_RATE)
-             for p, c in zip(prompts, tqdm(new, disable=None, desc="vocoding", leave=False))]
-    texts = transcribe(whole, cfg.asr)
-    heard = iter(transcribe([resample(*vocoder.synthesize(tokenizer.to_units(c)), SAMPLE_RATE) for c in new if c],
-                            cfg.asr))
-    texts_alone = [next(heard) if c else "" for c in new]  # a continuation may be empty
+    whole = speak([p + c for p, c in zip(prompts, new)], tokenizer, vocoder)
+    texts, texts_alone = transcribe(whole, cfg.asr), transcribe(speak(new, tokenizer, vocoder), cfg.asr)
     ppl, empty = text_perplexity(texts, cfg.judge)
     ppl_alone, empty_alone = text_perplexity(texts_alone, cfg.judge)
     bleu = [100 * auto_bleu(t) for t in texts]

@@ -127,29 +127,53 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype)
 
 
-def same_utterance(positions: Tensor) -> Tensor:
-    """Who may attend to whom, (B, 1, T, T) bool: what came before in the same utterance. positions (B, T)."""
-    utterance = (positions == 0).cumsum(1)
-    return (utterance[:, None, :, None] == utterance[:, None, None, :]).tril()
+def visible(positions: Tensor) -> Tensor:
+    """Who may attend to whom, (B, 1, T, T) bool: what `UnitLM.forward` says of positions (B, T)."""
+    place = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    begins = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0), value=True)
+    run, utterance = begins.cumsum(1), (positions == 0).cumsum(1)
+    start = positions - place + torch.where(begins, place, 0).cummax(1).values  # position at which the run begins
+
+    def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, None, :, None], x[:, None, None, :]
+
+    (run_q, run_k), (utterance_q, utterance_k) = pairs(run), pairs(utterance)
+    return ((run_q == run_k) | (utterance_q == utterance_k) & (positions[:, None, None, :] < pairs(start)[0])).tril()
 
 
-def utterance_lengths(positions: Tensor) -> list[int]:
-    """Lengths of the utterances of all rows, one after the other: [[0, 1, 0], [0, 1, 2]] -> [2, 1, 3]."""
-    starts = positions == 0
-    starts[:, 0] = True
-    edges = starts.flatten().nonzero()[:, 0].tolist() + [positions.numel()]
-    return [b - a for a, b in zip(edges, edges[1:])]
+def runs_of(positions: Tensor) -> list[tuple[int, int, int]]:
+    """`visible` in short: runs of consecutive positions, of all rows one after the other, as (length, trunk, shared).
+
+    A run sees itself and, before that, the first `shared` tokens of run number `trunk`.
+    runs_of([[0, 1, 0], [0, 1, 1]]) -> [(2, 0, 0), (1, 1, 0), (2, 2, 0), (1, 2, 1)]
+    """
+    flat, width = positions.flatten(), positions.shape[1]
+    begins = F.pad(flat[1:] != flat[:-1] + 1, (1, 0), value=True)
+    begins[::width] = True
+    edges = begins.nonzero()[:, 0]
+    found, trunk = [], 0
+    lengths = torch.diff(edges, append=edges.new_tensor([len(flat)]))
+    for i, (at, start, length) in enumerate(zip(edges.tolist(), flat[edges].tolist(), lengths.tolist())):
+        trunk = i if start == 0 or at % width == 0 else trunk
+        found.append((length, trunk, start if trunk < i else 0))
+    return found
 
 
-def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Causal attention within each utterance, (B, H, T, D), one by one: no work on what a mask would hide.
+def attend_within(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+    """Attention as `runs_of` says, (B, H, T, D), run by run: no work on what a mask would hide.
 
     What a CPU does: there a call costs little, and a row of two utterances half of what a masked one does.
     """
     B, _, T, _ = q.shape
-    parts = [x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)]  # (n, H, D) each
-    y = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in qkv), is_causal=True, enable_gqa=True)
-         for qkv in zip(*parts)]
+    parts = [x.transpose(1, 2).flatten(0, 1).split([n for n, _, _ in runs]) for x in (q, k, v)]  # (n, H, D) each
+    y = []
+    for i, (n, trunk, shared) in enumerate(runs):
+        qkv, mask = [x[i] for x in parts], None
+        if shared:
+            qkv[1:] = (torch.cat((x[trunk][:shared], x[i])) for x in parts[1:])
+            mask = torch.ones(n, shared + n, dtype=torch.bool).tril(shared)
+        y.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in qkv), attn_mask=mask,
+                                                is_causal=mask is None, enable_gqa=True))
     return torch.cat(y, 2).transpose(1, 2).view(B, T, *q.shape[1::2]).transpose(1, 2)
 
 
@@ -185,8 +209,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | list[int] | None, cache: KVCache | None,
-                positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | list[tuple[int, int, int]] | None,
+                cache: KVCache | None, positions: Tensor) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -287,7 +311,8 @@ class UnitLM(nn.Module):
 
         tokens, targets: (B, T) int64; a target of -100 counts for nothing. reduction: mean, sum or none (-> (B, T)).
         positions: (B, T) int64, each token's place in its utterance; where it is 0 a new utterance begins, and no
-            attention crosses that border. None: every row is one utterance.
+            attention crosses that border. None: every row is one utterance. Where it falls back to some p > 0, another
+            continuation of the utterance's first p tokens begins, which sees these and itself: 0 1 2 3 4 2 3.
         cache: with a KVCache, `positions` (B, T) says where the new tokens go, and each sees all before it.
         last: (B,) int64, the one position of each row whose logits are wanted -> (B, 1, vocab).
         """
@@ -298,7 +323,7 @@ class UnitLM(nn.Module):
             mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
         elif positions is not None:
             eager_cpu = positions.device.type == "cpu" and not torch.compiler.is_compiling()
-            mask = utterance_lengths(positions) if eager_cpu else same_utterance(positions)
+            mask = runs_of(positions) if eager_cpu else visible(positions)
         else:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
@@ -507,7 +532,7 @@ class HubLM(UnitLM):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
                 last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
         """As UnitLM's, without a cache."""
-        mask = None if positions is None else same_utterance(positions)
+        mask = None if positions is None else visible(positions)
         logits = self.lm(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
         if last is not None:
             logits = logits[torch.arange(len(logits), device=logits.device), last][:, None]

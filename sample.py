@@ -37,7 +37,7 @@ from eval import continue_units, transcribe
 from listen import Clip, Row, page
 from model import UnitLM, find_checkpoint
 from speech_tokenizer import SpeechTokenizer, find_codebook
-from train import checkpoint_fingerprint, pick_device
+from train import checkpoint_fingerprint, newest_checkpoint, pick_device
 from units import require_same, to_units
 from vocoder import vocoder_for
 
@@ -87,15 +87,6 @@ class Config:
 
 
 # ---------------------------------------------------------------- what is asked for
-
-def newest_checkpoint(root: str = "out") -> str:
-    """The run folder below `root` with the newest finished checkpoint. SystemExit if there is none."""
-    found = [p for p in Path(root).rglob("checkpoint/slam.json") if json.loads(p.read_text()).get("finished")]
-    if not found:
-        raise SystemExit(f"no finished checkpoint under {root}/; train one (bash runs/demo.sh) or name one with "
-                         f"--checkpoint")
-    return str(max(found, key=lambda p: p.stat().st_mtime).parent.parent)
-
 
 def read_prompts(cfg: Config) -> dict[str, np.ndarray]:
     """{file: wave at 16 kHz, cut as the settings say}. SystemExit for a file that holds nothing to continue."""

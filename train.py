@@ -448,10 +448,10 @@ class Run:
             with self.writing():
                 merge_results(self.out / "results.json", results)
 
-    def evaluated(self) -> bool:
-        """Whether results.json has the validation loss of this very step."""
+    def evaluated(self, metric: str = "val_loss") -> bool:
+        """Whether results.json has the metric of this very step."""
         path = self.out / "results.json"
-        return path.exists() and json.loads(path.read_text()).get("val_loss", {}).get("step") == self.step
+        return path.exists() and json.loads(path.read_text()).get(metric, {}).get("step") == self.step
 
     def clock(self) -> str:
         """`0.16B tok | 3.21h/24h | eta 5.4h`"""
@@ -544,6 +544,19 @@ def checkpoint_fingerprint(name: str) -> Fingerprint:
     if config.get("model_type") == SLAMKIT:
         return published_fingerprint(config["vocab_size"])
     raise SystemExit(f"{folder / 'slam.json'}: missing; {name} is no whole checkpoint of train.py, dpo.py or SlamKit")
+
+
+def newest_checkpoint(root: str = "out", stage: str = "") -> str:
+    """The run folder below `root` with the newest finished checkpoint, of that stage. SystemExit if there is none."""
+    found = []
+    for path in Path(root).rglob("checkpoint/slam.json"):
+        slam = json.loads(path.read_text())
+        if slam.get("finished") and stage in ("", slam.get("stage")):
+            found.append((path.stat().st_mtime, str(path.parent.parent)))
+    if not found:
+        raise SystemExit(f"no finished {stage + ' ' if stage else ''}checkpoint under {root}/; train one (bash "
+                         f"runs/demo.sh) or name one with --checkpoint")
+    return max(found)[1]
 
 
 def git_commit() -> str | None:

@@ -86,6 +86,6 @@ def runs(stories, tmp_path_factory):
     data = [f"--train={stories}/units/train", f"--val={stories}/units/val"]
     run("train.py", "config/demo_train.py", *data, *small, "--steps=6", f"--out={out}/lm")
     run("dpo.py", "config/demo_dpo.py", f"--checkpoint={out}/lm", f"--pairs={stories}/pairs_train.jsonl",
-        f"--val_pairs={stories}/pairs_val.jsonl", "--steps=2", "--micro_batch=2", "--accumulation=1",
+        f"--val_pairs={stories}/pairs_val.jsonl", "--steps=2", "--batch_pairs=2",
         f"--out={out}/dpo")
     return out

@@ -96,6 +96,13 @@ def test_packed_rows_equal_utterances_alone(hub):
     assert loss.item() == pytest.approx(F.cross_entropy(alone[0], row.roll(-1, 1)[0]).item(), abs=1e-4)
     torch.testing.assert_close(lm(row, positions=positions, last=torch.tensor([4]))[0][:, 0], alone[:, 4],
                                atol=2e-5, rtol=1e-4)
+    # Another continuation of b's first 5 tokens, and one of their first 3.
+    for at in (5, 3):
+        c = torch.cat([b[:, :at], random_tokens(1, 6, 3)], 1)
+        branches = torch.cat([row, c[:, at:], a], 1)
+        places = torch.cat([positions, torch.arange(at, at + 6)[None], torch.arange(7)[None]], 1)
+        expected = torch.cat([alone, hf(c).logits[:, at:], hf(a).logits], 1)
+        torch.testing.assert_close(lm(branches, positions=places)[0], expected, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -250,8 +257,8 @@ def test_slamkit_checkpoints_are_scored_continued_and_tuned(tmp_path):
     for split in ("train", "val"):
         write_pairs(tmp_path / f"{split}.jsonl", fingerprint, pairs)
     run("dpo.py", f"--checkpoint={tmp_path / 'slam'}", f"--pairs={tmp_path / 'train.jsonl'}",
-        f"--val_pairs={tmp_path / 'val.jsonl'}", f"--out={tmp_path / 'dpo'}", "--steps=2", "--micro_batch=4",
-        "--accumulation=1", "--time_budget_hours=none", "--lr=1e-3")
+        f"--val_pairs={tmp_path / 'val.jsonl'}", f"--out={tmp_path / 'dpo'}", "--steps=2", "--batch_pairs=4",
+        "--lr=1e-3", "--n_samples=0")
     assert json.loads((tmp_path / "dpo" / "results.json").read_text())["val_dpo_loss"]["step"] == 2
     assert checkpoint_fingerprint(str(tmp_path / "dpo" / "checkpoint")) == fingerprint
 

@@ -1,8 +1,11 @@
 """dpo.py: the loss, the log-probabilities, the loop."""
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,8 +13,13 @@ import torch
 from conftest import N_UNITS, ROOT, markov, refused, run
 from test_train import flags, tiny
 
-from dpo import Config, completion_logp, dpo_loss, sequence
-from units import write_pairs
+from config import load_config
+from dpo import (Config, Data, Pair, PairsConfig, all_logps, backward, choose, completion_logps, dpo_loss, losses, pack,
+                 step_rows)
+from eval import auto_bleu, load_judge
+from model import UnitLM
+from speech_tokenizer import SpeechTokenizer
+from units import read_pairs, write_pairs
 
 
 def test_loss_closed_forms():
@@ -55,14 +63,14 @@ def test_variants_closed_forms():
 
 
 def test_settings_reach_the_loss():
-    sequences = [([1, 5, 6, 7, 1], 3), ([1, 5, 6, 1], 2), ([1, 5, 8, 1], 2), ([1, 5, 9, 9, 9, 1], 5)]
-    policy, reference = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(0))
+    policy, reference = torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([[3, 2], [2, 5], [4, 4], [9, 1]])
     cfg = Config(beta=2.0, loss="ipo", label_smoothing=0.1, length_normalized=True, nll_weight=0.4)
-    ours, *_ = cfg.losses(policy, reference, sequences)
-    expected, *_ = dpo_loss(*policy, *reference, beta=2.0, loss="ipo", label_smoothing=0.1, length_normalized=True,
-                            nll_weight=0.4, lengths=torch.tensor([[3, 2], [2, 5]]))
+    ours, *_ = losses(cfg, policy, reference, lengths)
+    expected, *_ = dpo_loss(*policy.T, *reference.T, beta=2.0, loss="ipo", label_smoothing=0.1, length_normalized=True,
+                            nll_weight=0.4, lengths=lengths.T)
     assert ours == expected
-    assert Config().losses(policy, reference, sequences)[0] == dpo_loss(*policy, *reference, beta=0.1)[0]
+    assert losses(Config(), policy, reference, lengths)[0] == dpo_loss(*policy.T, *reference.T, beta=0.1)[0]
 
 
 @pytest.mark.parametrize("how", [{}, {"label_smoothing": 0.2}, {"loss": "ipo"}, {"loss": "ipo", "label_smoothing": 0.2},
@@ -73,26 +81,68 @@ def test_gradient_by_finite_differences(how):
     assert torch.autograd.gradcheck(lambda x: dpo_loss(*x, beta=0.3, lengths=lengths, **how)[0], logps)
 
 
-def test_sequence():
-    assert sequence([5, 6], [6, 9], 1024) == ([1, 7, 8, 11, 1], 2)
-    assert sequence([5, 6], [9], 1024) == ([1, 7, 8, 11, 1], 2)
-    assert sequence([1, 2, 3, 4], [9, 8], 6) == ([1, 5, 6, 11, 10, 1], 3)  # a long prompt loses its beginning
-    with pytest.raises(SystemExit):
-        sequence([1], [2, 3, 4, 5], 5)
+def test_a_pair_in_tokens():
+    pair = Pair.of({"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}, 1024)
+    assert pair == ([1, 7, 8], [11, 1], [6, 1])  # a unit at the joint stands once
+    assert pair.lengths == (2, 2) and pair.n_inputs == 6
+    assert pair.row() == ([1, 7, 8, 11, 8, 6], [-100, -100, 11, 1, 6, 1], [0, 1, 2, 3, 2, 3], [0, 0, 0, 0, 1, 1])
+    only = {"prompt": [1, 2, 3, 4], "chosen": [9, 8], "rejected": [7]}
+    assert Pair.of(only, 7).prompt == [1, 5, 6] and Pair.of(only, 7).n_inputs == 7  # a long one loses its beginning
+    assert Pair.of(only, 5) is None
+    assert Pair.of({"prompt": [5], "chosen": [5], "rejected": [6]}, 9).chosen == [7, 1]  # nothing else would be left
 
 
-def test_completion_logp_is_the_sum_over_completion_and_eos_whatever_the_batch():
-    lm = tiny().eval()
-    rng = np.random.default_rng(0)
-    sequences = [sequence(list(rng.integers(0, N_UNITS, a)), list(rng.integers(0, N_UNITS, b)), 64)
-                 for a, b in ((3, 9), (30, 2), (1, 1), (8, 20))]
+def some_pairs(n: int, seed: int = 0) -> list[Pair]:
+    rng = np.random.default_rng(seed)
+    return [Pair.of({k: rng.integers(0, N_UNITS, rng.integers(1, 20)).tolist() for k in Pair._fields}, 64)
+            for _ in range(n)]
+
+
+def logp_alone(lm, prompt: list[int], completion: list[int]) -> float:
+    x = torch.tensor([prompt + completion])
+    return lm(x)[0].log_softmax(-1)[0, :-1].gather(1, x[0, 1:, None])[-len(completion):].sum().item()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))])
+def test_logps_are_those_of_each_completion_by_itself(device):
+    """Whatever shares its row or batch, padded or not, compiled or not."""
+    lm, pairs = tiny().eval().to(device), some_pairs(9)
     with torch.no_grad():
-        together = completion_logp(lm, sequences, "float32")
-        for i, (tokens, n) in enumerate(sequences):
-            x = torch.tensor([tokens])
-            logp = lm(x)[0].log_softmax(-1)[0, :-1].gather(1, x[0, 1:, None])[-n:].sum()
-            assert together[i].item() == pytest.approx(logp.item(), abs=1e-4)
-            assert completion_logp(lm, [sequences[i]], "float32").item() == pytest.approx(logp.item(), abs=1e-4)
+        expected = torch.tensor([[logp_alone(lm.cpu(), p.prompt, side) for side in (p.chosen, p.rejected)]
+                                 for p in pairs])
+        lm.to(device)
+        rows = [[pairs[i] for i in row] for row in pack(pairs, 64)]
+        order = np.concatenate(pack(pairs, 64))
+        assert max(map(len, rows)) > 1 and len(rows) > 1
+        for forward, layout, width in ((lm, rows, 0), (lm, rows, 80), (lm, [pairs], 0), (lm, [[p] for p in pairs], 0)):
+            found = completion_logps(forward, layout, width, torch.device(device), "float32").cpu()
+            torch.testing.assert_close(found, expected[order if layout is rows else range(9)], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(all_logps(lm, pairs, Config(context=64, dtype="float32"), "x"), expected, atol=1e-4,
+                                   rtol=1e-4)
+
+
+def test_micro_batches_change_nothing():
+    """A step's gradients and statistics are the same however its pairs are laid out, and those of the plain loss."""
+    pairs, reference = some_pairs(8), torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) - 40
+    data, found = Data.of(pairs, reference, torch.device("cpu")), []
+    for micro_batch, width in ((1, 0), (2, 64), (8, 0)):
+        lm, cfg = tiny(), Config(context=64, batch_pairs=8, micro_batch=micro_batch, dtype="float32")
+        rows = step_rows(list(range(8)), pairs, cfg, width)
+        assert sorted(i for row in rows for i in row) == list(range(8))
+        assert len(rows) % micro_batch == 0 or not width
+        statistics = backward(lm, data, rows, cfg, width)
+        found.append(torch.cat([statistics, *(p.grad.flatten() for p in lm.parameters())]))
+    lm = tiny()
+    logps = torch.stack([torch.stack([lm(torch.tensor([p.prompt + x]))[0].log_softmax(-1)[0, :-1].gather(
+        1, torch.tensor(p.prompt + x)[1:, None])[-len(x):].sum() for x in (p.chosen, p.rejected)]) for p in pairs])
+    loss, chosen, rejected = dpo_loss(*logps.T, *reference.T, beta=0.1)
+    loss.backward()
+    mean = [loss.detach(), (chosen - rejected).mean(), (chosen > rejected).float().mean(), *logps.detach().mean(0),
+            *torch.tensor([p.lengths for p in pairs]).float().mean(0)]
+    found.append(torch.cat([torch.stack(mean), *(p.grad.flatten() for p in lm.parameters())]))
+    for other in found[:-1]:
+        torch.testing.assert_close(other, found[-1], atol=1e-4, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +166,7 @@ def start(corpus, tmp_path_factory):
 
 def dpo_flags(start, folder, out, **more) -> list[str]:
     settings = dict(out=out, checkpoint=start, pairs=folder / "train.jsonl", val_pairs=folder / "val.jsonl", steps=8,
-                    time_budget_hours="none", micro_batch=4, accumulation=2, lr=1e-2, log_every=1, save_every=3,
-                    dtype="float32")
+                    batch_pairs=8, lr=1e-2, log_every=1, save_every=3, warmup=0.1, dtype="float32", n_samples=0)
     return [f"--{k}={v}" for k, v in (settings | more).items()]
 
 
@@ -142,6 +191,129 @@ def test_it_learns_and_resumes_bit_equal(start, pairs, tmp_path):
     weights = [(out / "checkpoint" / "model.safetensors").read_bytes() for out in (whole, killed)]
     assert weights[0] == weights[1]
     assert "--resume" in refused("dpo.py", *dpo_flags(start, pairs, whole))
+
+
+def test_the_reference_is_computed_once(start, pairs, tmp_path):
+    """It is kept beside the pairs, for this checkpoint and these pairs."""
+    folder = tmp_path / "pairs"
+    shutil.copytree(pairs, folder, ignore=shutil.ignore_patterns("*.npy"))
+
+    def kept() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in folder.glob("*.reference-*.npy")}
+
+    run("dpo.py", *dpo_flags(start, folder, tmp_path / "a", steps=2))
+    first = kept()
+    assert sorted(name.split(".ref")[0] for name in first) == ["train.jsonl", "val.jsonl"]
+    run("dpo.py", *dpo_flags(start, folder, tmp_path / "b", steps=1, beta=0.5))
+    assert kept() == first
+    run("dpo.py", *dpo_flags(tmp_path / "a", folder, tmp_path / "c", steps=1))
+    (folder / "val.jsonl").write_text("".join((folder / "val.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    run("dpo.py", *dpo_flags(start, folder, tmp_path / "d", steps=1))
+    assert first.items() < kept().items() and len(kept()) == 5  # c's two, and d's of the changed file
+    pairs_of = [Pair.of(x, 1024) for x in read_pairs(folder / "train.jsonl")[1]]
+    name, = (p for p in first if p.startswith("train"))
+    expected = all_logps(UnitLM.from_pretrained(str(start)).eval(), pairs_of, Config(dtype="float32"), "x")
+    torch.testing.assert_close(torch.from_numpy(np.load(folder / name)), expected, atol=1e-4, rtol=1e-5)
+    assert "val dpo loss 0.6931" in run("dpo.py", *dpo_flags(start, folder, tmp_path / "e", steps=0)).stdout  # log 2
+
+
+def test_nothing_named(start, pairs, tmp_path, monkeypatch, capsys):
+    """The newest pre-trained checkpoint, not a tuned one, and the newest pairs of its units."""
+    from dpo import complete
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no finished train checkpoint under out/"):
+        complete(Config())
+    for at, (name, stage) in enumerate((("old", "train"), ("lm", "train"), ("newer", "dpo"))):
+        shutil.copytree(start, tmp_path / "out" / name / "checkpoint")
+        slam = tmp_path / "out" / name / "checkpoint" / "slam.json"
+        slam.write_text(slam.read_text().replace('"stage": "train"', f'"stage": "{stage}"'))
+        os.utime(slam, (at, at))
+    with pytest.raises(SystemExit, match="no pairs_train.jsonl under out/ of the units of out/lm"):
+        complete(Config())
+    for at, name in enumerate(("a", "b", "c")):
+        path = tmp_path / "out" / name / "pairs_train.jsonl"
+        path.parent.mkdir()
+        text = (pairs / "train.jsonl").read_text()
+        path.write_text(text.replace("f" * 64, "0" * 64) if name == "c" else text)
+        os.utime(path, (at, at))
+    cfg = complete(Config())
+    assert (cfg.checkpoint, cfg.pairs, cfg.val_pairs, cfg.out) == (
+        "out/lm", "out/b/pairs_train.jsonl", "out/b/pairs_val.jsonl", "out/lm_dpo")
+    assert capsys.readouterr().out == ("the paper's recipe (table 5, config/slam_dpo.py): checkpoint out/lm, pairs "
+                                       "out/b/pairs_train.jsonl, out out/lm_dpo\n")
+    complete(Config(lr=1e-4))
+    assert "recipe" not in capsys.readouterr().out
+    slam = load_config(Config, [str(ROOT / "config/slam_dpo.py")])
+    assert asdict(slam) == asdict(replace(Config(), dtype="bfloat16", **{k: getattr(slam, k) for k in (
+        "out", "checkpoint", "pairs", "val_pairs")}))
+
+
+def test_choosing_among_continuations():
+    def candidate(score, text="one two three four", auto_bleu=0.0):
+        return {"score": score, "text": text, "auto_bleu": auto_bleu}
+
+    cfg, a, b, c = PairsConfig(max_auto_bleu=0.1, min_gap=0.5), candidate(-3.0), candidate(-2.0), candidate(-4.0)
+    assert choose([a, b, c], cfg) == (b, c)
+    repeats, short, silent = candidate(-1.0, auto_bleu=0.1), candidate(-1.0, "one two"), candidate(None, "")
+    assert choose([repeats, a, short, c, silent], cfg) == (a, c)  # a repetitive one may be rejected, not chosen
+    assert choose([candidate(-2.4), candidate(-2.8)], cfg) is None
+    assert choose([repeats, silent], cfg) is None and choose([a, silent], cfg) is None
+    assert choose([repeats | {"score": -9.0}, a], cfg) == (a, repeats | {"score": -9.0})
+
+
+def test_on_policy_pairs(runs, stories, tmp_path):
+    """Real continuations, transcripts and scores; killed, the same files result; what is chosen can be changed."""
+    out = tmp_path / "align"
+    command = ["dpo.py", "pairs", f"--out={out}", f"--checkpoint={runs}/lm", f"--prompts={stories}/pairs_train.jsonl",
+               "--n_prompts=4", "--n_val=1", "--n=3", "--new_units=40", "--batch=2", "--may_end=false", "--top_k=5",
+               "--temperature=0.7", "--min_gap=0", "--max_auto_bleu=2", "--min_words=0"]
+    run(*command)
+    lines = (out / "candidates.jsonl").read_text().splitlines(keepends=True)
+    found = [json.loads(x) for x in lines[1:]]
+    assert len(found) == 4 and all(len(x["candidates"]) == 3 and len(x["candidates"][0]["units"]) == 40 for x in found)
+    known = {p["id"]: p for p in read_pairs(stories / "pairs_train.jsonl")[1]}
+    made = [read_pairs(out / f"pairs_{split}.jsonl") for split in ("train", "val")]
+    assert all(f == SpeechTokenizer.load("embedded").fingerprint for f, _ in made)
+    for pair in made[0][1] + made[1][1]:
+        assert pair["prompt"] == known[pair["id"]]["prompt"]
+        candidates = next(x["candidates"] for x in found if x["id"] == pair["id"])
+        scores = [c["score"] for c in candidates if c["score"] is not None]
+        assert (pair["chosen_score"], pair["rejected_score"]) == (max(scores), min(scores))
+        assert {"units": pair["chosen"], "text": pair["chosen_text"], "score": pair["chosen_score"],
+                "auto_bleu": auto_bleu(pair["chosen_text"])} in candidates
+    # The score is the text LM's, of the continuation's tokens alone.
+    chosen = made[0][1][0]
+    model, tokenizer = load_judge("embedded:smollm2-135m")
+    a, b = (tokenizer(x).input_ids for x in (chosen["prompt_text"], f" {chosen['chosen_text']}"))
+    with torch.no_grad():
+        logp = model(torch.tensor([a + b])).logits.float().log_softmax(-1)[0, len(a) - 1:-1]
+    assert chosen["chosen_score"] == pytest.approx(logp.gather(1, torch.tensor(b)[:, None]).mean().item(), abs=1e-3)
+    # Killed within the second batch.
+    whole = {p.name: p.read_bytes() for p in out.iterdir()}
+    (out / "pairs_train.jsonl").unlink()
+    (out / "candidates.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
+    run(*command)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == whole
+    assert "prompts gave none" in run(*command, "--n_val=0", "--min_gap=0.001").stdout
+    assert "a larger max_auto_bleu give more" in refused(*command, "--min_gap=99")
+    assert "temperature was 0.7, now 0.8" in refused(*command, "--temperature=0.8")
+    # Unit files as prompts, whose text the ASR has to hear.
+    run(*command, f"--out={tmp_path / 'units'}", f"--prompts={stories}/units/train", "--prompt_units=50",
+        "--n_prompts=2", "--n_val=0")
+    heard = [json.loads(x) for x in (tmp_path / "units" / "candidates.jsonl").read_text().splitlines()[1:]]
+    assert all(len(x["prompt"]) == 50 and x["prompt_text"].startswith(("Once", "There")) for x in heard)
+
+
+def test_samples_tell_of_repetition(runs, stories, tmp_path):
+    run("dpo.py", "config/demo_dpo.py", f"--checkpoint={runs}/lm", f"--pairs={stories}/pairs_train.jsonl",
+        f"--val_pairs={stories}/pairs_val.jsonl", "--steps=2", "--batch_pairs=2", "--n_samples=2", "--eval_every=1",
+        f"--out={tmp_path}/dpo")
+    records = [json.loads(x) for x in (tmp_path / "dpo" / "log.jsonl").read_text().splitlines()]
+    samples = [r for r in records if "samples" in r]
+    assert [r["step"] for r in samples] == [0, 1, 2]
+    for r in samples:
+        assert len(r["samples"]) == 2 and all(map(str.split, r["samples"]))
+        assert r["sample_auto_bleu"] == pytest.approx(100 * np.mean([auto_bleu(t) for t in r["samples"]]))
 
 
 def test_refusals(start, pairs, tmp_path):

@@ -13,7 +13,7 @@ from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Q
                           RepetitionPenaltyLogitsProcessor)
 
 import embedded
-from model import KVCache, ModelConfig, UnitLM, fetch, recover, sample, swap_in
+from model import KVCache, ModelConfig, UnitLM, fetch, recover, runs_of, sample, swap_in, visible
 
 V = 60
 HF = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -230,6 +230,25 @@ def test_packed_utterances_do_not_see_each_other(lm):
         changed = [random_tokens(1, len(u), seed=99)[0] if i == j else u for j, u in enumerate(utterances)]
         for j, (before, after) in enumerate(zip(losses, packed_losses(changed))):
             assert torch.equal(before, after) == (i != j)
+
+
+def test_several_continuations_of_one_beginning(lm):
+    """They see it and themselves, and cost nothing twice; by CPU's runs and by the mask that a GPU takes."""
+    trunk, ends = random_tokens(1, 5, 1), [random_tokens(1, n, n) for n in (6, 1, 4)]
+    wholes, other = [torch.cat([trunk, end], 1) for end in ends], random_tokens(1, 7, 9)
+    tokens = torch.cat([trunk, *ends, other], 1)
+    positions = torch.cat([torch.arange(5), *(torch.arange(5, 5 + e.shape[1]) for e in ends), torch.arange(7)])[None]
+    expected = torch.cat([lm(wholes[0])[0], *(lm(x)[0][:, 5:] for x in wholes[1:]), lm(other)[0]], 1)
+    torch.testing.assert_close(lm(tokens, positions=positions)[0], expected, rtol=1e-5, atol=1e-5)
+    both = torch.cat([positions, torch.arange(positions.shape[1])[None]])  # a second row is one utterance
+    assert runs_of(both) == [(11, 0, 0), (1, 0, 5), (4, 0, 5), (7, 3, 0), (23, 4, 0)]
+    mask, at = torch.zeros(2, 23, 23, dtype=torch.bool), 0
+    for row, runs in ((0, runs_of(positions)), (1, [(23, 0, 0)])):
+        starts = [sum(n for n, _, _ in runs[:i]) for i in range(len(runs))]
+        for at, (n, trunk_run, shared) in zip(starts, runs):
+            mask[row, at:at + n, at:at + n] = torch.ones(n, n).tril()
+            mask[row, at:at + n, starts[trunk_run]:starts[trunk_run] + shared] = True
+    assert torch.equal(visible(both)[:, 0], mask)
 
 
 def test_no_gradient_crosses_an_utterance_border(lm):

@@ -1,0 +1,22 @@
+"""On-policy preference pairs (AlignSLM): what Slam says itself, the better continuations over the worse.
+
+    python dpo.py pairs config/align_pairs.py
+    python dpo.py config/slam_dpo.py --pairs out/align/pairs_train.jsonl --val_pairs out/align/pairs_val.jsonl --out out/slam_align
+
+Whisper-large-v3-turbo and Llama-3.2-1B, which GenPPL is measured with, are left out of it.
+"""
+out = "out/align"
+checkpoint = "out/slam"
+prompts = "out/units/librispeech"
+n_prompts = 10_000
+n_val = 200
+prompt_units = 60
+n = 8
+new_units = 100
+temperature = 1.0
+top_k = 50
+asr = "openai/whisper-small.en"
+judge = "Qwen/Qwen2.5-1.5B"
+max_auto_bleu = 0.1
+min_gap = 0.5
+batch = 16
