@@ -128,10 +128,10 @@ def mono(f: soundfile.SoundFile, name, seconds: float) -> Iterator[np.ndarray]:
         raise ValueError(f"{name}: truncated: it holds less audio than its header promises; copy it again")
 
 
-def load_audio(path: str | Path) -> np.ndarray:
+def load_audio(source: str | Path | BinaryIO, name=None) -> np.ndarray:
     """Any libsndfile file as mono float32 (T,) at 16 kHz. ValueError naming the file if there is nothing to use."""
-    wave = np.concatenate([np.zeros(0, np.float32), *read_blocks(path)])
-    check_wave(wave, path)
+    wave = np.concatenate([np.zeros(0, np.float32), *read_blocks(source, name)])
+    check_wave(wave, name or source)
     return wave
 
 

@@ -1,6 +1,7 @@
 """Speed and memory of the stages, beside the peer's way of doing the same, in one process.
 
     python bench.py train config/slam.py                 # tokens/s of training: ours, and as SlamKit trains
+    python bench.py dpo --checkpoint out/demo/lm         # pairs/s of DPO: ours, as SlamKit tunes, and TRL if installed
     python bench.py generate --checkpoint out/demo/lm    # tokens/s of sampling: ours, and transformers' generate
     python bench.py memory config/slam.py                # GPU memory of a training run, counted without a GPU
     python bench.py units --input out/study/data/audio   # hours per hour of speech to units, and each stage of it
@@ -10,9 +11,12 @@ Each case is one JSON line: ours, peer, their ratio, the shape, the device and t
 turns, since other work on the machine slows whoever runs; on a GPU each has the memory to itself.
 """
 import contextlib
+import copy
+import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import re
 import statistics
 import subprocess
@@ -20,6 +24,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
 
@@ -31,12 +36,14 @@ from torch import Tensor
 
 from audio import SAMPLE_RATE, load_audio
 from config import load_config
+from dpo import (Config as DpoConfig, Data, Pair, all_logps, backward, complete as complete_dpo, dpo_loss, load_pairs,
+                 step_rows)
 from embedded import resolve
 from model import ModelConfig, UnitLM, fetch, find_checkpoint, from_config, twisted
 from optim import make_optimizer, update
 from prepare_units import Config as UnitsConfig, extract
 from speech_tokenizer import SpeechTokenizer, WhisperFrames, assign, write_codebook
-from train import (Config as TrainConfig, Loader, Rows, accumulate, autocast, build, collate, compiled, cut,
+from train import (Config as TrainConfig, Epochs, Loader, Rows, accumulate, autocast, build, collate, compiled, cut,
                    flops_per_token, peak_flops, pick_device)
 from units import UnitReader, UnitWriter, to_tokens
 from vocoder import HifiGan, Vocoder
@@ -169,6 +176,148 @@ def bench_train(cfg: BenchTrain) -> None:
         more |= {"memory_gb": round(our_memory, 2), "peer_memory_gb": round(peer_memory, 2)}
     report("train", ours, peer, "useful tokens/s", **more, shape=shape, mean_chunk=round(float(chunks.mean()), 1),
            optimizer=cfg.optimizer, compile=cfg.compile)
+
+
+# ---------------------------------------------------------------- preference tuning
+
+@dataclass
+class BenchDpo(DpoConfig):
+    """Steps of DPO, ours and the peer's; the settings are those of dpo.py."""
+    peer_micro_batch: int = 4  # pairs in a forward pass of the peer, which are twice as many sequences (the paper's)
+    trl: bool = True  # time TRL's DPOTrainer too, if it is installed
+    rounds: int = 3  # steps timed of each side, after one more
+
+
+def our_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair], first_epoch: bool) -> Callable[[], int]:
+    """dpo.py's step. first_epoch: with the reference's log-probabilities of its pairs, which are computed just once."""
+    device, order, done = pick_device(), Epochs(len(pairs), cfg.seed), 0
+    lm = copy.deepcopy(lm).to(device).train()
+    forward, optimizer = compiled(lm, cfg.compile), make_optimizer(lm, cfg)
+    width = cfg.context if forward is not lm else 0
+    data = Data.of(pairs, torch.zeros(len(pairs), 2), device)
+
+    def step() -> int:
+        nonlocal done
+        ids, done = [order[done * cfg.batch_pairs + i] for i in range(cfg.batch_pairs)], done + 1
+        if first_epoch:
+            data.reference[ids] = all_logps(lm, [pairs[i] for i in ids], cfg, "").to(device)
+        backward(forward, data, step_rows(ids, pairs, cfg, width), cfg, width)
+        update(lm, optimizer, cfg.lr, cfg.clip)
+        return cfg.batch_pairs
+
+    return step
+
+
+def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair]) -> Callable[[], int]:
+    """What SlamKit runs, by TRL: chosen and rejected sequences, prompt and all, padded on the right in one batch,
+    through the policy and a frozen copy of the starting model."""
+    device, order, done = pick_device(), Epochs(len(pairs), cfg.seed), 0
+    policy, reference = peer_model(lm).to(device).train(), peer_model(lm).to(device).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+
+    def logps(hf: torch.nn.Module, batch: list[Pair]) -> Tensor:
+        both = [(p.prompt, p.chosen) for p in batch] + [(p.prompt, p.rejected) for p in batch]
+        tokens, mask, completion = torch.zeros(3, len(both), max(len(a) + len(b) for a, b in both), dtype=torch.long)
+        for row, (a, b) in enumerate(both):
+            n = len(a) + len(b)
+            tokens[row, :n], mask[row, :n], completion[row, len(a):n] = torch.tensor(a + b), 1, 1
+        tokens, mask, completion = (x.to(device) for x in (tokens, mask, completion))
+        with autocast(device, cfg.dtype):
+            logits = hf(tokens, attention_mask=mask, use_cache=False).logits
+        found = logits[:, :-1].float().log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+        return (found * completion[:, 1:]).sum(1).view(2, -1)
+
+    def step() -> int:
+        nonlocal done
+        ids, done = [order[done * cfg.batch_pairs + i] for i in range(cfg.batch_pairs)], done + 1
+        for at in range(0, len(ids), cfg.peer_micro_batch):
+            batch = [pairs[i] for i in ids[at:at + cfg.peer_micro_batch]]
+            with torch.no_grad():
+                frozen = logps(reference, batch)
+            loss = dpo_loss(*logps(policy, batch), *frozen, cfg.beta)[0]
+            (loss * len(batch) / cfg.batch_pairs).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return cfg.batch_pairs
+
+    return step
+
+
+def trl_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair]) -> float | None:
+    """Pairs per second of TRL's DPOTrainer, the median of `rounds` steps after one; None if it is not installed."""
+    if importlib.util.find_spec("trl") is None:
+        return None
+    from datasets import Dataset
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from trl import DPOConfig, DPOTrainer
+    names = ["<pad>", "<s>", *(f"<Un{u}>" for u in range(lm.config.vocab_size - 2))]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[^>]+>"), "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<s>",
+                                                     bos_token="<s>")
+    rows = [{k: "".join(names[t] for t in tokens) for k, tokens in pair._asdict().items()} for pair in pairs]
+    times = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[-1] += time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        bf16 = not isinstance(autocast(pick_device(), cfg.dtype), contextlib.nullcontext)
+        arguments = DPOConfig(
+            folder, per_device_train_batch_size=cfg.peer_micro_batch, beta=cfg.beta, learning_rate=cfg.lr,
+            gradient_accumulation_steps=cfg.batch_pairs // cfg.peer_micro_batch, max_steps=1 + cfg.rounds, bf16=bf16,
+            max_length=cfg.context, gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True,
+            logging_strategy="no", use_cpu=pick_device().type == "cpu", max_grad_norm=cfg.clip, seed=cfg.seed)
+        DPOTrainer(peer_model(lm), peer_model(lm), arguments, train_dataset=Dataset.from_list(rows),
+                   processing_class=tokenizer, callbacks=[Clock()]).train()
+    return cfg.batch_pairs / statistics.median(times[1:])
+
+
+def dpo_memory(cfg: BenchDpo, side: str) -> float:
+    """GB that two steps of a side take at most on a CPU, the program itself not counted; for a process of its own."""
+    def status(name: str) -> float:
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+
+    lm, pairs = dpo_case(cfg)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = status("VmRSS")
+    step = our_dpo(cfg, lm, pairs, first_epoch=False) if side == "ours" else peer_dpo(cfg, lm, pairs)
+    step()
+    step()
+    return status("VmHWM") - before
+
+
+def dpo_case(cfg: BenchDpo) -> tuple[UnitLM, list[Pair]]:
+    return UnitLM.from_pretrained(find_checkpoint(cfg.checkpoint)), load_pairs(cfg.pairs, cfg.context)[2]
+
+
+def bench_dpo(cfg: BenchDpo) -> None:
+    """Pairs per second, and peak memory."""
+    with contextlib.redirect_stdout(sys.stderr):
+        cfg = complete_dpo(cfg)
+    lm, pairs = dpo_case(cfg)
+    found = rates({"ours": lambda: our_dpo(cfg, lm, pairs, False), "first": lambda: our_dpo(cfg, lm, pairs, True),
+                   "peer": lambda: peer_dpo(cfg, lm, pairs)}, cfg.rounds, warm=1)
+    memory = {side: found[side][1] for side in ("ours", "peer")}
+    if not torch.cuda.is_available() and sys.platform == "linux":
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            memory = {side: pool.apply(dpo_memory, (cfg, side)) for side in ("ours", "peer")}
+    (ours, _), (first, _), (peer, _) = found.values()
+    trl = trl_dpo(cfg, lm, pairs) if cfg.trl else None
+    more = {f"{side}_gb": round(gb, 2) for side, gb in memory.items() if gb}
+    if trl:
+        more |= {"trl": round(trl, 1), "ratio_trl": round(ours / trl, 2), "trl_version": version("trl")}
+    mean = np.mean([[len(x) for x in pair] for pair in pairs], 0).round(1).tolist()
+    report("dpo", ours, peer, "pairs/s", ratio_first_epoch=round(first / peer, 2), **more,
+           shape=f"{lm.n_params() / 1e6:.1f}M, tokens of prompt, chosen, rejected: {mean}", dtype=cfg.dtype,
+           rows=cfg.micro_batch, peer_pairs=cfg.peer_micro_batch, compile=cfg.compile)
 
 
 # ---------------------------------------------------------------- generation
@@ -445,9 +594,9 @@ def bench_vocoder(cfg: BenchVocoder) -> None:
 
 
 if __name__ == "__main__":
-    cases = {"train": (BenchTrain, bench_train), "generate": (BenchGenerate, bench_generate),
-             "memory": (BenchMemory, bench_memory), "units": (BenchUnits, bench_units),
-             "vocoder": (BenchVocoder, bench_vocoder)}
+    cases = {"train": (BenchTrain, bench_train), "dpo": (BenchDpo, bench_dpo),
+             "generate": (BenchGenerate, bench_generate), "memory": (BenchMemory, bench_memory),
+             "units": (BenchUnits, bench_units), "vocoder": (BenchVocoder, bench_vocoder)}
     if len(sys.argv) < 2 or sys.argv[1] not in cases:
         raise SystemExit(f"{__doc__.strip()}\n\nusage: python bench.py {'|'.join(cases)} [CONFIG.py ...] [--key=value]")
     Config, run = cases[sys.argv[1]]

@@ -807,6 +807,11 @@ def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray 
     read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500) -> "a", [3, 49], None
     """
     record = json.loads(line)
+    return str(record["file_name"]), *slamkit_units(record, n_units)
+
+
+def slamkit_units(record: dict, n_units: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Units and, if they are there, durations of what SlamKit writes of a recording. ValueError if it is none."""
     found = record.get("audio_repr", record)
     if isinstance(found, str):
         if re.sub(r"<Un\d+>", "", found):
@@ -821,7 +826,7 @@ def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray 
         if durations.shape != units.shape or durations.min() < 1:
             raise ValueError(f"{durations.shape} durations for {units.shape} units, each at least 1")
         durations = np.add.reduceat(durations, np.cumsum(runs) - runs)
-    return str(record["file_name"]), merged, durations
+    return merged, durations
 
 
 # ---------------------------------------------------------------- what is there

@@ -8,10 +8,12 @@ Out: one folder:  stories.jsonl · units/train, units/val (unit files) · pairs_
     python synth_stories.py config/demo_stories.py
     python synth_stories.py config/demo_stories.py --out out/big --n_train 5000 --keep_audio
     python synth_stories.py config/spoken_swag.py --swag train.csv      # of SWAG's full set; hours of speaking
+    python synth_stories.py config/spoken_swag.py --swag SpokenSwag     # a folder of its parquet files
 
 Three minutes on two CPU cores for the demo's 250 stories (1.6 h of speech), pairs and benchmarks. The same seed
 on the same machine gives the same files. Killed, it goes on where it was when started again.
 """
+import contextlib
 import csv
 import functools
 import json
@@ -25,17 +27,19 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, SILENCE, resample
+from audio import SAMPLE_RATE, check_wave, load_audio, read_parquet, resample
 from config import load_config
 from embedded import resolve
 from eval import auto_bleu
 from model import UnitLM
+from prepare_units import slamkit_units
 from speech_tokenizer import SpeechTokenizer
 from train import pick_device
 from units import UnitReader, UnitWriter, write_pairs
@@ -46,7 +50,8 @@ class Config:
     """Write, speak and tokenise stories."""
     out: str = "out/stories"  # folder to write; an interrupted run resumes in it
     writer: str = "embedded:smollm2-135m"  # text LM that writes the stories
-    swag: str = ""  # SWAG's train.csv (the one with gold-source and ending0 to 3): pairs of it, and nothing else
+    swag: str = ""  # pairs of SWAG, and nothing else, from SWAG's train.csv (that with gold-source and ending0 to 3),
+    # from a folder of slprl/SpokenSwag's parquet files, or from SlamKit's .jsonl of pairs with their units
     max_auto_bleu: float = 0.3  # a pair whose prompt and chosen text repeat bigrams as often as this is left out
     tts: str = "hibari"  # what speaks: hibari, kokoro (its package installed) or fastspeech2 (from the hub)
     voices: tuple[str, ...] = ()  # of the TTS; a story or a pair is in one of them; none: stories its first, pairs all
@@ -208,6 +213,7 @@ def load_fastspeech2():
     return speak
 
 
+SIDES = ("prompt", "chosen", "rejected")
 # name -> (() -> (text, seed, voice) -> (wave, sample rate), voices)
 TTS = {"hibari": (load_hibari, ("american",)),
        "kokoro": (load_kokoro, ("af_heart", "am_fenrir", "bf_emma", "bm_george")),
@@ -228,6 +234,18 @@ def speak(job: tuple[list[str], int, str]) -> list[np.ndarray]:
         wave = resample(*(_speak(sentence, seed + i, voice)), SAMPLE_RATE)
         waves.append(np.pad(wave, (0, -len(wave) % 640)).astype(np.float32))
     return waves
+
+
+@contextlib.contextmanager
+def speakers(cfg: Config):
+    """A pool of processes that speak; None where all has been said already. SystemExit if the TTS can't be loaded."""
+    if kind_of(cfg.swag) in ("parquet", "jsonl"):
+        yield None
+        return
+    TTS[cfg.tts][0]()  # what it lacks is said here, and once
+    # spawn, not fork: a forked child of a process that has run torch's threads may hang
+    with multiprocessing.get_context("spawn").Pool(cfg.workers, _start_worker, (cfg.tts,)) as pool:
+        yield pool
 
 
 def spoken(cfg: Config, pool, texts: dict[str, list[str]], desc: str, voices: dict[str, str] | None = None):
@@ -331,10 +349,80 @@ def read_swag(path: str, cfg: Config) -> tuple[list[dict], Counter]:
     return pairs, skipped
 
 
-def speak_pairs(cfg: Config, pool, pairs: list[dict], path: Path, tokenizer: SpeechTokenizer) -> int:
-    """Speak and tokenise the texts of pairs into a pair file, each text by itself; how many gave no units.
+def read_spoken_swag(input: str, cfg: Config) -> tuple[list[dict], Counter]:
+    """Hugging Face's slprl/SpokenSwag, a folder of its parquet files or one: texts of pairs, and the rows skipped.
 
-    Pairs are kept as they come, so that a killed run goes on with the next.
+    A pair's "split" is that of its file's name. SystemExit if it is no such file, or pyarrow is not there.
+    """
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise SystemExit(f"{input}: reading parquet needs pyarrow: pip install pyarrow") from None
+    pairs, skipped = [], Counter()
+    for path in parquet_files(input):
+        try:
+            names = parquet.read_schema(path).names
+            if missing := {x for side in SIDES for x in (side, f"{side}_text")} - set(names):
+                raise SystemExit(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(names)}")
+            columns = [f"{side}_text" for side in SIDES] + ["speaker"] * ("speaker" in names)
+            rows = parquet.read_table(path, columns=columns).to_pylist()
+        except (OSError, ValueError) as e:  # pyarrow's own are of these
+            raise SystemExit(f"{path}: not a whole parquet file ({str(e).splitlines()[0]})") from None
+        split = "val" if re.search("val|test", path.name) else "train"
+        for number, row in enumerate(rows):
+            if auto_bleu(f"{row['prompt_text']} {row['chosen_text']}") >= cfg.max_auto_bleu:
+                skipped["repetitive"] += 1
+            else:
+                pairs.append({"id": f"{path.stem}/{number:07d}", "split": split} | row)
+    return pairs, skipped
+
+
+def parquet_files(input: str) -> list[Path]:
+    return sorted(Path(input).rglob("*.parquet")) if Path(input).is_dir() else [Path(input)]
+
+
+def read_slamkit_pairs(path: str, cfg: Config, n_units: int) -> tuple[list[dict], Counter]:
+    """SlamKit's preference features, JSON lines of prompt, chosen and rejected with their units: pairs, rows skipped.
+
+    {"prompt": {"audio_repr": {"units", "duration"} or "<Un3><Un49>…"}, "chosen": …, "rejected": …, "prompt_text", …}
+    """
+    pairs, skipped = [], Counter()
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f):
+                row = json.loads(line)
+                texts = {k: row[k] for side in SIDES if (k := f"{side}_text") in row}
+                if auto_bleu(f"{texts.get('prompt_text', '')} {texts.get('chosen_text', '')}") >= cfg.max_auto_bleu:
+                    skipped["repetitive"] += 1
+                    continue
+                units = {side: slamkit_units(row[side], n_units)[0].tolist() for side in SIDES}
+                pairs.append({"id": f"{Path(path).stem}/{number:07d}"} | units | texts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SystemExit(f"{path}: line {len(pairs) + skipped.total() + 1}: not a pair with units ({e!r}), as "
+                         f"SlamKit's preference_alignment_feature_extractor writes them") from None
+    return pairs, skipped
+
+
+def stored_waves(files: list[Path], wanted: dict[str, dict]):
+    """Yield (id and side, [wave]) of parquet files' rows; a wave of no samples for one that can't be read."""
+    for path in files:
+        prefix = f"{path.stem}/"
+        columns = [read_parquet(str(path), prefix, False, side, lambda id: id[:len(prefix) + 7] in wanted)
+                   for side in SIDES]
+        for items in zip(*columns):
+            for side, item in zip(SIDES, items):
+                if item.fatal:
+                    raise SystemExit(f"{path}: {item.problem}")
+                with contextlib.suppress(ValueError):
+                    yield f"{item.id[:len(prefix) + 7]} {side}", [load_audio(item.source, item.id)]
+                    continue
+                yield f"{item.id[:len(prefix) + 7]} {side}", [np.zeros(0, np.float32)]
+
+
+def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, say: Callable) -> int:
+    """Write a pair file: what `say(todo)`, todo {id: pair}, yields as (id and side, [wave]), each tokenised by itself.
+
+    Pairs are kept as they come, so that a killed run goes on with the next. Returns how many gave no units.
     """
     if path.exists():
         return 0
@@ -343,36 +431,73 @@ def speak_pairs(cfg: Config, pool, pairs: list[dict], path: Path, tokenizer: Spe
     kept.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     done = {json.loads(line)["id"] for line in lines}
     todo = {p["id"]: p for p in pairs if p["id"] not in done}
-    sides = ("prompt", "chosen", "rejected")
-    texts = {f"{id} {side}": [p[f"{side}_text"]] for id, p in todo.items() for side in sides}
-    voices = {name: todo[name.partition(" ")[0]]["speaker"] for name in texts}
     with open(kept, "a", encoding="utf-8") as f:
-        said = spoken(cfg, pool, texts, f"speaking {path.stem}", voices) if texts else iter(())
+        said = iter(say(todo) if todo else ())
         while batch := list(islice(said, 3 * 16)):  # whole pairs, tokenised together
             waves = {name: wave for name, (wave,) in batch}
-            sound = {name: wave for name, wave in waves.items() if len(wave) >= 640 and np.abs(wave).max() >= SILENCE}
+            sound = {name: wave for name, wave in waves.items() if is_sound(wave)}
             units = dict(zip(sound, (u.tolist() for u, _ in tokenizer.encode_batch(list(sound.values())))))
             for id in dict.fromkeys(name.partition(" ")[0] for name in waves):
-                own = {side: units.get(f"{id} {side}") for side in sides}
+                own = {side: units.get(f"{id} {side}") for side in SIDES}
                 f.write(json.dumps(todo[id] | own, ensure_ascii=False) + "\n")
             f.flush()
     found = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    whole = [p for p in found if p["prompt"] and p["chosen"] and p["rejected"]]
+    whole = [p for p in found if all(p[side] for side in SIDES)]
     write_pairs(path, tokenizer.fingerprint, whole)
     kept.unlink()
     return len(found) - len(whole)
 
 
+def is_sound(wave: np.ndarray) -> bool:
+    with contextlib.suppress(ValueError):
+        check_wave(wave)
+        return True
+    return False
+
+
+def kind_of(swag: str) -> str:
+    """parquet (audio), jsonl (units) or csv (text); empty for nothing."""
+    return "parquet" if swag and Path(swag).is_dir() else Path(swag).suffix[1:]
+
+
 def make_swag_pairs(cfg: Config, pool, tokenizer: SpeechTokenizer) -> None:
-    """pairs_val.jsonl, of `n_val` rows drawn by the seed, and pairs_train.jsonl, of at most `n_pairs` others."""
-    pairs, skipped = read_swag(cfg.swag, cfg)
-    if len(pairs) <= cfg.n_val:
+    """pairs_val.jsonl, of `n_val` rows drawn by the seed, and pairs_train.jsonl, of at most `n_pairs` others.
+
+    Of a data set with a validation split, from that.
+    """
+    kind = kind_of(cfg.swag)
+    if kind == "parquet":
+        pairs, skipped = read_spoken_swag(cfg.swag, cfg)
+    elif kind == "jsonl":
+        pairs, skipped = read_slamkit_pairs(cfg.swag, cfg, tokenizer.fingerprint.n_units)
+    else:
+        pairs, skipped = read_swag(cfg.swag, cfg)
+
+    def say(todo: dict[str, dict]):
+        if kind == "parquet":
+            bar = tqdm(total=len(todo), disable=None, desc="tokenising", unit="pair")
+            for i, found in enumerate(stored_waves(parquet_files(cfg.swag), todo)):
+                yield found
+                bar.update(i % 3 == 2)
+            return
+        texts = {f"{id} {side}": [p[f"{side}_text"]] for id, p in todo.items() for side in SIDES}
+        yield from spoken(cfg, pool, texts, "speaking pairs",
+                          {name: todo[name.partition(" ")[0]]["speaker"] for name in texts})
+
+    splits = [p.pop("split", "") for p in pairs]
+    order = np.random.default_rng(cfg.seed).permutation(len(pairs))
+    own = "val" in splits and "train" in splits
+    val = [i for i in order if not own or splits[i] == "val"][:cfg.n_val]
+    train = [i for i in order if splits[i] == "train"] if own else order[len(val):]
+    if len(val) < cfg.n_val or not len(train):
         raise SystemExit(f"{cfg.swag}: {len(pairs)} usable rows ({dict(skipped)}); more than n_val, {cfg.n_val}, are "
                          f"needed")
-    order = np.random.default_rng(cfg.seed).permutation(len(pairs))
-    for split, part in (("val", order[:cfg.n_val]), ("train", order[cfg.n_val:][:cfg.n_pairs])):
-        path = Path(cfg.out) / f"pairs_{split}.jsonl"
-        silent = speak_pairs(cfg, pool, [pairs[i] for i in part], path, tokenizer)
+    for split, part in (("val", val), ("train", train[:cfg.n_pairs])):
+        path, part, silent = Path(cfg.out) / f"pairs_{split}.jsonl", [pairs[i] for i in sorted(part)], 0
+        if kind != "jsonl":
+            silent = tokenize_pairs(part, path, tokenizer, say)
+        elif not path.exists():
+            write_pairs(path, tokenizer.fingerprint, part)
         print(f"{path}: {len(part) - silent:,} pairs; {silent} gave no sound")
     print(f"{cfg.swag}: {len(pairs) + skipped.total():,} rows, of which were skipped: "
           + (", ".join(f"{n:,} {why}" for why, n in skipped.items()) or "none"))
@@ -486,22 +611,18 @@ def main(cfg: Config) -> None:
     record.write_text(json.dumps({"settings": settings, "done": False}, indent=2))
 
     tokenizer = None if cfg.tokenizer == "none" else SpeechTokenizer.load(cfg.tokenizer, pick_device().type)
-    if cfg.swag:
-        with multiprocessing.get_context("spawn").Pool(cfg.workers, _start_worker, (cfg.tts,)) as pool:
+    stories = [] if cfg.swag else write_stories(cfg, cfg.n_val + cfg.n_train)
+    splits = {} if cfg.swag else {"val": stories[:cfg.n_val], "train": stories[cfg.n_val:]}
+    with speakers(cfg) as pool:
+        if cfg.swag:
             make_swag_pairs(cfg, pool, tokenizer)
-        record.write_text(json.dumps({"settings": settings, "done": True}, indent=2))
-        print(f"{out}: done")
-        return
-    stories = write_stories(cfg, cfg.n_val + cfg.n_train)
-    splits = {"val": stories[:cfg.n_val], "train": stories[cfg.n_val:]}
-    # spawn, not fork: a forked child of a process that has run torch's threads may hang
-    with multiprocessing.get_context("spawn").Pool(cfg.workers, _start_worker, (cfg.tts,)) as pool:
         for split, part in splits.items():
             speak_stories(cfg, pool, part, split, tokenizer)
             if tokenizer:
                 make_pairs(cfg, pool, part, split, tokenizer)
-        make_tstorycloze(cfg, pool, splits["val"])
-        make_sblimp(cfg, pool)
+        if not cfg.swag:
+            make_tstorycloze(cfg, pool, splits["val"])
+            make_sblimp(cfg, pool)
 
     record.write_text(json.dumps({"settings": settings, "done": True}, indent=2))
     for split in splits if tokenizer else ():

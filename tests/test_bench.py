@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 from conftest import run
-from test_train import SHAPE
+from test_train import SHAPE, tiny
 
-from bench import BenchTrain, our_training, peer_training
+from bench import BenchDpo, BenchTrain, our_dpo, our_training, peer_dpo, peer_training
 from train import build
 from units import UnitReader
 
@@ -31,6 +31,28 @@ def test_the_peer_computes_the_same_model(corpus):
     for (name, p), old in zip(lm.named_parameters(), before):
         torch.testing.assert_close(p, theirs[name], atol=2e-5, rtol=1e-3)
         assert not torch.equal(p, old)
+
+
+def test_the_peer_in_dpo_computes_the_same_step():
+    from test_dpo import some_pairs
+    cfg, pairs = BenchDpo(context=64, batch_pairs=8, micro_batch=2, lr=1e-2, dtype="float32"), some_pairs(12)
+    lm = tiny()
+    ours, peer = our_dpo(cfg, lm, pairs, first_epoch=True), peer_dpo(cfg, lm, pairs)
+    weights = []
+    for step, name in ((ours, "lm"), (peer, "policy")):
+        assert step() == 8
+        model = step.__closure__[[*step.__code__.co_freevars].index(name)].cell_contents
+        weights.append(dict(model.named_parameters()))
+    for name, p in weights[0].items():
+        assert not torch.equal(p, lm.get_parameter(name))
+        torch.testing.assert_close(p, weights[1][name], atol=2e-4, rtol=1e-3)
+
+
+def test_dpo_reports_its_case(runs, stories):
+    found, = case("dpo", f"--checkpoint={runs}/lm", f"--pairs={stories}/pairs_train.jsonl", "--batch_pairs=2",
+                  "--rounds=1", "--trl=false")
+    assert found["unit"] == "pairs/s" and found["ratio"] == pytest.approx(found["ours"] / found["peer"], rel=0.05)
+    assert found["ours_gb"] > 0 and found["peer_gb"] > 0
 
 
 def test_training_and_generation_report_their_cases(corpus):

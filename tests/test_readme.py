@@ -12,6 +12,7 @@ STAGES = ["prepare_units", "synth_stories", "vocoder", "model", "train", "dpo", 
 SUBCOMMANDS = {("prepare_units", "fit"): "FitConfig", ("prepare_units", "check"): "CheckConfig",
                ("prepare_units", "convert"): "ConvertConfig", ("prepare_units", "bpe"): "BpeConfig",
                ("vocoder", "train"): "Config", ("bench", "train"): "BenchTrain", ("bench", "generate"): "BenchGenerate",
+               ("dpo", "pairs"): "PairsConfig", ("bench", "dpo"): "BenchDpo",
                ("bench", "memory"): "BenchMemory", ("bench", "units"): "BenchUnits",
                ("bench", "vocoder"): "BenchVocoder"}
 
@@ -61,6 +62,8 @@ def test_every_config_file_is_a_whole_config():
               **{name: ("train", "Config") for name in (
                   "slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories",
                   "demo_train", *on_top)}, "slam_dpo": ("dpo", "Config"),
+              "slam_scaled_dpo": ("dpo", "Config"), "align_pairs": ("dpo", "PairsConfig"),
+              "study_stories": ("synth_stories", "Config"),
               "demo_dpo": ("dpo", "Config"), "demo_eval": ("eval", "Config"),
               "demo_stories": ("synth_stories", "Config"), "corpus_stories": ("synth_stories", "Config"),
               "spoken_swag": ("synth_stories", "Config")}

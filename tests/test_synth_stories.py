@@ -1,6 +1,7 @@
 """synth_stories.py: the same seed gives the same files, also after a kill."""
 import csv
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 import soundfile
 from conftest import ROOT, SYNTH, refused, run
 
+from audio import load_audio
 from eval import auto_bleu, transcribe, word_error_rate
 from speech_tokenizer import SpeechTokenizer
-from synth_stories import GRAMMAR, Config, exchange, grammar_pair, opening, read_swag, split_sentences, tidy
+from synth_stories import GRAMMAR, SIDES, Config, exchange, grammar_pair, opening, read_swag, split_sentences, tidy
 from units import UnitReader, read_pairs
 from vocoder import Vocoder
 
@@ -195,3 +197,75 @@ def test_swag_is_spoken_and_resumed(tmp_path):
     run(*command)
     assert (out / "pairs_train.jsonl").read_text() == whole and not (out / "pairs_train.jsonl.kept").exists()
     assert "usable rows" in refused(*command[:2], "--n_val=4", f"--out={tmp_path}/few")
+
+
+def test_a_tts_that_is_not_there(tmp_path):
+    if importlib.util.find_spec("kokoro"):
+        pytest.skip("kokoro is installed")
+    swag = write_swag(tmp_path / "train.csv", ROWS)
+    assert "pip install kokoro" in refused("synth_stories.py", f"--swag={swag}", "--tts=kokoro", "--n_val=1",
+                                           f"--out={tmp_path}/x")
+
+
+def test_spoken_swag_of_the_hub(stories, tmp_path):
+    """Parquet in slprl/SpokenSwag's columns, real speech in it: units as of the files alone; resumed after a kill."""
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    wavs = sorted((stories / "sblimp").glob("*.wav"))
+
+    def row(i: int, **more):
+        audio = {side: {"bytes": wavs[3 * i + j].read_bytes(), "path": f"{side}.wav"} for j, side in enumerate(SIDES)}
+        return {"speaker": "af_heart", "prompt_text": f"Prompt {i}", "chosen_text": f"Chosen {i}",
+                "rejected_text": f"Rejected {i}", "auto_bleu2": 0.0} | audio | more
+
+    folder = tmp_path / "SpokenSwag" / "data"
+    folder.mkdir(parents=True)
+    rows = {"train-00000-of-00002": [row(0), row(1, chosen_text="a b a b a b"), row(2)],
+            "train-00001-of-00002": [row(3, rejected={"bytes": b"junk", "path": None}), row(4)],
+            "validation-00000-of-00001": [row(0), row(1)]}
+    for name, part in rows.items():
+        parquet.write_table(pyarrow.Table.from_pylist(part), folder / f"{name}.parquet", row_group_size=1)
+    command = ["synth_stories.py", f"--swag={folder.parent}", "--tts=kokoro", "--n_val=1", f"--out={tmp_path}/pairs"]
+    said = run(*command).stdout
+    assert "7 rows, of which were skipped: 1 repetitive" in said and "3 pairs; 1 gave no sound" in said
+    _, train = read_pairs(tmp_path / "pairs" / "pairs_train.jsonl")
+    _, val = read_pairs(tmp_path / "pairs" / "pairs_val.jsonl")
+    assert [p["id"] for p in train] == [f"train-0000{x}-of-00002/000000{i}" for x, i in ((0, 0), (0, 2), (1, 1))]
+    assert len(val) == 1 and val[0]["id"].startswith("validation")
+    tokenizer = SpeechTokenizer.load("embedded")
+    for j, side in enumerate(SIDES):
+        assert train[1][side] == tokenizer.encode(load_audio(wavs[6 + j]), 16_000)[0].tolist()
+        assert train[1][f"{side}_text"] == f"{side.capitalize()} 2"
+    whole = (tmp_path / "pairs" / "pairs_train.jsonl").read_text()
+    (tmp_path / "pairs" / "pairs_train.jsonl").unlink()
+    (tmp_path / "pairs" / "pairs_train.jsonl.kept").write_text(whole.splitlines(keepends=True)[1])
+    run(*command)
+    assert (tmp_path / "pairs" / "pairs_train.jsonl").read_text() == whole
+    (folder / "train-00001-of-00002.parquet").write_bytes(b"PAR1 no")
+    assert "not a whole parquet file" in refused(*command, f"--out={tmp_path}/other")
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": 1}]), folder / "train-00001-of-00002.parquet")
+    assert "no column chosen" in refused(*command, f"--out={tmp_path}/another")
+
+
+def test_slamkits_pairs(tmp_path):
+    """Its feature extractor's JSON lines: units with durations, or as text; runs are merged."""
+    def row(i: int, **more):
+        return {"prompt_path": "p.wav", "chosen_path": "c.wav", "rejected_path": "r.wav",
+                "prompt": {"audio_repr": {"units": [i, i, 5], "duration": [1, 2, 1]}},
+                "chosen": {"audio_repr": f"<Un{i}><Un9>"}, "rejected": {"units": [3, 3, 4]}} | more
+
+    path = tmp_path / "swag.jsonl"
+    rows = [row(i, prompt_text="It is.", chosen_text="So he said" if i else "It is. It is.") for i in range(5)]
+    path.write_text("".join(json.dumps(x) + "\n" for x in rows))
+    command = ["synth_stories.py", f"--swag={path}", "--n_val=1", f"--out={tmp_path}/pairs"]
+    assert "5 rows, of which were skipped: 1 repetitive" in run(*command).stdout
+    fingerprint, train = read_pairs(tmp_path / "pairs" / "pairs_train.jsonl")
+    _, val = read_pairs(tmp_path / "pairs" / "pairs_val.jsonl")
+    assert fingerprint == SpeechTokenizer.load("embedded").fingerprint and len(train) == 3 and len(val) == 1
+    for pair in train + val:
+        i = int(pair["id"].removeprefix("swag/"))
+        assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([i, 5], [i, 9], [3, 4])
+        assert pair["chosen_text"] == "So he said"
+    path.write_text(path.read_text() + json.dumps(row(500)) + "\n")
+    assert "line 6: not a pair with units" in refused(*command, f"--out={tmp_path}/x")
+    path.write_text('{"prompt_path": "p.wav"}\n')
+    assert "line 1: not a pair with units (KeyError('prompt'))" in refused(*command, f"--out={tmp_path}/y")
