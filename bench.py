@@ -36,9 +36,10 @@ from torch import Tensor
 
 from audio import SAMPLE_RATE, load_audio
 from config import load_config
-from dpo import (Config as DpoConfig, Data, Pair, all_logps, backward, complete as complete_dpo, dpo_loss, load_pairs,
+from dpo import (Config as DpoConfig, Data, backward, complete as complete_dpo, completion_logps, dpo_loss, load_pairs,
                  step_rows)
 from embedded import resolve
+from eval import Fork
 from model import ModelConfig, UnitLM, fetch, find_checkpoint, from_config, twisted
 from optim import make_optimizer, update
 from prepare_units import Config as UnitsConfig, extract
@@ -188,7 +189,7 @@ class BenchDpo(DpoConfig):
     rounds: int = 3  # steps timed of each side, after one more
 
 
-def our_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair], first_epoch: bool) -> Callable[[], int]:
+def our_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork], first_epoch: bool) -> Callable[[], int]:
     """dpo.py's step. first_epoch: with the reference's log-probabilities of its pairs, which are computed just once."""
     device, order, done = pick_device(), Epochs(len(pairs), cfg.seed), 0
     lm = copy.deepcopy(lm).to(device).train()
@@ -200,7 +201,7 @@ def our_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair], first_epoch: bool) -> 
         nonlocal done
         ids, done = [order[done * cfg.batch_pairs + i] for i in range(cfg.batch_pairs)], done + 1
         if first_epoch:
-            data.reference[ids] = all_logps(lm, [pairs[i] for i in ids], cfg, "").to(device)
+            data.reference[ids] = completion_logps(lm, [pairs[i] for i in ids], cfg, "").to(device)
         backward(forward, data, step_rows(ids, pairs, cfg, width), cfg, width)
         update(lm, optimizer, cfg.lr, cfg.clip)
         return cfg.batch_pairs
@@ -208,15 +209,15 @@ def our_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair], first_epoch: bool) -> 
     return step
 
 
-def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair]) -> Callable[[], int]:
+def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork]) -> Callable[[], int]:
     """What SlamKit runs, by TRL: chosen and rejected sequences, prompt and all, padded on the right in one batch,
     through the policy and a frozen copy of the starting model."""
     device, order, done = pick_device(), Epochs(len(pairs), cfg.seed), 0
     policy, reference = peer_model(lm).to(device).train(), peer_model(lm).to(device).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
-    def logps(hf: torch.nn.Module, batch: list[Pair]) -> Tensor:
-        both = [(p.prompt, p.chosen) for p in batch] + [(p.prompt, p.rejected) for p in batch]
+    def logps(hf: torch.nn.Module, batch: list[Fork]) -> Tensor:
+        both = [(p.prefix, p.first) for p in batch] + [(p.prefix, p.second) for p in batch]
         tokens, mask, completion = torch.zeros(3, len(both), max(len(a) + len(b) for a, b in both), dtype=torch.long)
         for row, (a, b) in enumerate(both):
             n = len(a) + len(b)
@@ -244,7 +245,7 @@ def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair]) -> Callable[[], int]:
     return step
 
 
-def trl_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair]) -> float | None:
+def trl_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork]) -> float | None:
     """Pairs per second of TRL's DPOTrainer, the median of `rounds` steps after one; None if it is not installed."""
     if importlib.util.find_spec("trl") is None:
         return None
@@ -256,7 +257,8 @@ def trl_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Pair]) -> float | None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[^>]+>"), "isolated")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<s>",
                                                      bos_token="<s>")
-    rows = [{k: "".join(names[t] for t in tokens) for k, tokens in pair._asdict().items()} for pair in pairs]
+    rows = [{side: "".join(names[t] for t in tokens) for side, tokens in zip(("prompt", "chosen", "rejected"), pair)}
+            for pair in pairs]
     times = []
 
     class Clock(transformers.TrainerCallback):
@@ -294,8 +296,8 @@ def dpo_memory(cfg: BenchDpo, side: str) -> float:
     return status("VmHWM") - before
 
 
-def dpo_case(cfg: BenchDpo) -> tuple[UnitLM, list[Pair]]:
-    return UnitLM.from_pretrained(find_checkpoint(cfg.checkpoint)), load_pairs(cfg.pairs, cfg.context)[2]
+def dpo_case(cfg: BenchDpo) -> tuple[UnitLM, list[Fork]]:
+    return UnitLM.from_pretrained(find_checkpoint(cfg.checkpoint)), load_pairs(cfg.pairs, cfg.context)[1]
 
 
 def bench_dpo(cfg: BenchDpo) -> None:

@@ -9,8 +9,8 @@ Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json
     python dpo.py pairs config/align_pairs.py        # pairs of the model's own continuations, the better over the worse
 
 The reference is the starting checkpoint; its log-probabilities are computed once and kept beside the pairs, so only one
-model is in memory. A pair is one row: the prompt, the chosen completion, and the rejected one, which sees the same
-prompt. So the prompt is computed once, and rows are filled with several pairs.
+model is in memory. A pair is laid out as eval.Fork: the prompt, the chosen completion, and the rejected one, which sees
+the same prompt. So the prompt is computed once, and rows are filled with several pairs.
 """
 import hashlib
 import json
@@ -27,13 +27,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import load_config
-from eval import auto_bleu, continuation_scores, continue_units, speak, transcribe
-from model import IGNORE, UnitLM, fetch, find_checkpoint
+from eval import (Fork, auto_bleu, continuation_scores, continue_units, fork_logps, pack, put, score_forks, speak,
+                  transcribe)
+from model import UnitLM, fetch, find_checkpoint
 from optim import make_optimizer, schedule, update
 from speech_tokenizer import SpeechTokenizer, find_codebook
-from train import (Epochs, Packed, Run, autocast, checkpoint_fingerprint, compiled, newest_checkpoint, pick_device,
-                   run_problems)
-from units import (PAD, Fingerprint, UnitReader, read_pairs, require_same, same_units, to_tokens, to_units,
+from train import Epochs, Run, checkpoint_fingerprint, compiled, newest_checkpoint, pick_device, run_problems
+from units import (Fingerprint, UnitReader, read_pairs, require_same, same_units, to_tokens, to_units,
                    write_pairs)
 from vocoder import vocoder_for
 
@@ -122,123 +122,41 @@ def losses(cfg: Config, policy: Tensor, reference: Tensor, lengths: Tensor) -> t
                     cfg.nll_weight)
 
 
-# ---------------------------------------------------------------- pairs -> rows -> log-probabilities
+# ---------------------------------------------------------------- pairs, and what the reference thinks of them
 
-class Pair(NamedTuple):
-    """A preference pair in tokens: `1 prompt`, `chosen 1`, `rejected 1`."""
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+def fork(pair: dict, context: int) -> Fork | None:
+    """A pair file's units as `1 prompt`, `chosen 1`, `rejected 1`; None if the completions leave the row no prompt.
 
-    @classmethod
-    def of(cls, pair: dict, context: int) -> "Pair | None":
-        """From a pair file's units; None if no unit of the prompt would fit into the row beside the completions.
-
-        A unit that prompt and completion share at the joint stands once, as dedup would leave it. A long prompt loses
-        its beginning, the same for both completions.
-        """
-        prompt, completions = pair["prompt"], []
-        for side in ("chosen", "rejected"):
-            units = pair[side]
-            completions.append(to_tokens(units[1:] if units[0] == prompt[-1] and len(units) > 1 else units)[1:])
-        room = context - sum(map(len, completions))
-        return cls(to_tokens(prompt[-room:])[:-1], *completions) if room > 0 else None
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Tokens of the completions, EOS included."""
-        return len(self.chosen), len(self.rejected)
-
-    @property
-    def n_inputs(self) -> int:
-        """Inputs in a row: the prompt, each completion without its EOS, and the prompt's last token once more."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected) - 1
-
-    def row(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Inputs, targets, positions, and which completion each target is of (0 chosen, 1 rejected).
-
-        Positions fall back where the rejected completion begins, so that it sees the prompt and not the chosen one
-        (`UnitLM.forward`). The prompt's last token stands there again, as it predicts the first of both.
-        """
-        p, c, r = map(len, self)
-        return ([*self.prompt, *self.chosen[:-1], self.prompt[-1], *self.rejected[:-1]],
-                [IGNORE] * (p - 1) + self.chosen + self.rejected,
-                [*range(p + c - 1), *range(p - 1, p + r - 1)], [0] * (p - 1 + c) + [1] * r)
-
-
-def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[dict], list[Pair]]:
-    """Fingerprint, pairs as in the file, and their tokens; pairs too long for a row are left out, and counted."""
-    fingerprint, found = read_pairs(path)
-    both = [(x, pair) for x in found if (pair := Pair.of(x, context))]
-    if len(both) < len(found):
-        print(f"{path}: {len(found) - len(both)} of {len(found)} pairs left out, as their completions fill a row of "
-              f"{context} tokens")
-    if not both:
-        raise SystemExit(f"{path}: no pairs in it" if not found else f"{path}: no pair fits; raise context")
-    return fingerprint, *map(list, zip(*both))
-
-
-def pack(pairs: list[Pair], context: int) -> list[np.ndarray]:
-    """Rows of pairs, by number, nearly full (train.Packed)."""
-    pieces = np.array([(i, 0, pair.n_inputs) for i, pair in enumerate(pairs)])
-    return [row[:, 0] for row in Packed(pieces, context, None)]
-
-
-def completion_logps(forward: Callable, rows: list[list[Pair]], width: int, device: torch.device,
-                     dtype: str) -> Tensor:
-    """Log-probabilities (n, 2) of the chosen and the rejected completion, EOS included, of n pairs given their prompts.
-
-    Summed over tokens, in fp32. width: the rows are padded on the right to so many tokens; 0: to the longest.
+    A unit that prompt and completion share at the joint stands once, as dedup would leave it. A long prompt loses its
+    beginning, the same for both completions.
     """
-    if device.type == "cpu" and not width:  # one row, which needs no padding
-        rows = [[pair for row in rows for pair in row]]
-    parts = [[pair.row() for pair in row] for row in rows]
-    width = width or max(sum(len(x[0]) for x in row) for row in parts)
-    inputs, targets, positions, sides = (torch.full((len(rows), width), fill) for fill in (PAD, IGNORE, 0, 0))
-    n = 0
-    for b, row in enumerate(parts):
-        at = 0
-        for ours in row:
-            span = slice(at, at := at + len(ours[0]))
-            for tensor, values in zip((inputs, targets, positions, sides), ours):
-                tensor[b, span] = torch.tensor(values)
-            sides[b, span] += 2 * n
-            n += 1
-    inputs, targets, positions, sides = (put(x, device) for x in (inputs, targets, positions, sides))
-    with autocast(device, dtype):
-        loss = forward(inputs, targets, positions, reduction="none")[1]
-    return -loss.new_zeros(2 * n).index_add(0, sides.flatten(), loss.flatten()).view(n, 2)
+    prompt, completions = pair["prompt"], []
+    for side in ("chosen", "rejected"):
+        units = pair[side]
+        completions.append(to_tokens(units[1:] if units[0] == prompt[-1] and len(units) > 1 else units)[1:])
+    room = context - sum(map(len, completions))
+    return Fork(to_tokens(prompt[-room:])[:-1], *completions) if room > 0 else None
 
 
-def put(x: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[Fork]]:
+    """Fingerprint and pairs of a file, in tokens; pairs too long for a row are left out, and counted."""
+    fingerprint, found = read_pairs(path)
+    pairs = [pair for x in found if (pair := fork(x, context))]
+    if len(pairs) < len(found):
+        print(f"{path}: {len(found) - len(pairs)} of {len(found)} pairs left out, as their completions fill a row of "
+              f"{context} tokens")
+    if not pairs:
+        raise SystemExit(f"{path}: no pairs in it" if not found else f"{path}: no pair fits; raise context")
+    return fingerprint, pairs
 
 
-@torch.inference_mode()
-def all_logps(lm: UnitLM, pairs: list[Pair], cfg: Config, desc: str) -> Tensor:
-    """`completion_logps` of all pairs, on the CPU; as many rows at once as fit."""
-    rows, out = pack(pairs, cfg.context), torch.zeros(len(pairs), 2)
-    batch, at = 64 if lm.device.type == "cuda" else 4, 0
-    with tqdm(total=len(pairs), disable=None, desc=desc, unit="pair", leave=False) as bar:
-        while at < len(rows):
-            part = rows[at:at + batch]
-            try:
-                logps = completion_logps(lm, [[pairs[i] for i in row] for row in part], 0, lm.device, cfg.dtype)
-            except torch.OutOfMemoryError:
-                if batch == 1:
-                    raise SystemExit(f"{desc}: a row of {cfg.context} tokens does not fit into the GPU's memory") \
-                        from None
-                batch //= 2
-                continue
-            out[np.concatenate(part)] = logps.cpu()
-            bar.update(sum(map(len, part)))
-            at += batch
-    return out
+def completion_logps(lm: UnitLM, pairs: list[Fork], cfg: Config, desc: str) -> Tensor:
+    """Log-probabilities (n, 2) of all pairs' completions, EOS included, given their prompts; on the CPU."""
+    return score_forks(lm.eval(), pairs, cfg.context, cfg.dtype, desc)[:, 1:]
 
 
-def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[Pair], cfg: Config, digest: str) -> Tensor:
-    """The starting checkpoint's `all_logps` of a pair file: computed once and kept beside it, whoever asks again.
+def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[Fork], cfg: Config, digest: str) -> Tensor:
+    """The starting checkpoint's `completion_logps` of a pair file: computed once, and kept beside it.
 
     lm: that checkpoint, if it is at hand; digest: sha256 of its weights.
     """
@@ -248,7 +166,7 @@ def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[Pair],
     if kept.exists():
         return torch.from_numpy(np.load(kept))
     lm = UnitLM.from_pretrained(start).to(pick_device()) if lm is None else lm
-    logps = all_logps(lm.eval(), pairs, cfg, f"reference, {Path(path).name}")
+    logps = completion_logps(lm, pairs, cfg, f"reference, {Path(path).name}")
     try:
         with open(f"{kept}.{os.getpid()}", "wb") as f:
             np.save(f, logps.numpy())
@@ -271,16 +189,16 @@ def weights_sha256(name: str) -> str:
 
 class Data(NamedTuple):
     """Pairs, the lengths of their completions (n, 2), and the reference's log-probabilities of these (n, 2)."""
-    pairs: list[Pair]
+    pairs: list[Fork]
     lengths: Tensor
     reference: Tensor
 
     @classmethod
-    def of(cls, pairs: list[Pair], reference: Tensor, device: torch.device) -> "Data":
-        return cls(pairs, torch.tensor([pair.lengths for pair in pairs], device=device), reference.to(device))
+    def of(cls, pairs: list[Fork], reference: Tensor, device: torch.device) -> "Data":
+        return cls(pairs, torch.tensor([pair.lengths[1:] for pair in pairs], device=device), reference.to(device))
 
 
-def step_rows(ids: list[int], pairs: list[Pair], cfg: Config, width: int) -> list[list[int]]:
+def step_rows(ids: list[int], pairs: list[Fork], cfg: Config, width: int) -> list[list[int]]:
     """A step's pairs in rows. Compiled code, of fixed width, wants whole micro-batches: the last rows may be empty."""
     rows = [[ids[i] for i in row] for row in pack([pairs[i] for i in ids], cfg.context)]
     return rows + [[]] * (-len(rows) % cfg.micro_batch if width else 0)
@@ -294,7 +212,7 @@ def backward(forward: Callable, data: Data, rows: list[list[int]], cfg: Config, 
     device, total = data.reference.device, 0.0
     for at in range(0, len(rows), cfg.micro_batch):
         part = rows[at:at + cfg.micro_batch]
-        logps = completion_logps(forward, [[data.pairs[i] for i in row] for row in part], width, device, cfg.dtype)
+        logps = fork_logps(forward, [[data.pairs[i] for i in row] for row in part], width, device, cfg.dtype)[:, 1:]
         ids = put(torch.tensor([i for row in part for i in row]), device)
         lengths = data.lengths[ids]
         loss, chosen, rejected = losses(cfg, logps, data.reference[ids], lengths)
@@ -343,7 +261,7 @@ def main(cfg: Config) -> None:
     start = find_checkpoint(cfg.checkpoint)
     fingerprint, pairs = checkpoint_fingerprint(start), {}
     for name, path in (("train", cfg.pairs), ("val", cfg.val_pairs)):
-        theirs, _, pairs[name] = load_pairs(path, cfg.context)
+        theirs, pairs[name] = load_pairs(path, cfg.context)
         require_same(fingerprint, cfg.checkpoint, theirs, path)
         fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's do not record it
     run = Run(cfg, "dpo")
@@ -366,12 +284,12 @@ def main(cfg: Config) -> None:
           f"{np.mean([pair.n_inputs for pair in train.pairs]):.0f} tokens, on {device}")
 
     def evaluate() -> None:
-        logps = all_logps(lm.eval(), val.pairs, cfg, "validation")
+        logps = completion_logps(lm, val.pairs, cfg, "validation")
         loss, chosen, rejected = losses(cfg, logps, val.reference, val.lengths)
         record = {"val_dpo_loss": loss.item(), "val_margin": (chosen - rejected).mean().item(),
                   "val_reward_accuracy": (chosen > rejected).float().mean().item(),
                   "val_chosen_preferred": (logps[:, 0] > logps[:, 1]).float().mean().item()}
-        texts = listen(lm, [pair.prompt for pair in val.pairs[:cfg.n_samples]]) if listen else []
+        texts = listen(lm, [pair.prefix for pair in val.pairs[:cfg.n_samples]]) if listen else []
         results = {k: {"value": v, "n": len(logps), "step": run.step} for k, v in record.items()}
         if texts:
             record["sample_auto_bleu"] = 100 * float(np.mean([auto_bleu(text) for text in texts]))
@@ -404,7 +322,7 @@ def main(cfg: Config) -> None:
         seen.append(backward(forward, train, rows, cfg, width))
         norm = update(lm, optimizer, lr, cfg.clip)
         run.step += 1
-        run.tokens += sum(sum(train.pairs[i].lengths) for row in rows for i in row)
+        run.tokens += sum(sum(train.pairs[i].lengths[1:]) for row in rows for i in row)
         run.tick()
         run.agree()
         if run.step % cfg.log_every == 0 or run.progress() >= 1:  # the only host sync

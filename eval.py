@@ -17,10 +17,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import soundfile
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from audio import SAMPLE_RATE, load_audio, resample
@@ -28,7 +30,7 @@ from config import load_config
 from embedded import resolve, sha256
 from model import IGNORE, UnitLM, cross_entropy, find_checkpoint
 from speech_tokenizer import SpeechTokenizer, find_codebook
-from train import autocast, checkpoint_fingerprint, merge_results, pick_device, validation_loss
+from train import Packed, autocast, checkpoint_fingerprint, merge_results, pick_device, validation_loss
 from units import EOS, PAD, UnitReader, require_same, to_tokens, to_units, vocab_size
 from vocoder import Vocoder, mel_cepstral_distance, vocoder_for
 
@@ -54,7 +56,7 @@ class Config:
     asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes the continuations
     judge: str = "embedded:smollm2-135m"  # text LM whose perplexity of the transcripts is GenPPL
     keep_audio: bool = False  # keep the generated wavs beside results.json
-    context: int = 1024  # tokens in a row of the validation set
+    context: int = 1024  # tokens in a row of validation set and pairs
     batch: int = 16  # sequences in a forward pass
     compile: bool = True  # torch.compile of the sampling, on a GPU and where there are several full batches
     seed: int = 0  # of the generation
@@ -91,21 +93,101 @@ def ngram_losses(train: list[np.ndarray], val: list[np.ndarray], n_tokens: int) 
 
 # ---------------------------------------------------------------- pairs
 
+class Fork(NamedTuple):
+    """Two sequences of tokens with the same beginning, in one row that has it once."""
+    prefix: list[int]  # at least one token
+    first: list[int]  # what follows it; so does
+    second: list[int]  # this
+
+    @classmethod
+    def of(cls, a: list[int], b: list[int]) -> "Fork":
+        """Of two utterances: Fork.of([1, 7, 8, 1], [1, 7, 9, 1]) -> [1, 7], [8, 1], [9, 1]"""
+        n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        return cls(a[:n], a[n:], b[n:])
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Targets in prefix, first and second."""
+        return len(self.prefix) - 1, len(self.first), len(self.second)
+
+    @property
+    def n_inputs(self) -> int:
+        return sum(self.lengths)
+
+    def row(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Inputs, targets, positions, and which part each target is of (0 prefix, 1 first, 2 second).
+
+        Positions fall back where the second continuation begins, so that it sees the prefix and not the first
+        (`UnitLM.forward`). The prefix's last token stands there again, as it predicts the first token of both.
+        """
+        p, a, b = map(len, self)
+        inputs = [*self.prefix, *self.first[:-1]][:p + a - 1] + [self.prefix[-1], *self.second[:-1]][:b]
+        return (inputs, self.prefix[1:] + self.first + self.second, [*range(p + a - 1), *range(p - 1, p + b - 1)],
+                [0] * (p - 1) + [1] * a + [2] * b)
+
+
+def pack(forks: list[Fork], context: int) -> list[np.ndarray]:
+    """Rows of forks, by number, nearly full (train.Packed)."""
+    pieces = np.array([(i, 0, fork.n_inputs) for i, fork in enumerate(forks)])
+    return [row[:, 0] for row in Packed(pieces, context, None)]
+
+
+def fork_logps(forward: Callable, rows: list[list[Fork]], width: int, device: torch.device, dtype: str) -> Tensor:
+    """Log-probabilities (n, 3) of n forks' prefixes, BOS aside, and of each of the two continuations given these.
+
+    Summed over tokens, in fp32. width: the rows are padded on the right to so many tokens; 0: to the longest.
+    """
+    if device.type == "cpu" and not width:  # one row, which needs no padding
+        rows = [[fork for row in rows for fork in row]]
+    parts = [[fork.row() for fork in row] for row in rows]
+    width = width or max(sum(len(x[0]) for x in row) for row in parts)
+    inputs, targets, positions, sums = (torch.full((len(rows), width), fill) for fill in (PAD, IGNORE, 0, 0))
+    n = 0
+    for b, row in enumerate(parts):
+        at = 0
+        for ours in row:
+            span = slice(at, at := at + len(ours[0]))
+            for tensor, values in zip((inputs, targets, positions, sums), ours):
+                tensor[b, span] = torch.tensor(values)
+            sums[b, span] += 3 * n
+            n += 1
+    inputs, targets, positions, sums = (put(x, device) for x in (inputs, targets, positions, sums))
+    with autocast(device, dtype):
+        loss = forward(inputs, targets, positions, reduction="none")[1]
+    return -loss.new_zeros(3 * n).index_add(0, sums.flatten(), loss.flatten()).view(n, 3)
+
+
+def put(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 @torch.inference_mode()
-def mean_nll(lm: UnitLM, sequences: list[list[int]], batch: int) -> np.ndarray:
-    """Mean negative log-likelihood (nats) of each whole utterance `1 units 1`, in fp32; batched by length."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    out = np.zeros(len(sequences))
-    for at in range(0, len(order), batch):
-        part = order[at:at + batch]
-        x = torch.full((len(part), len(sequences[part[-1]])), PAD)
-        targets = torch.full_like(x[:, 1:], IGNORE)
-        for row, i in enumerate(part):
-            tokens = torch.tensor(sequences[i])
-            x[row, :len(tokens)], targets[row, :len(tokens) - 1] = tokens, tokens[1:]
-        loss = lm(x[:, :-1].to(lm.device), targets.to(lm.device), reduction="none")[1].double()
-        out[part] = (loss.sum(1) / (targets != IGNORE).sum(1).to(lm.device)).cpu().numpy()
+def score_forks(lm: UnitLM, forks: list[Fork], context: int, dtype: str, desc: str) -> Tensor:
+    """`fork_logps` of all forks, on the CPU, in rows of `context` tokens; as many rows at once as fit into memory."""
+    rows, out = pack(forks, max(context, *(fork.n_inputs for fork in forks))), torch.zeros(len(forks), 3)
+    batch, at = 64 if lm.device.type == "cuda" else 4, 0
+    with tqdm(total=len(forks), disable=None, desc=desc, unit="pair", leave=False) as bar:
+        while at < len(rows):
+            part = rows[at:at + batch]
+            try:
+                logps = fork_logps(lm, [[forks[i] for i in row] for row in part], 0, lm.device, dtype)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise SystemExit(f"{desc}: a row of {context} tokens does not fit into the GPU's memory") from None
+                batch //= 2
+                continue
+            out[np.concatenate(part)] = logps.cpu()
+            bar.update(sum(map(len, part)))
+            at += batch
     return out
+
+
+def mean_nlls(lm: UnitLM, pairs: list[tuple[list[int], list[int]]], context: int) -> np.ndarray:
+    """Mean negative log-likelihood (nats, fp32) of both utterances `1 units 1` of each pair, (n, 2)."""
+    forks = [Fork.of(*pair) for pair in pairs]
+    prefix, *ends = score_forks(lm, forks, context, "float32", "scoring").double().T
+    return torch.stack([-(prefix + end) for end in ends], 1).numpy() / [[len(a) - 1, len(b) - 1] for a, b in pairs]
 
 
 def pair_accuracy(positive: np.ndarray, negative: np.ndarray) -> dict:
@@ -155,15 +237,14 @@ def tokenize_wavs(tokenizer: SpeechTokenizer, folder: Path, names: list[str]) ->
     return [to_tokens(known[key]) for key in keys]
 
 
-def score_pairs(lm: UnitLM, pairs: list[dict], utterances: list[list[int]], batch: int) -> dict:
+def score_pairs(lm: UnitLM, pairs: list[dict], utterances: list[list[int]], context: int) -> dict:
     """Accuracy over all pairs and, where the manifest has types, of each; utterances: positives, then negatives."""
-    nll = mean_nll(lm, utterances, batch)
-    positive, negative = nll[:len(pairs)], nll[len(pairs):]
-    result = pair_accuracy(positive, negative)
+    nll = mean_nlls(lm, list(zip(utterances[:len(pairs)], utterances[len(pairs):])), context)
+    result = pair_accuracy(*nll.T)
     types = [p.get("type") for p in pairs]
     if any(types):
-        result["by_type"] = {t: pair_accuracy(*(x[[i for i, u in enumerate(types) if u == t]]
-                                                for x in (positive, negative))) for t in sorted(set(types))}
+        result["by_type"] = {t: pair_accuracy(*nll[[i for i, u in enumerate(types) if u == t]].T)
+                             for t in sorted(set(types))}
     return result
 
 
@@ -429,7 +510,7 @@ def main(cfg: Config) -> None:
             if val.hours:  # the same for all vocabularies, as units or pieces per second are not
                 results["val_bits_per_second"] = {"value": loss * n / math.log(2) / (3600 * val.hours), "n": n}
         for benchmark, (pairs, utterances) in benchmarks.items():
-            results[benchmark] = score_pairs(lm, pairs, utterances, cfg.batch)
+            results[benchmark] = score_pairs(lm, pairs, utterances, cfg.context)
         where = Path(folder).parent if Path(folder).name == "checkpoint" else Path(folder)
         if not where.is_dir():  # a hub id
             where = Path("out") / folder.replace("/", "--")

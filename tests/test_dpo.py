@@ -14,9 +14,8 @@ from conftest import N_UNITS, ROOT, markov, refused, run
 from test_train import flags, tiny
 
 from config import load_config
-from dpo import (Config, Data, Pair, PairsConfig, all_logps, backward, choose, completion_logps, dpo_loss, losses, pack,
-                 step_rows)
-from eval import auto_bleu, load_judge
+from dpo import Config, Data, PairsConfig, backward, choose, completion_logps, dpo_loss, fork, losses, step_rows
+from eval import Fork, auto_bleu, fork_logps, load_judge, pack
 from model import UnitLM
 from speech_tokenizer import SpeechTokenizer
 from units import read_pairs, write_pairs
@@ -82,20 +81,20 @@ def test_gradient_by_finite_differences(how):
 
 
 def test_a_pair_in_tokens():
-    pair = Pair.of({"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}, 1024)
+    pair = fork({"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}, 1024)
     assert pair == ([1, 7, 8], [11, 1], [6, 1])  # a unit at the joint stands once
-    assert pair.lengths == (2, 2) and pair.n_inputs == 6
-    assert pair.row() == ([1, 7, 8, 11, 8, 6], [-100, -100, 11, 1, 6, 1], [0, 1, 2, 3, 2, 3], [0, 0, 0, 0, 1, 1])
+    assert pair.lengths == (2, 2, 2) and pair.n_inputs == 6
+    assert pair.row() == ([1, 7, 8, 11, 8, 6], [7, 8, 11, 1, 6, 1], [0, 1, 2, 3, 2, 3], [0, 0, 1, 1, 2, 2])
     only = {"prompt": [1, 2, 3, 4], "chosen": [9, 8], "rejected": [7]}
-    assert Pair.of(only, 7).prompt == [1, 5, 6] and Pair.of(only, 7).n_inputs == 7  # a long one loses its beginning
-    assert Pair.of(only, 5) is None
-    assert Pair.of({"prompt": [5], "chosen": [5], "rejected": [6]}, 9).chosen == [7, 1]  # nothing else would be left
+    assert fork(only, 7).prefix == [1, 5, 6] and fork(only, 7).n_inputs == 7  # a long one loses its beginning
+    assert fork(only, 5) is None
+    assert fork({"prompt": [5], "chosen": [5], "rejected": [6]}, 9).first == [7, 1]  # nothing else would be left
 
 
-def some_pairs(n: int, seed: int = 0) -> list[Pair]:
+def some_pairs(n: int, seed: int = 0) -> list[Fork]:
     rng = np.random.default_rng(seed)
-    return [Pair.of({k: rng.integers(0, N_UNITS, rng.integers(1, 20)).tolist() for k in Pair._fields}, 64)
-            for _ in range(n)]
+    return [fork({k: rng.integers(0, N_UNITS, rng.integers(1, 20)).tolist() for k in ("prompt", "chosen", "rejected")},
+                 64) for _ in range(n)]
 
 
 def logp_alone(lm, prompt: list[int], completion: list[int]) -> float:
@@ -109,17 +108,16 @@ def test_logps_are_those_of_each_completion_by_itself(device):
     """Whatever shares its row or batch, padded or not, compiled or not."""
     lm, pairs = tiny().eval().to(device), some_pairs(9)
     with torch.no_grad():
-        expected = torch.tensor([[logp_alone(lm.cpu(), p.prompt, side) for side in (p.chosen, p.rejected)]
-                                 for p in pairs])
+        expected = torch.tensor([[logp_alone(lm.cpu(), p.prefix, end) for end in (p.first, p.second)] for p in pairs])
         lm.to(device)
         rows = [[pairs[i] for i in row] for row in pack(pairs, 64)]
         order = np.concatenate(pack(pairs, 64))
         assert max(map(len, rows)) > 1 and len(rows) > 1
         for forward, layout, width in ((lm, rows, 0), (lm, rows, 80), (lm, [pairs], 0), (lm, [[p] for p in pairs], 0)):
-            found = completion_logps(forward, layout, width, torch.device(device), "float32").cpu()
+            found = fork_logps(forward, layout, width, torch.device(device), "float32").cpu()[:, 1:]
             torch.testing.assert_close(found, expected[order if layout is rows else range(9)], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(all_logps(lm, pairs, Config(context=64, dtype="float32"), "x"), expected, atol=1e-4,
-                                   rtol=1e-4)
+        found = completion_logps(lm, pairs, Config(context=64, dtype="float32"), "x")
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_micro_batches_change_nothing():
@@ -134,12 +132,12 @@ def test_micro_batches_change_nothing():
         statistics = backward(lm, data, rows, cfg, width)
         found.append(torch.cat([statistics, *(p.grad.flatten() for p in lm.parameters())]))
     lm = tiny()
-    logps = torch.stack([torch.stack([lm(torch.tensor([p.prompt + x]))[0].log_softmax(-1)[0, :-1].gather(
-        1, torch.tensor(p.prompt + x)[1:, None])[-len(x):].sum() for x in (p.chosen, p.rejected)]) for p in pairs])
+    logps = torch.stack([torch.stack([lm(torch.tensor([p.prefix + x]))[0].log_softmax(-1)[0, :-1].gather(
+        1, torch.tensor(p.prefix + x)[1:, None])[-len(x):].sum() for x in (p.first, p.second)]) for p in pairs])
     loss, chosen, rejected = dpo_loss(*logps.T, *reference.T, beta=0.1)
     loss.backward()
     mean = [loss.detach(), (chosen - rejected).mean(), (chosen > rejected).float().mean(), *logps.detach().mean(0),
-            *torch.tensor([p.lengths for p in pairs]).float().mean(0)]
+            *torch.tensor([p.lengths[1:] for p in pairs]).float().mean(0)]
     found.append(torch.cat([torch.stack(mean), *(p.grad.flatten() for p in lm.parameters())]))
     for other in found[:-1]:
         torch.testing.assert_close(other, found[-1], atol=1e-4, rtol=1e-3)
@@ -210,9 +208,9 @@ def test_the_reference_is_computed_once(start, pairs, tmp_path):
     (folder / "val.jsonl").write_text("".join((folder / "val.jsonl").read_text().splitlines(keepends=True)[:-1]))
     run("dpo.py", *dpo_flags(start, folder, tmp_path / "d", steps=1))
     assert first.items() < kept().items() and len(kept()) == 5  # c's two, and d's of the changed file
-    pairs_of = [Pair.of(x, 1024) for x in read_pairs(folder / "train.jsonl")[1]]
+    pairs_of = [fork(x, 1024) for x in read_pairs(folder / "train.jsonl")[1]]
     name, = (p for p in first if p.startswith("train"))
-    expected = all_logps(UnitLM.from_pretrained(str(start)).eval(), pairs_of, Config(dtype="float32"), "x")
+    expected = completion_logps(UnitLM.from_pretrained(str(start)), pairs_of, Config(dtype="float32"), "x")
     torch.testing.assert_close(torch.from_numpy(np.load(folder / name)), expected, atol=1e-4, rtol=1e-5)
     assert "val dpo loss 0.6931" in run("dpo.py", *dpo_flags(start, folder, tmp_path / "e", steps=0)).stdout  # log 2
 

@@ -5,11 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from conftest import N_UNITS, markov
 from test_train import tiny
 
-from eval import (auto_bleu, mean_nll, ngram_losses, pair_accuracy, read_manifest, score_pairs, table, text_perplexity,
-                  word_error_rate, words)
+from eval import (Fork, auto_bleu, mean_nlls, ngram_losses, pair_accuracy, read_manifest, score_pairs, table,
+                  text_perplexity, word_error_rate, words)
 from train import merge_results
 from units import to_tokens
 
@@ -23,21 +24,26 @@ def test_pair_accuracy():
     assert result["se"] == pytest.approx(100 * math.sqrt(p * (1 - p) / 999))
 
 
-def test_mean_nll_is_the_same_in_any_batch():
+def test_mean_nlls_are_those_of_each_utterance_by_itself():
+    """Pairs that share a beginning, nothing, or everything; EOS is scored, BOS is not."""
     lm = tiny().eval()
-    sequences = [to_tokens(x) for x in markov(9, np.random.default_rng(0))]
-    together, alone = mean_nll(lm, sequences, 4), [mean_nll(lm, [s], 1)[0] for s in sequences]
-    assert together == pytest.approx(alone, rel=1e-5)
-    import torch
-    x = torch.tensor([sequences[0]])
-    logp = lm(x)[0].log_softmax(-1)[0, :-1].gather(1, x[0, 1:, None])  # EOS is scored, BOS is not
-    assert together[0] == pytest.approx(-logp.mean().item(), rel=1e-5)
+    a, b, c, d, e = (to_tokens(x) for x in markov(5, np.random.default_rng(0)))
+    pairs = [(a, b), (c, c[:7] + d[3:]), (d, d), (e, e[:-2] + [1]), (c[:2] + [1], c)]
+    found = mean_nlls(lm, pairs, 128)
+    for both, nlls in zip(pairs, found):
+        for tokens, nll in zip(both, nlls):
+            x = torch.tensor([tokens])
+            logp = lm(x)[0].log_softmax(-1)[0, :-1].gather(1, x[0, 1:, None])
+            assert nll == pytest.approx(-logp.mean().item(), rel=1e-5)
+    assert found[2, 0] == found[2, 1]  # a tie
+    assert Fork.of(*pairs[1]).prefix == c[:7] and Fork.of(d, d).n_inputs == len(d) - 1
+    assert mean_nlls(lm, pairs[1:2], 16) == pytest.approx(found[1:2], rel=1e-5)  # longer than a row
 
 
 def test_score_pairs_by_type():
     lm, rng = tiny().eval(), np.random.default_rng(0)
     utterances = [to_tokens(x) for x in markov(8, rng)]
-    result = score_pairs(lm, [{"type": t} for t in "aabb"], utterances, 3)
+    result = score_pairs(lm, [{"type": t} for t in "aabb"], utterances, 128)
     assert set(result["by_type"]) == {"a", "b"} and result["by_type"]["a"]["n"] == 2
     assert result["value"] == pytest.approx(np.mean([r["value"] for r in result["by_type"].values()]))
 
