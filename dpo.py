@@ -29,7 +29,7 @@ from tqdm import tqdm
 from config import load_config
 from eval import (Fork, auto_bleu, continuation_scores, continue_units, fork_logps, pack, put, score_forks, speak,
                   transcribe)
-from model import UnitLM, fetch, find_checkpoint
+from model import UnitLM, find_checkpoint, weights_sha256
 from optim import make_optimizer, schedule, update
 from speech_tokenizer import SpeechTokenizer, find_codebook
 from train import Epochs, Run, checkpoint_fingerprint, compiled, newest_checkpoint, pick_device, run_problems
@@ -174,15 +174,6 @@ def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[Fork],
     except OSError as e:
         print(f"{kept}: not kept ({e.strerror}); the next run computes it again", file=sys.stderr)
     return logps
-
-
-def weights_sha256(name: str) -> str:
-    """sha256 of a checkpoint folder's weights."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin")):
-        with open(file, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- a step

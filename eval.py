@@ -1,23 +1,25 @@
 """Judge unit LMs: validation loss, spoken pair benchmarks, GenPPL and auto-BLEU of spoken continuations.
 
-In:  one or several checkpoints, unit files, folders of benchmark wavs with a manifest.jsonl (synth_stories.py).
+In:  one or several checkpoints, unit files, benchmarks as downloaded or manifests of pairs (benchmarks.py).
 Out: results.json in each run's folder (other metrics in it stay) and one table of all of them.
 
     python eval.py config/demo_eval.py --checkpoint out/demo/lm,out/demo/dpo
-    python eval.py --checkpoint out/slam --pairs out/bench/tstorycloze --val out/units/val
+    python eval.py --checkpoint out/slam --benchmark sblimp --path sLM21-dataset --val out/units/val
     python eval.py --resynth_from out/demo/data/tstorycloze        # how well tokeniser and vocoder keep words; no model
 
 Two minutes on two CPU cores for the demo's sets; no disk to speak of.
 """
+import contextlib
 import functools
 import json
 import math
 import re
 import sys
 import time
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import soundfile
@@ -26,11 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audio import SAMPLE_RATE, load_audio, resample
+from benchmarks import SUBSETS, Benchmark, read_benchmark, read_manifest
 from config import load_config
-from embedded import resolve, sha256
-from model import IGNORE, UnitLM, cross_entropy, find_checkpoint
+from embedded import cache_dir, resolve, sha256
+from model import IGNORE, UnitLM, cross_entropy, find_checkpoint, weights_sha256
 from speech_tokenizer import SpeechTokenizer, find_codebook
-from train import Packed, autocast, checkpoint_fingerprint, merge_results, pick_device, validation_loss
+from train import (Packed, autocast, checkpoint_fingerprint, git_commit, merge_results, pick_device,
+                   validation_loss)
 from units import EOS, PAD, UnitReader, require_same, to_tokens, to_units, vocab_size
 from vocoder import Vocoder, mel_cepstral_distance, vocoder_for
 
@@ -41,7 +45,16 @@ class Config:
     checkpoint: tuple[str, ...] = ("out/slam",)  # run folders, checkpoint folders or hub ids; several make one table
     train: tuple[str, ...] = ()  # unit files; with them the unigram and bigram models are scored beside the LM
     val: tuple[str, ...] = ()  # unit files for the validation loss
-    pairs: tuple[str, ...] = ()  # folders with a manifest.jsonl of wav pairs; the folder's name names the metric
+    benchmark: tuple[Literal["sblimp", "swuggy", "sstorycloze", "tstorycloze", "salmon"], ...] = ()  # pairs to score,
+    path: tuple[str, ...] = ()  # each as it was downloaded, in such a folder: one for each of `benchmark`, or for all
+    split: str = "dev"  # of sblimp and swuggy
+    max_left_out: float = 0.01  # share of a benchmark's pairs that may lack a file
+    manifest: tuple[str, ...] = ()  # other pairs: manifests (benchmarks.py), or folders with a manifest.jsonl
+    write_manifest: str = ""  # write the benchmark's pairs to this file, and nothing else
+    score: Literal["mean", "sum"] = "mean"  # of the negative log-likelihoods of an utterance's tokens
+    score_eos: bool = True  # whether its end is one of them,
+    score_prompt: bool = True  # and whether what both of a pair begin with is
+    text_judge: str = ""  # text LM that scores the transcripts of pairs, where there are any, as an upper bound
     generate_from: str = ""  # such a folder whose positive wavs' beginnings are continued for GenPPL and auto-BLEU
     n_generate: int = 1000  # continuations, at most
     resynth_from: str = ""  # such a folder whose positive wavs are re-synthesised and transcribed; nothing else
@@ -64,8 +77,12 @@ class Config:
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
         found = []
-        if not (self.val or self.pairs or self.generate_from or self.resynth_from):
-            found.append("nothing to do: set val, pairs, generate_from or resynth_from")
+        if not (self.val or self.benchmark or self.manifest or self.generate_from or self.resynth_from):
+            found.append("nothing to do: set val, benchmark, manifest, generate_from or resynth_from")
+        if len(self.path) not in (len(self.benchmark), min(1, len(self.benchmark))):
+            found.append(f"path: {len(self.path)} for {len(self.benchmark)} of benchmark; one for each, or one for all")
+        if self.write_manifest and len(self.benchmark) != 1:
+            found.append("write_manifest: of one benchmark")
         if not self.checkpoint:
             found.append("checkpoint: name at least one")
         return found
@@ -73,10 +90,11 @@ class Config:
 
 # ---------------------------------------------------------------- n-gram models: what a loss means
 
-def ngram_losses(train: list[np.ndarray], val: list[np.ndarray], n_tokens: int) -> tuple[float, float]:
-    """Cross-entropy in nats per target of unigram and bigram models, Witten-Bell smoothed lest they be straw men.
+def ngrams(train: list[np.ndarray], n_tokens: int) -> dict[str, np.ndarray]:
+    """Log-probabilities of unigram and bigram models, (V, V) each: token before, token.
 
-    Sequences are tokens `1 units 1`; targets are all but BOS, as for the LM.
+    Sequences are tokens `1 units 1`; targets are all but BOS, as for the LM. Witten-Bell smoothed, lest they be straw
+    men.
     """
     pairs = np.zeros((n_tokens, n_tokens))
     for x in train:
@@ -86,9 +104,13 @@ def ngram_losses(train: list[np.ndarray], val: list[np.ndarray], n_tokens: int) 
     kinds = (pairs > 0).sum(1, keepdims=True)  # continuations seen after each token
     bigram = (pairs + kinds * unigram) / np.maximum(pairs.sum(1, keepdims=True) + kinds, 1)
     bigram[kinds[:, 0] == 0] = unigram
-    before = np.concatenate([x[:-1] for x in val]).astype(int)
-    after = np.concatenate([x[1:] for x in val]).astype(int)
-    return float(-np.log(unigram[after]).mean()), float(-np.log(bigram[before, after]).mean())
+    return {"unigram": np.log(np.broadcast_to(unigram, pairs.shape)), "bigram": np.log(bigram)}
+
+
+def ngram_loss(logp: np.ndarray, val: list[np.ndarray]) -> float:
+    """Cross-entropy in nats per target of one of `ngrams`."""
+    before, after = (np.concatenate(x).astype(int) for x in ([t[:-1] for t in val], [t[1:] for t in val]))
+    return float(-logp[before, after].mean())
 
 
 # ---------------------------------------------------------------- pairs
@@ -164,7 +186,10 @@ def put(x: Tensor, device: torch.device) -> Tensor:
 
 @torch.inference_mode()
 def score_forks(lm: UnitLM, forks: list[Fork], context: int, dtype: str, desc: str) -> Tensor:
-    """`fork_logps` of all forks, on the CPU, in rows of `context` tokens; as many rows at once as fit into memory."""
+    """`fork_logps` of all forks, on the CPU, in rows of `context` tokens; as many rows at once as fit into memory.
+
+    NaN for a row that does not even by itself.
+    """
     rows, out = pack(forks, max(context, *(fork.n_inputs for fork in forks))), torch.zeros(len(forks), 3)
     batch, at = 64 if lm.device.type == "cuda" else 4, 0
     with tqdm(total=len(forks), disable=None, desc=desc, unit="pair", leave=False) as bar:
@@ -173,79 +198,116 @@ def score_forks(lm: UnitLM, forks: list[Fork], context: int, dtype: str, desc: s
             try:
                 logps = fork_logps(lm, [[forks[i] for i in row] for row in part], 0, lm.device, dtype)
             except torch.OutOfMemoryError:
-                if batch == 1:
-                    raise SystemExit(f"{desc}: a row of {context} tokens does not fit into the GPU's memory") from None
-                batch //= 2
-                continue
+                if batch > 1:
+                    batch //= 2
+                    continue
+                logps = torch.full((len(part[0]), 3), torch.nan)
             out[np.concatenate(part)] = logps.cpu()
             bar.update(sum(map(len, part)))
             at += batch
     return out
 
 
-def mean_nlls(lm: UnitLM, pairs: list[tuple[list[int], list[int]]], context: int) -> np.ndarray:
-    """Mean negative log-likelihood (nats, fp32) of both utterances `1 units 1` of each pair, (n, 2)."""
+def pair_nlls(lm: UnitLM, pairs: list[tuple[list[int], list[int]]], context: int, score: str = "mean",
+              score_prompt: bool = True) -> np.ndarray:
+    """Negative log-likelihood (nats, fp32) of both utterances of each pair, (n, 2): per token, or their sum.
+
+    score_prompt: with the beginning that they share, or without. NaN where a pair did not fit into memory.
+    """
     forks = [Fork.of(*pair) for pair in pairs]
-    prefix, *ends = score_forks(lm, forks, context, "float32", "scoring").double().T
-    return torch.stack([-(prefix + end) for end in ends], 1).numpy() / [[len(a) - 1, len(b) - 1] for a, b in pairs]
+    logps = score_forks(lm, forks, context, "float32", "scoring").double().numpy()
+    lengths = np.array([fork.lengths for fork in forks])
+    nll = -logps[:, 1:] - score_prompt * logps[:, :1]
+    return nll / np.maximum(lengths[:, 1:] + score_prompt * lengths[:, :1], 1) if score == "mean" else nll
 
 
-def pair_accuracy(positive: np.ndarray, negative: np.ndarray) -> dict:
-    """Share (%) of pairs whose positive has the lower mean NLL, a tie counting half, with its standard error.
+def pair_accuracy(positive: np.ndarray, negative: np.ndarray, items: list[str] | None = None) -> dict:
+    """Share (%) of pairs whose positive has the lower NLL, a tie counting half, with its standard error.
 
-    pair_accuracy([1.0, 2.0], [1.5, 2.0]) -> {"value": 75.0, "se": 25.0, "n": 2}
+    items: what each pair is about; pairs of one item (in several voices) are not independent: the standard error is
+    then that of the items' means, weighted by their pairs, and a 95 % bootstrap interval over items is given, too.
+    Pairs that have no NLL are left out and counted.
+    pair_accuracy([1.0, 2.0], [1.5, 2.0]) -> {"value": 75.0, "se": 25.0, "n": 2, "ties": 1}
     """
-    correct = np.where(positive == negative, 0.5, positive < negative)
+    known = np.isfinite(positive) & np.isfinite(negative)
+    correct = np.where(positive == negative, 0.5, positive < negative)[known]
     n = len(correct)
-    se = correct.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    return {"value": 100 * correct.mean(), "se": 100 * se, "n": n}
-
-
-def read_manifest(folder: str) -> list[dict]:
-    """Pairs of a benchmark folder. SystemExit naming what is missing."""
-    path = Path(folder) / "manifest.jsonl"
-    if not path.is_file():
-        raise SystemExit(f"{path}: no manifest; synth_stories.py writes benchmark folders with one")
-    pairs = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            pair = json.loads(line)
-            missing = [pair[side] for side in ("positive", "negative") if not (Path(folder) / pair[side]).is_file()]
-        except (ValueError, KeyError, TypeError) as e:
-            raise SystemExit(f"{path}:{number}: not a pair with positive and negative ({e!r})") from None
-        if missing:
-            raise SystemExit(f"{path}:{number}: {missing[0]} is missing; copy the folder whole")
-        pairs.append(pair)
-    return pairs
-
-
-def tokenize_wavs(tokenizer: SpeechTokenizer, folder: Path, names: list[str]) -> list[list[int]]:
-    """Wavs of a benchmark folder -> utterances `1 units 1`; kept beside them by (sha256 of the file, tokeniser).
-
-    SystemExit naming a file that holds no usable audio.
-    """
-    cache = folder / f"units_{tokenizer.fingerprint.codebook_sha256[:12]}.json"
-    known = json.loads(cache.read_text()) if cache.exists() else {}
-    keys = [sha256(folder / name) for name in names]
-    for name, key in zip(tqdm(names, disable=None, desc=folder.name, unit="wav"), keys):
-        try:
-            known[key] = known.get(key) or tokenizer.encode(load_audio(folder / name), SAMPLE_RATE)[0].tolist()
-        except ValueError as e:
-            raise SystemExit(str(e)) from None
-    cache.with_suffix(".part").write_text(json.dumps(known))
-    cache.with_suffix(".part").replace(cache)
-    return [to_tokens(known[key]) for key in keys]
-
-
-def score_pairs(lm: UnitLM, pairs: list[dict], utterances: list[list[int]], context: int) -> dict:
-    """Accuracy over all pairs and, where the manifest has types, of each; utterances: positives, then negatives."""
-    nll = mean_nlls(lm, list(zip(utterances[:len(pairs)], utterances[len(pairs):])), context)
-    result = pair_accuracy(*nll.T)
-    types = [p.get("type") for p in pairs]
-    if any(types):
-        result["by_type"] = {t: pair_accuracy(*nll[[i for i, u in enumerate(types) if u == t]].T)
-                             for t in sorted(set(types))}
+    if not n:
+        return {"value": math.nan, "se": math.nan, "n": 0, "ties": 0, "failed": int((~known).sum())}
+    result = {"value": 100 * correct.mean(), "se": 100 * correct.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan,
+              "n": n, "ties": int((positive == negative)[known].sum())}
+    if not known.all():
+        result["failed"] = int((~known).sum())
+    _, item = np.unique(np.array(items or range(len(known)))[known], return_inverse=True)
+    if (n_items := item.max() + 1) < n:
+        sums, sizes = np.bincount(item, correct), np.bincount(item)
+        draws = np.random.default_rng(0).multinomial(n_items, np.full(n_items, 1 / n_items), 1000)
+        means = 100 * (draws @ sums) / (draws @ sizes)
+        result |= {"se": means.std(), "interval": np.percentile(means, (2.5, 97.5)).tolist(), "items": int(n_items)}
     return result
+
+
+def score_pairs(nll: np.ndarray, pairs: list[dict]) -> dict:
+    """`pair_accuracy` of NLLs (n, 2) over all pairs (micro, as SlamKit), and "by" each subset of the manifest's fields.
+
+    macro: mean over types (parts, frequencies) of the mean over items of the mean over voices, as ZeroSpeech has it.
+    """
+    items = [p.get("item") or p["id"] for p in pairs]
+    result, by = pair_accuracy(*nll.T, items), {}
+    for name in (*SUBSETS, "voice"):
+        values = [p.get(name) for p in pairs]
+        if any(values):
+            by[name] = {v: pair_accuracy(*nll[rows := [i for i, u in enumerate(values) if u == v]].T,
+                                         [items[i] for i in rows]) for v in sorted(set(filter(None, values)))}
+    if by:
+        correct = np.where(nll[:, 0] == nll[:, 1], 0.5, nll[:, 0] < nll[:, 1])
+        kind = next((name for name in SUBSETS if name in by), "")
+        groups = defaultdict(lambda: defaultdict(list))
+        for p, item, right in zip(pairs, items, correct):
+            groups[p.get(kind)][item].append(right)
+        result["macro"] = 100 * float(np.mean([np.mean([np.mean(v) for v in g.values()]) for g in groups.values()]))
+        result["by"] = by
+    return result
+
+
+def tokenize_pairs(tokenizer: SpeechTokenizer, benchmark: Benchmark) -> list[tuple[list[int], list[int]]]:
+    """Both files of each pair -> utterances `1 units 1`; kept in the cache by (sha256 of the file, tokeniser).
+
+    SystemExit naming a file that holds no usable audio. Says so if the files' sample rates differ.
+    """
+    paths = list(dict.fromkeys(p[side] for p in benchmark.pairs for side in ("positive", "negative")))
+    keys = dict(zip(paths, map(sha256, map(Path, paths))))
+    cache = cache_dir() / "units" / f"{benchmark.name}-{tokenizer.fingerprint.codebook_sha256[:16]}.jsonl"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    known = {}
+    for line in cache.read_text().splitlines() if cache.exists() else ():
+        with contextlib.suppress(ValueError):  # cut short by a kill
+            known |= json.loads(line)
+    todo, rates = [p for p in paths if keys[p] not in known], Counter()
+    with open(cache, "a") as f, tqdm(total=len(todo), disable=None, desc=benchmark.name, unit="file") as bar:
+        for at in range(0, len(todo), 64):
+            part = todo[at:at + 64]
+            try:
+                waves = [load_audio(p) for p in part]
+            except ValueError as e:
+                raise SystemExit(str(e)) from None
+            rates.update(soundfile.info(p).samplerate for p in part)
+            new = {keys[p]: units.tolist() for p, (units, _) in zip(part, tokenizer.encode_batch(waves))}
+            known |= new
+            f.write("\n" + json.dumps(new) + "\n")
+            f.flush()
+            bar.update(len(part))
+    if len(rates) > 1:
+        print(f"{benchmark.name}: files of different sample rates ("
+              + ", ".join(f"{n:,} of {rate:,} Hz" for rate, n in rates.most_common()) + "); all resampled to 16 kHz")
+    return [tuple(to_tokens(known[keys[p[side]]]) for side in ("positive", "negative")) for p in benchmark.pairs]
+
+
+@torch.inference_mode()
+def text_nlls(texts: list[str], judge: str) -> np.ndarray:
+    """Mean negative log-likelihood per token of each text, by a text LM; after BOS where it has one."""
+    _, tokenizer = load_judge(judge)
+    return -np.array([np.nan if s is None else s for s in continuation_scores([""] * len(texts), texts, judge)])
 
 
 # ---------------------------------------------------------------- generated speech
@@ -390,7 +452,7 @@ def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: 
 
 def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder, out: Path) -> dict:
     """GenPPL and auto-BLEU of spoken continuations, on prompt + continuation (as published) and on the continuation."""
-    paths = sorted(Path(cfg.generate_from) / p["positive"] for p in read_manifest(cfg.generate_from))[:cfg.n_generate]
+    paths = sorted(Path(p["positive"]) for p in read_manifest(cfg.generate_from).pairs)[:cfg.n_generate]
     prompts = [tokenizer.encode(load_audio(p)[:round(cfg.prompt_seconds * SAMPLE_RATE)], SAMPLE_RATE)[0].tolist()
                for p in paths]
     new = continue_units(lm, prompts, cfg.new_units, cfg.batch, cfg.seed, "continuing", temperature=cfg.temperature,
@@ -420,10 +482,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
 def resynthesis_error(cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder) -> dict:
     """How much of speech its units keep: word error rate of the ASR on re-synthesised against original speech, with
     original and predicted durations; and with the former, mel-cepstral distance and the share of clipped samples."""
-    waves = [load_audio(Path(cfg.resynth_from) / p["positive"])[:30 * SAMPLE_RATE]
-             for p in read_manifest(cfg.resynth_from)]
-    if not waves:
-        raise SystemExit(f"{cfg.resynth_from}: its manifest is empty")
+    waves = [load_audio(p["positive"])[:30 * SAMPLE_RATE] for p in read_manifest(cfg.resynth_from).pairs]
     encoded = [tokenizer.encode(w, SAMPLE_RATE) for w in tqdm(waves, disable=None, desc="units")]
     units, durations = zip(*encoded)
     vocoder.synthesize(*encoded[0])  # the first call is slower
@@ -463,6 +522,31 @@ def table(rows: dict[str, dict]) -> str:
                      for line in lines)
 
 
+def read_benchmarks(cfg: Config) -> list[Benchmark]:
+    """All sets of pairs that are asked for, each with a line on what is in it."""
+    paths = cfg.path if len(cfg.path) == len(cfg.benchmark) else cfg.path * len(cfg.benchmark)
+    found = [read_benchmark(name, path, cfg.split, cfg.max_left_out) for name, path in zip(cfg.benchmark, paths)]
+    found += [read_manifest(path) for path in cfg.manifest]
+    for benchmark in found:
+        print(benchmark.summary())
+    if twice := [name for name, n in Counter(b.name for b in found).items() if n > 1]:
+        raise SystemExit(f"two sets of pairs with the name {twice[0]}; results are kept by name")
+    return found
+
+
+def floors(cfg: Config, benchmark: Benchmark, utterances: list[tuple], grams: dict[str, np.ndarray]) -> dict[str, dict]:
+    """What n-gram models of the units score on a benchmark, and a text LM on its transcripts: {metric: result}."""
+    found = {}
+    for name, logp in grams.items():
+        nll = np.array([[-logp[x[:-1], x[1:]].mean() for x in pair] for pair in utterances])
+        found[f"{benchmark.name}_{name}"] = score_pairs(nll, benchmark.pairs)
+    texts = [[p.get(f"{side}_text") for side in ("positive", "negative")] for p in benchmark.pairs]
+    if cfg.text_judge and all(map(all, texts)):
+        nll = text_nlls([t for both in texts for t in both], cfg.text_judge).reshape(-1, 2)
+        found[f"{benchmark.name}_text_lm"] = score_pairs(nll, benchmark.pairs) | {"judge": cfg.text_judge}
+    return found
+
+
 def main(cfg: Config) -> None:
     device = pick_device()
     if cfg.resynth_from:
@@ -470,10 +554,14 @@ def main(cfg: Config) -> None:
         vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
         print(json.dumps(resynthesis_error(cfg, tokenizer, vocoder)))
         return
+    benchmarks = read_benchmarks(cfg)
+    if cfg.write_manifest:
+        benchmarks[0].write(cfg.write_manifest)
+        return
     checkpoints = {name: find_checkpoint(name) for name in cfg.checkpoint}
     fingerprints = {name: checkpoint_fingerprint(folder) for name, folder in checkpoints.items()}
     tokenizer = vocoder = None
-    if cfg.pairs or cfg.generate_from:
+    if benchmarks or cfg.generate_from:
         tokenizer_name = cfg.tokenizer or find_codebook(next(iter(fingerprints.values())))
         tokenizer = SpeechTokenizer.load(tokenizer_name, device.type)
     if cfg.generate_from:
@@ -485,19 +573,19 @@ def main(cfg: Config) -> None:
         if val:
             require_same(fingerprint, name, val.fingerprint, cfg.val[0])
 
-    baselines = {}
-    if cfg.train and val:
+    grams, baselines = {}, {}
+    if cfg.train:
         train = UnitReader(*cfg.train)
-        require_same(train.fingerprint, cfg.train[0], val.fingerprint, cfg.val[0])
-        losses = ngram_losses(*([r.tokens(i) for i in range(len(r))] for r in (train, val)),
-                              vocab_size(val.fingerprint.n_units))
-        baselines = {f"{name}_loss": {"value": loss, "n": val.n_tokens - len(val)}
-                     for name, loss in zip(("unigram", "bigram"), losses)}
-    benchmarks = {}
-    for folder in cfg.pairs:
-        pairs = read_manifest(folder)
-        names = [p[side] for side in ("positive", "negative") for p in pairs]
-        benchmarks[Path(folder).name] = pairs, tokenize_wavs(tokenizer, Path(folder), names)
+        require_same(train.fingerprint, cfg.train[0], next(iter(fingerprints.values())), cfg.checkpoint[0])
+        grams = ngrams([train.tokens(i) for i in range(len(train))], vocab_size(train.fingerprint.n_units))
+    for name, logp in grams.items() if val else ():
+        baselines[f"{name}_loss"] = {"value": ngram_loss(logp, [val.tokens(i) for i in range(len(val))]),
+                                     "n": val.n_tokens - len(val)}
+    utterances = {b.name: tokenize_pairs(tokenizer, b) for b in benchmarks}
+    if not cfg.score_eos:
+        utterances = {name: [(a[:-1], b[:-1]) for a, b in pairs] for name, pairs in utterances.items()}
+    for b in benchmarks:
+        baselines |= floors(cfg, b, utterances[b.name], grams)
 
     rows = {}
     for name, folder in checkpoints.items():
@@ -509,15 +597,18 @@ def main(cfg: Config) -> None:
             results["val_ppl"] = {"value": math.exp(loss), "n": n}
             if val.hours:  # the same for all vocabularies, as units or pieces per second are not
                 results["val_bits_per_second"] = {"value": loss * n / math.log(2) / (3600 * val.hours), "n": n}
-        for benchmark, (pairs, utterances) in benchmarks.items():
-            results[benchmark] = score_pairs(lm, pairs, utterances, cfg.context)
+        how = {"score": cfg.score, "score_eos": cfg.score_eos, "score_prompt": cfg.score_prompt}
+        for b in benchmarks:
+            nll = pair_nlls(lm, utterances[b.name], cfg.context, cfg.score, cfg.score_prompt)
+            results[b.name] = score_pairs(nll, b.pairs) | {"settings": how | {"source": b.source, "split": b.split}}
         where = Path(folder).parent if Path(folder).name == "checkpoint" else Path(folder)
         if not where.is_dir():  # a hub id
             where = Path("out") / folder.replace("/", "--")
             where.mkdir(parents=True, exist_ok=True)
         if cfg.generate_from:
             results |= generative_metrics(lm, cfg, tokenizer, vocoder, where)
-        merge_results(where / "results.json", results)
+        made = {"weights": weights_sha256(folder)[:16], "torch": torch.__version__, "git": git_commit()}
+        merge_results(where / "results.json", {metric: result | {"made": made} for metric, result in results.items()})
         rows[name] = results
     print(table(rows))
 

@@ -12,6 +12,7 @@ like any other, and ours become SlamKit's by
     python model.py export out/slam slam_for_slamkit
 """
 import argparse
+import hashlib
 import json
 import pickle
 import shutil
@@ -702,6 +703,15 @@ def fetch(name: str) -> Path:
     except Exception as e:  # huggingface_hub raises a dozen types here; to the user they are one
         raise SystemExit(f"{name}: no such folder here, and not to be had from the Hugging Face hub "
                          f"({type(e).__name__}); check the name and the network") from None
+
+
+def weights_sha256(name: str) -> str:
+    """sha256 of a checkpoint folder's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin")):
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, repetition_penalty: float, seen: Tensor,

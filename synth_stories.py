@@ -571,7 +571,7 @@ def grammar_pair(kind: str, i: int, rng: np.random.Generator) -> tuple[str, str]
     name, adjective, thing = pick("Tom Mia Anna Ben"), pick("red big old small shiny"), pick("apple ball box kite hat")
     return [(f"{name} found the {adjective} {thing} {where}.", f"{name} found the {thing} {adjective} {where}."),
             (f"The {noun} will not be {verb} {where}.", f"The {noun} not will be {verb} {where}."),
-            (f"{name} put the {thing} on the table.", f"{name} put {thing} the on the table."),
+            (f"{name} put the {adjective} {thing} on the table.", f"{name} put {adjective} the {thing} on the table."),
             (f"The {noun} is {verb} {where}.", f"The {noun} {verb} is {where}.")][i % 4]
 
 
@@ -581,13 +581,16 @@ GRAMMAR = "subject_verb_agreement determiner_noun_agreement reflexive word_order
 def make_sblimp(cfg: Config, pool) -> None:
     """sBLIMP-style pairs: a grammatical and an ungrammatical sentence, by templates, the four kinds in equal shares."""
     rng, pairs, seen = np.random.default_rng((cfg.seed, 1)), [], set()
-    while len(pairs) < cfg.n_sblimp:
-        i = len(pairs)
+    for i in range(cfg.n_sblimp):
         kind = GRAMMAR[i % len(GRAMMAR)]
-        positive, negative = grammar_pair(kind, i // len(GRAMMAR), rng)
-        if (positive, negative) not in seen or len(seen) > 2000:
-            seen.add((positive, negative))
-            pairs.append({"id": f"{i:05d}", "type": kind, "positive_text": positive, "negative_text": negative})
+        for _ in range(1000):
+            positive, negative = grammar_pair(kind, i // len(GRAMMAR), rng)
+            if (positive, negative) not in seen:
+                break
+        else:
+            raise SystemExit(f"n_sblimp: the templates give some {len(pairs):,} different pairs, not {cfg.n_sblimp:,}")
+        seen.add((positive, negative))
+        pairs.append({"id": f"{i:05d}", "type": kind, "positive_text": positive, "negative_text": negative})
     texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in pairs for side in ("positive", "negative")}
     write_benchmark(cfg, pool, "sblimp", pairs, texts, lambda pair, side: [f"{pair['id']} {side}"])
 

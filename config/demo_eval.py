@@ -2,7 +2,8 @@
 checkpoint = ("out/demo/lm", "out/demo/dpo")
 train = ("out/demo/data/units/train",)
 val = ("out/demo/data/units/val",)
-pairs = ("out/demo/data/tstorycloze", "out/demo/data/sblimp")
+manifest = ("out/demo/data/tstorycloze", "out/demo/data/sblimp")
 generate_from = "out/demo/data/tstorycloze"
+text_judge = "embedded:smollm2-135m"
 n_generate = 10
 may_end = False  # Whisper's units say that speech ends where a prompt is cut, and EOS would follow at once

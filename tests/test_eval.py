@@ -9,14 +9,14 @@ import torch
 from conftest import N_UNITS, markov
 from test_train import tiny
 
-from eval import (Fork, auto_bleu, mean_nlls, ngram_losses, pair_accuracy, read_manifest, score_pairs, table,
+from eval import (Fork, auto_bleu, ngram_loss, ngrams, pair_accuracy, pair_nlls, score_pairs, table, text_nlls,
                   text_perplexity, word_error_rate, words)
 from train import merge_results
 from units import to_tokens
 
 
 def test_pair_accuracy():
-    assert pair_accuracy(np.array([1.0, 2.0]), np.array([1.5, 2.0])) == {"value": 75.0, "se": 25.0, "n": 2}
+    assert pair_accuracy(np.array([1.0, 2.0]), np.array([1.5, 2.0])) == {"value": 75.0, "se": 25.0, "n": 2, "ties": 1}
     a = np.random.default_rng(0).normal(size=(2, 1000))
     result = pair_accuracy(*a)
     p = sum(x < y for x, y in a.T) / 1000
@@ -24,34 +24,67 @@ def test_pair_accuracy():
     assert result["se"] == pytest.approx(100 * math.sqrt(p * (1 - p) / 999))
 
 
-def test_mean_nlls_are_those_of_each_utterance_by_itself():
+def test_accuracy_of_pairs_that_are_not_independent():
+    """One item in four voices: the error is that of the items, not of their copies."""
+    rng = np.random.default_rng(0)
+    item, gap = np.repeat(np.arange(50), 4), np.repeat(rng.normal(0.3, 1, 50), 4)
+    alone = pair_accuracy(np.zeros(50), gap[::4])
+    copies = pair_accuracy(np.zeros(200), gap, [str(i) for i in item])
+    assert copies["value"] == alone["value"] and copies["n"] == 200 and copies["items"] == 50
+    assert copies["se"] == pytest.approx(alone["se"], rel=0.1)
+    assert copies["interval"] == pytest.approx([copies["value"] + 1.96 * x * copies["se"] for x in (-1, 1)], abs=2)
+    failed = pair_accuracy(np.array([1.0, np.nan, 2.0]), np.array([2.0, 1.0, 1.0]))
+    assert failed["value"] == 50 and failed["n"] == 2 and failed["failed"] == 1
+
+
+def test_nlls_are_those_of_each_utterance_by_itself():
     """Pairs that share a beginning, nothing, or everything; EOS is scored, BOS is not."""
     lm = tiny().eval()
     a, b, c, d, e = (to_tokens(x) for x in markov(5, np.random.default_rng(0)))
     pairs = [(a, b), (c, c[:7] + d[3:]), (d, d), (e, e[:-2] + [1]), (c[:2] + [1], c)]
-    found = mean_nlls(lm, pairs, 128)
-    for both, nlls in zip(pairs, found):
-        for tokens, nll in zip(both, nlls):
-            x = torch.tensor([tokens])
-            logp = lm(x)[0].log_softmax(-1)[0, :-1].gather(1, x[0, 1:, None])
-            assert nll == pytest.approx(-logp.mean().item(), rel=1e-5)
+
+    def nlls(tokens: list[int]) -> np.ndarray:
+        x = torch.tensor([tokens])
+        return -lm(x)[0].log_softmax(-1)[0, :-1].gather(1, x[0, 1:, None])[:, 0].detach().numpy()
+
+    found, sums = pair_nlls(lm, pairs, 128), pair_nlls(lm, pairs, 128, "sum")
+    ends = pair_nlls(lm, pairs, 128, score_prompt=False)
+    for i, both in enumerate(pairs):
+        shared = len(Fork.of(*both).prefix) - 1
+        for side, tokens in enumerate(both):
+            assert found[i, side] == pytest.approx(nlls(tokens).mean(), rel=1e-5)
+            assert sums[i, side] == pytest.approx(nlls(tokens).sum(), rel=1e-5)
+            if i != 2:
+                assert ends[i, side] == pytest.approx(nlls(tokens)[shared:].mean(), rel=1e-5)
     assert found[2, 0] == found[2, 1]  # a tie
     assert Fork.of(*pairs[1]).prefix == c[:7] and Fork.of(d, d).n_inputs == len(d) - 1
-    assert mean_nlls(lm, pairs[1:2], 16) == pytest.approx(found[1:2], rel=1e-5)  # longer than a row
+    assert pair_nlls(lm, pairs[1:2], 16) == pytest.approx(found[1:2], rel=1e-5)  # longer than a row
 
 
-def test_score_pairs_by_type():
-    lm, rng = tiny().eval(), np.random.default_rng(0)
-    utterances = [to_tokens(x) for x in markov(8, rng)]
-    result = score_pairs(lm, [{"type": t} for t in "aabb"], utterances, 128)
-    assert set(result["by_type"]) == {"a", "b"} and result["by_type"]["a"]["n"] == 2
-    assert result["value"] == pytest.approx(np.mean([r["value"] for r in result["by_type"].values()]))
+def test_results_of_a_benchmark():
+    """Micro over pairs; macro as ZeroSpeech: voices, then items, then types."""
+    right = {("x", "1"): (1, 1, 1, 0), ("x", "2"): (0, 0), ("y", "3"): (1,)}
+    pairs = [{"id": f"{item}{v}", "item": item, "type": t, "voice": f"v{v}"} for (t, item), all_ in right.items()
+             for v, _ in enumerate(all_)]
+    nll = np.array([[1.0, 2.0] if x else [2.0, 1.0] for all_ in right.values() for x in all_])
+    result = score_pairs(nll, pairs)
+    assert result["value"] == pytest.approx(100 * 4 / 7) and result["n"] == 7 and result["ties"] == 0
+    assert result["macro"] == pytest.approx(100 * np.mean([np.mean([3 / 4, 0]), 1]))
+    assert {t: (r["value"], r["n"]) for t, r in result["by"]["type"].items()} == {"x": (50, 6), "y": (100, 1)}
+    assert result["by"]["voice"]["v1"]["n"] == 2
+    assert "by" not in score_pairs(nll[:2], [{"id": "a"}, {"id": "b"}])
+
+
+def test_text_judge():
+    good, bad = text_nlls(["The dog is sleeping near the tree.", "Dog the sleeping near is tree the."],
+                          "embedded:smollm2-135m")
+    assert good < bad - 1
 
 
 def test_ngrams_by_brute_force():
     rng = np.random.default_rng(0)
     train, val = ([np.array(to_tokens(x)) for x in markov(n, rng)] for n in (150, 50))
-    unigram, bigram = ngram_losses(train, val, N_UNITS + 2)
+    unigram, bigram = (ngram_loss(logp, val) for logp in ngrams(train, N_UNITS + 2).values())
     one = Counter(t for x in train for t in x[1:].tolist())
     total = sum(one.values()) + N_UNITS + 2
     two = Counter(p for x in train for p in zip(x.tolist(), x[1:].tolist()))
@@ -101,14 +134,3 @@ def test_results_merge(tmp_path):
 def test_table():
     text = table({"x": {"val_loss": {"value": 1.234}, "tsc": {"value": 78.0, "se": 0.91}}, "y": {"tsc": {"value": 5}}})
     assert "val_loss" in text and "78.00 ± 0.9" in text and text.splitlines()[1].split() == ["val_loss", "1.23", "-"]
-
-
-def test_bad_manifests(tmp_path):
-    with pytest.raises(SystemExit, match="no manifest"):
-        read_manifest(str(tmp_path))
-    (tmp_path / "manifest.jsonl").write_text('{"positive": "a.wav", "negative": "b.wav"}\n')
-    with pytest.raises(SystemExit, match="a.wav is missing"):
-        read_manifest(str(tmp_path))
-    (tmp_path / "manifest.jsonl").write_text('{"positive": 3}\n')
-    with pytest.raises(SystemExit, match=":1: not a pair"):
-        read_manifest(str(tmp_path))

@@ -14,7 +14,7 @@ from units import UnitReader
 def test_evaluation(runs, stories):
     done = run("eval.py", "config/demo_eval.py", f"--checkpoint={runs}/lm,{runs}/dpo",
                f"--train={stories}/units/train", f"--val={stories}/units/val",
-               f"--pairs={stories}/tstorycloze,{stories}/sblimp", f"--generate_from={stories}/tstorycloze",
+               f"--manifest={stories}/tstorycloze,{stories}/sblimp", f"--generate_from={stories}/tstorycloze",
                "--n_generate=2", "--new_units=40", "--keep_audio")
     for name in ("lm", "dpo"):
         results = json.loads((runs / name / "results.json").read_text())
@@ -47,7 +47,7 @@ def test_a_model_of_pieces(stories, voice, tmp_path):
         "--micro_batch=2", "--batch_tokens=1024", "--time_budget_hours=none", "--steps=4", f"--out={tmp_path}/lm")
     assert json.loads((tmp_path / "lm" / "checkpoint" / "config.json").read_text())["vocab_size"] == 602
     model, prompt = f"--checkpoint={tmp_path}/lm", tmp_path / "p.wav"
-    run("eval.py", model, val, tokenizer, f"--pairs={stories}/sblimp", f"--generate_from={stories}/tstorycloze",
+    run("eval.py", model, val, tokenizer, f"--manifest={stories}/sblimp", f"--generate_from={stories}/tstorycloze",
         "--n_generate=2", "--new_units=20", "--may_end=false", "--keep_audio")
     results = json.loads((tmp_path / "lm" / "results.json").read_text())
     hours, n = UnitReader(tmp_path / "bpe" / "val").hours, results["val_loss"]["n"]

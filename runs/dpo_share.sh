@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# How much of a day DPO should have (the paper's figure 5): of a fixed budget, so many minutes go to DPO and the rest to
+# pre-training, each share with its own schedules. Ends with a table, curve.png and curve.svg in out/dpo_share/SCALE.
+#
+#   bash runs/dpo_share.sh slam --benchmark=tstorycloze --path=tSC   # 24 h a share; what follows are flags for eval.py
+#   bash runs/dpo_share.sh demo                                  # 4 minutes a share, after runs/demo.sh
+#   HOURS=12 MINUTES="0 15 30" bash runs/dpo_share.sh slam       # another budget, other shares of it
+#
+# Killed, it goes on. Data, out/spoken_swag or out/demo/data, must be there.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+scale=${1:-}; shift || true
+case $scale in
+slam) hours=24 minutes="0 10 30 60 120" train=config/slam.py dpo=config/slam_dpo.py evaluate="--val=out/units/librispeech_dev" ;;
+demo) hours=0.0667 minutes="0 0.25 0.5 1 2" train=config/demo_train.py dpo=config/demo_dpo.py evaluate=config/demo_eval.py ;;
+*) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
+hours=${HOURS:-$hours} minutes=${MINUTES:-$minutes} out=out/dpo_share/$scale
+for share in $minutes; do
+    python train.py $train --out="$out/lm_$share" --tokens=none --steps=none \
+        --time_budget_hours="$(python -c "print($hours - $share / 60)")" --resume
+    run=$out/lm_$share
+    if [ "$share" != 0 ]; then
+        run=$out/dpo_$share
+        python dpo.py $dpo --out="$run" --checkpoint="$out/lm_$share" --steps=none \
+            --time_budget_hours="$(python -c "print($share / 60)")" --resume
+    fi
+    python eval.py $evaluate --checkpoint="$run" "$@"
+done
+python runs/dpo_share_report.py "$out" $minutes

@@ -1,0 +1,182 @@
+"""benchmarks.py: downloads in exactly their layouts, with real speech in them, and what is wrong with some."""
+import csv
+import json
+import shutil
+
+import pytest
+import soundfile
+from conftest import refused, run
+
+from audio import load_audio
+from benchmarks import SALMON_PARTS, read_benchmark, read_manifest
+
+
+@pytest.fixture(scope="module")
+def wavs(stories):
+    return sorted((stories / "sblimp").glob("*.wav"))
+
+
+def write_csv(path, rows: list[dict]) -> None:
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def slm21(wavs, tmp_path):
+    """sLM21-dataset: ids recur across subtypes, three voices, names with and without extension."""
+    root, audio = tmp_path / "sLM21-dataset", iter(wavs * 10)
+
+    def rows(task: str, items: list[dict]) -> list[dict]:
+        folder, out = root / task / "dev", []
+        folder.mkdir(parents=True)
+        for i, item in enumerate(items):
+            for correct in (0, 1):
+                name = f"{task}_{i}_{correct}"
+                shutil.copy(next(audio), folder / f"{name}.wav")
+                out.append({"filename": name + (".wav" if i % 2 else "")} | item | {"correct": correct})
+        return out
+
+    syntactic = [{"id": i, "voice": v, "type": t, "subtype": s, "transcription": f"{t} {s} {i}"} for i in (1, 2)
+                 for v in "ABC" for t, s in (("agreement", "distractor"), ("agreement", "irregular"), ("island", "wh"))]
+    write_csv(root / "syntactic" / "dev" / "gold.csv", rows("syntactic", syntactic))
+    lexical = [{"id": i, "voice": v, "frequency": f, "word": f"w{i}", "phones": "a b", "length": 3} for i, f in (
+        (1, "oov"), (2, "4")) for v in "AB"]
+    write_csv(root / "lexical" / "dev" / "gold.csv", rows("lexical", lexical))
+    return root
+
+
+def test_sblimp_as_downloaded(slm21):
+    found = read_benchmark("sblimp", str(slm21))
+    assert len(found.pairs) == 18 and not found.left_out and found.split == "dev"
+    assert len({p["id"] for p in found.pairs}) == 18 and len({p["item"] for p in found.pairs}) == 6
+    for pair in found.pairs:
+        stems = [pair[side].rsplit("/", 1)[1].rsplit("_", 1) for side in ("positive", "negative")]
+        assert stems[0][0] == stems[1][0] and (stems[0][1], stems[1][1]) == ("1.wav", "0.wav")
+        assert pair["positive_text"] == f"{pair['type']} {pair['subtype']} {pair['item'].split('_')[2]}"
+    assert read_benchmark("sblimp", str(slm21 / "syntactic" / "dev")).pairs == found.pairs
+    assert "sblimp, dev: 18 pairs of" in found.summary() and "left out: none" in found.summary()
+
+
+def test_swuggy_as_downloaded(slm21):
+    found = read_benchmark("swuggy", str(slm21))
+    assert len(found.pairs) == 4 and {p["frequency"] for p in found.pairs} == {"in vocabulary", "out of vocabulary"}
+    assert {p["item"] for p in found.pairs} == {"1", "2"} and found.pairs[0]["positive_text"] == "w1"
+
+
+def test_slm21_with_something_wrong(slm21, tmp_path):
+    def refusal(name="sblimp", path=slm21, **how):
+        with pytest.raises(SystemExit) as e:
+            read_benchmark(name, str(path), **how)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    assert "no syntactic/test/gold.csv below it; it holds lexical/, syntactic/" in refusal(split="test")
+    assert "there is no such folder" in refusal(path=tmp_path / "nowhere")
+    assert "no column subtype, type; it has filename, id, voice" in refusal(path=slm21 / "lexical" / "dev")
+    folder = slm21 / "syntactic" / "dev"
+    (folder / "syntactic_3_1.wav").unlink()
+    assert "17 pairs" in refusal() and "1 whose file is missing" in refusal() and "download whole" in refusal()
+    assert read_benchmark("sblimp", str(slm21), max_left_out=0.1).left_out.keys() == {"whose file is missing"}
+    rows = list(csv.DictReader(open(folder / "gold.csv")))
+    write_csv(folder / "gold.csv", rows[1:])
+    assert "1 without a counterpart (agreement distractor 1 A)" in refusal()
+    write_csv(folder / "gold.csv", [*rows, rows[5]])
+    assert "2 correct and 1 incorrect rows; which are a pair can't be told" in refusal()
+
+
+def storycloze(folder, wavs, numbers) -> str:
+    folder.mkdir()
+    for i, n in enumerate(numbers):
+        shutil.copy(wavs[i], folder / f"{n}_{'abcde'[i % 5]}.wav")
+        (folder / f"{n}_{'abcde'[i % 5]}.txt").write_text(f"Story {n}.\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("numbers", [range(12), range(1, 13), range(100, 112)])
+def test_storycloze_as_downloaded(wavs, tmp_path, numbers):
+    found = read_benchmark("tstorycloze", storycloze(tmp_path / "tSC", wavs, numbers))
+    assert [(p["positive_text"], p["negative_text"]) for p in found.pairs] == [
+        (f"Story {n}.", f"Story {n + 1}.") for n in numbers[::2]]  # 2 before 10: by number, not by name
+
+
+def test_storycloze_with_something_wrong(wavs, tmp_path):
+    def refusal(path):
+        with pytest.raises(SystemExit) as e:
+            read_benchmark("sstorycloze", path)
+        return str(e.value)
+
+    folder = tmp_path / "gap"
+    path = storycloze(folder, wavs, [n for n in range(12) if n != 5])
+    assert "5 pairs" in refusal(path) and "1 whose file is missing (4 and 5)" in refusal(path)
+    pairs = read_benchmark("sstorycloze", path, max_left_out=0.2).pairs
+    assert [p["id"] for p in pairs] == ["0", "2", "6", "8", "10"]  # no other pair is shifted
+    shutil.copy(wavs[0], folder / "7_again.wav")
+    assert "7_again.wav and 7_b.wav have the same number" in refusal(path)
+    assert "3 are missing: which two are a pair can't be told" in refusal(storycloze(tmp_path / "few", wavs, [4, 5, 9]))
+    assert "no audio files N_….wav in it; it is empty" in refusal(str((tmp_path / "none").mkdir() or tmp_path / "none"))
+    (tmp_path / "other").mkdir()
+    shutil.copy(wavs[0], tmp_path / "other" / "story.wav")
+    assert "does not begin with a number" in refusal(str(tmp_path / "other"))
+
+
+def test_salmon_as_downloaded(wavs, tmp_path):
+    for part in SALMON_PARTS[:3]:
+        (tmp_path / part).mkdir()
+        for i in range(3):
+            shutil.copy(wavs[2 * i], tmp_path / part / f"sample_{i}_0.wav")
+            shutil.copy(wavs[2 * i + 1], tmp_path / part / f"sample_{i}_1.wav")
+    with pytest.raises(SystemExit, match="5 a whole part, which is not there"):
+        read_benchmark("salmon", str(tmp_path))
+    found = read_benchmark("salmon", str(tmp_path), max_left_out=0.5)
+    assert len(found.pairs) == 9 and {p["part"] for p in found.pairs} == set(SALMON_PARTS[:3])
+    assert all(p["positive"].endswith("_0.wav") and p["negative"].endswith("_1.wav") for p in found.pairs)
+    one = read_benchmark("salmon", str(tmp_path / SALMON_PARTS[0]))
+    assert len(one.pairs) == 3 and not one.left_out
+    shutil.copy(wavs[0], tmp_path / SALMON_PARTS[0] / "sample_1_2.wav")
+    with pytest.raises(SystemExit, match="3 files of index 1"):
+        read_benchmark("salmon", str(tmp_path), max_left_out=0.5)
+    with pytest.raises(SystemExit, match="none of SALMon's parts"):
+        read_benchmark("salmon", str(wavs[0].parent))
+
+
+def test_a_manifest_written_read_and_scored(slm21, runs, tmp_path):
+    """The same pairs by a download and by its manifest; results by subset; units from the cache the second time."""
+    manifest = tmp_path / "sblimp.jsonl"
+    said = run("eval.py", "--benchmark=sblimp", f"--path={slm21}", f"--write_manifest={manifest}").stdout
+    assert "18 pairs" in said
+    assert read_manifest(str(manifest)).pairs == read_benchmark("sblimp", str(slm21)).pairs
+    wave = load_audio(slm21 / "syntactic" / "dev" / "syntactic_0_1.wav")
+    soundfile.write(slm21 / "syntactic" / "dev" / "syntactic_0_1.wav", wave[::2], 8000)
+    model = tmp_path / "lm"
+    shutil.copytree(runs / "lm", model)
+    (model / "results.json").write_text('{"mine": {"value": 1}}')
+    said = run("eval.py", "--benchmark=sblimp", f"--path={slm21}", f"--checkpoint={model}").stdout
+    assert "files of different sample rates" in said and "1 of 8,000 Hz" in said
+    results = json.loads((model / "results.json").read_text())
+    first = results["sblimp"]
+    assert results["mine"] == {"value": 1} and first["n"] == 18 and first["items"] == 6 and len(first["interval"]) == 2
+    assert first["by"]["type"].keys() == {"agreement", "island"} and first["by"]["voice"].keys() == set("ABC")
+    assert first["settings"]["score"] == "mean" and len(first["made"]["weights"]) == 16
+    said = run("eval.py", f"--manifest={manifest}", f"--checkpoint={model}", "--score=sum").stdout
+    assert "different sample rates" not in said  # nothing was read again
+    results = json.loads((model / "results.json").read_text())
+    assert results["sblimp"]["settings"]["score"] == "sum" and results["sblimp"]["n"] == 18
+
+
+def test_bad_manifests(stories, tmp_path):
+    def refusal(text: str) -> str:
+        (tmp_path / "manifest.jsonl").write_text(text)
+        with pytest.raises(SystemExit) as e:
+            read_manifest(str(tmp_path))
+        return str(e.value)
+
+    with pytest.raises(SystemExit, match="no manifest"):
+        read_manifest(str(tmp_path))
+    assert "a.wav is missing" in refusal('{"positive": "a.wav", "negative": "b.wav"}\n')
+    assert ":1: not a pair" in refusal('{"positive": 3}\n')
+    assert ":1: not a pair" in refusal('{"positve": "a.wav", "negative": "b.wav"}\n')
+    assert "no pairs in it" in refusal("")
+    assert "2 for 1 of benchmark" in refused("eval.py", "--benchmark=sblimp", "--path=a,b")
+    assert "expected" in refused("eval.py", "--benchmark=sblmp", "--path=a")
