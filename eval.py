@@ -5,12 +5,14 @@ Out: results.json in each run's folder (other metrics in it stay) and one table 
 
     python eval.py config/demo_eval.py --checkpoint out/demo/lm,out/demo/dpo
     python eval.py --checkpoint out/slam --benchmark sblimp --path sLM21-dataset --val out/units/val
+    python eval.py plot --run out/slam --run out/slam_dpo          # results and losses over compute, as in the paper
     python eval.py --resynth_from out/demo/data/tstorycloze        # how well tokeniser and vocoder keep words; no model
 
 Two minutes on two CPU cores for the demo's sets; no disk to speak of.
 """
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import re
@@ -31,6 +33,7 @@ from audio import SAMPLE_RATE, load_audio, resample
 from benchmarks import SUBSETS, Benchmark, read_benchmark, read_manifest
 from config import load_config
 from embedded import cache_dir, resolve, sha256
+from figures import PlotConfig, __doc__ as figures_help, plot
 from model import IGNORE, UnitLM, cross_entropy, find_checkpoint, weights_sha256
 from speech_tokenizer import SpeechTokenizer, find_codebook
 from train import (Packed, autocast, checkpoint_fingerprint, git_commit, merge_results, pick_device,
@@ -56,7 +59,8 @@ class Config:
     score_prompt: bool = True  # and whether what both of a pair begin with is
     text_judge: str = ""  # text LM that scores the transcripts of pairs, where there are any, as an upper bound
     generate_from: str = ""  # such a folder whose positive wavs' beginnings are continued for GenPPL and auto-BLEU
-    n_generate: int = 1000  # continuations, at most
+    n_generate: int = 1000  # prompts, at most: the first by name
+    n_seeds: int = 1  # continuations of each, by seeds that follow `seed`
     resynth_from: str = ""  # such a folder whose positive wavs are re-synthesised and transcribed; nothing else
     prompt_seconds: float = 3.0  # beginning of a wav that is the prompt
     new_units: int = 150  # units to generate
@@ -73,6 +77,7 @@ class Config:
     batch: int = 16  # sequences in a forward pass
     compile: bool = True  # torch.compile of the sampling, on a GPU and where there are several full batches
     seed: int = 0  # of the generation
+    suffix: str = ""  # added to the names of all metrics, to have them beside those of other settings
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
@@ -270,44 +275,59 @@ def score_pairs(nll: np.ndarray, pairs: list[dict]) -> dict:
     return result
 
 
-def tokenize_pairs(tokenizer: SpeechTokenizer, benchmark: Benchmark) -> list[tuple[list[int], list[int]]]:
-    """Both files of each pair -> utterances `1 units 1`; kept in the cache by (sha256 of the file, tokeniser).
-
-    SystemExit naming a file that holds no usable audio. Says so if the files' sample rates differ.
-    """
-    paths = list(dict.fromkeys(p[side] for p in benchmark.pairs for side in ("positive", "negative")))
-    keys = dict(zip(paths, map(sha256, map(Path, paths))))
-    cache = cache_dir() / "units" / f"{benchmark.name}-{tokenizer.fingerprint.codebook_sha256[:16]}.jsonl"
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    known = {}
-    for line in cache.read_text().splitlines() if cache.exists() else ():
+def remembered(name: str, keys: list[str], compute: Callable[[list[int]], list], batch: int = 64) -> list:
+    """Values of keys out of a file of the cache; those not in it are computed, by their numbers, and kept."""
+    path, known = cache_dir() / f"{name}.jsonl", {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # cut short by a kill
             known |= json.loads(line)
-    todo, rates = [p for p in paths if keys[p] not in known], Counter()
-    with open(cache, "a") as f, tqdm(total=len(todo), disable=None, desc=benchmark.name, unit="file") as bar:
-        for at in range(0, len(todo), 64):
-            part = todo[at:at + 64]
-            try:
-                waves = [load_audio(p) for p in part]
-            except ValueError as e:
-                raise SystemExit(str(e)) from None
-            rates.update(soundfile.info(p).samplerate for p in part)
-            new = {keys[p]: units.tolist() for p, (units, _) in zip(part, tokenizer.encode_batch(waves))}
+    todo = list({key: i for i, key in enumerate(keys) if key not in known}.values())
+    with open(path, "a") as f, tqdm(total=len(todo), disable=None, desc=path.stem) as bar:
+        for at in range(0, len(todo), batch):
+            part = todo[at:at + batch]
+            new = dict(zip((keys[i] for i in part), compute(part)))
             known |= new
             f.write("\n" + json.dumps(new) + "\n")
             f.flush()
             bar.update(len(part))
+    return [known[key] for key in keys]
+
+
+def tokenize_pairs(tokenizer: SpeechTokenizer, benchmark: Benchmark) -> list[tuple[list[int], list[int]]]:
+    """Both files of each pair -> utterances `1 units 1`; remembered by (sha256 of the file, tokeniser).
+
+    SystemExit naming a file that holds no usable audio. Says so if the files' sample rates differ.
+    """
+    paths, rates = [p[side] for side in ("positive", "negative") for p in benchmark.pairs], Counter()
+    for path in paths:
+        with contextlib.suppress(soundfile.SoundFileError):  # which is said where it is read
+            rates[soundfile.info(path).samplerate] += 1
+
+    def encode(part: list[int]) -> list[list[int]]:
+        try:
+            waves = [load_audio(paths[i]) for i in part]
+        except ValueError as e:
+            raise SystemExit(str(e)) from None
+        return [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
+
+    units = remembered(f"units/{benchmark.name}-{tokenizer.fingerprint.codebook_sha256[:16]}",
+                       [sha256(Path(path)) for path in paths], encode)
     if len(rates) > 1:
         print(f"{benchmark.name}: files of different sample rates ("
               + ", ".join(f"{n:,} of {rate:,} Hz" for rate, n in rates.most_common()) + "); all resampled to 16 kHz")
-    return [tuple(to_tokens(known[keys[p[side]]]) for side in ("positive", "negative")) for p in benchmark.pairs]
+    utterances = list(map(to_tokens, units))
+    return list(zip(utterances[:len(benchmark.pairs)], utterances[len(benchmark.pairs):]))
 
 
-@torch.inference_mode()
 def text_nlls(texts: list[str], judge: str) -> np.ndarray:
-    """Mean negative log-likelihood per token of each text, by a text LM; after BOS where it has one."""
-    _, tokenizer = load_judge(judge)
-    return -np.array([np.nan if s is None else s for s in continuation_scores([""] * len(texts), texts, judge)])
+    """Mean negative log-likelihood per token of each text by a text LM, after BOS; remembered by (text, judge)."""
+    def score(part: list[int]) -> list[float | None]:
+        return continuation_scores([""] * len(part), [texts[i] for i in part], judge)
+
+    found = remembered(f"texts/{re.sub(r'[^A-Za-z0-9.-]+', '-', judge)}",
+                       [hashlib.sha256(t.encode()).hexdigest() for t in texts], score)
+    return np.array([np.nan if x is None else -x for x in found])
 
 
 # ---------------------------------------------------------------- generated speech
@@ -357,15 +377,18 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text)
 
 
-def auto_bleu(text: str, n: int = 2) -> float:
+def auto_bleu(text: str, n: int = 2, overlapping: bool = True) -> float:
     """Share of a text's n-gram positions whose n-gram stands elsewhere in it too (SlamKit's auto-BLEU); 0 if too short.
 
-    auto_bleu("a b a b", 2) -> 2/3: "a b" twice, "b a" once
+    overlapping: whether elsewhere may be a place that shares words with the first; not so in GSLM's auto-BLEU.
+    auto_bleu("a b a b") -> 2/3: "a b" twice, "b a" once; auto_bleu("ha ha ha", overlapping=False) -> 0
     """
-    tokens = words(text)
-    grams = list(zip(*(tokens[i:] for i in range(n))))
-    counts = {g: grams.count(g) for g in set(grams)}
-    return sum(c for c in counts.values() if c > 1) / len(grams) if grams else 0.0
+    tokens, places = words(text), defaultdict(list)
+    for i in range(len(tokens) - n + 1):
+        places[tuple(tokens[i:i + n])].append(i)
+    distance = 1 if overlapping else n  # positions are in order, so the first and the last are farthest from any
+    again = sum(max(i - at[0], at[-1] - i) >= distance for at in places.values() for i in at)
+    return again / max(1, len(tokens) - n + 1)
 
 
 def word_error_rate(reference: str, heard: str) -> tuple[int, int]:
@@ -391,18 +414,14 @@ def load_judge(judge: str) -> tuple:
 
 
 @torch.inference_mode()
-def text_perplexity(texts: list[str], judge: str) -> tuple[float, int]:
-    """exp of the mean over texts of the mean token NLL (GenPPL, SlamKit's definition), and how many texts were empty.
-
-    Texts of fewer than two tokens have no NLL; they are counted as empty and left out.
-    """
+def text_losses(texts: list[str], judge: str) -> list[float | None]:
+    """Mean NLL (nats) per token of each text but its first, by a text LM; None for a text of fewer than two."""
     model, tokenizer = load_judge(judge)
     losses = []
     for text in tqdm(texts, disable=None, desc="judging", leave=False):
         ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
-        if ids.shape[1] >= 2:
-            losses.append(model(ids, labels=ids).loss.item())
-    return math.exp(np.mean(losses)) if losses else math.nan, len(texts) - len(losses)
+        losses.append(model(ids, labels=ids).loss.item() if ids.shape[1] >= 2 else None)
+    return losses
 
 
 @torch.inference_mode()
@@ -451,32 +470,59 @@ def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: 
 
 
 def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder, out: Path) -> dict:
-    """GenPPL and auto-BLEU of spoken continuations, on prompt + continuation (as published) and on the continuation."""
+    """GenPPL and auto-BLEU of spoken continuations, on prompt + continuation (as published) and on the continuation.
+
+    What was said is kept in generated.jsonl, and for any judge to score in judge_prompts.jsonl.
+    """
     paths = sorted(Path(p["positive"]) for p in read_manifest(cfg.generate_from).pairs)[:cfg.n_generate]
     prompts = [tokenizer.encode(load_audio(p)[:round(cfg.prompt_seconds * SAMPLE_RATE)], SAMPLE_RATE)[0].tolist()
-               for p in paths]
-    new = continue_units(lm, prompts, cfg.new_units, cfg.batch, cfg.seed, "continuing", temperature=cfg.temperature,
-                         top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty, may_end=cfg.may_end,
-                         compile=cfg.compile and lm.device.type == "cuda" and len(prompts) >= 4 * cfg.batch)
-    whole = speak([p + c for p, c in zip(prompts, new)], tokenizer, vocoder)
-    texts, texts_alone = transcribe(whole, cfg.asr), transcribe(speak(new, tokenizer, vocoder), cfg.asr)
-    ppl, empty = text_perplexity(texts, cfg.judge)
-    ppl_alone, empty_alone = text_perplexity(texts_alone, cfg.judge)
-    bleu = [100 * auto_bleu(t) for t in texts]
+               for p in tqdm(paths, disable=None, desc="prompts", leave=False)]
+    said = []
+    for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
+        new = continue_units(lm, prompts, cfg.new_units, cfg.batch, seed, "continuing", temperature=cfg.temperature,
+                             top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty, may_end=cfg.may_end,
+                             compile=cfg.compile and lm.device.type == "cuda" and len(prompts) >= 4 * cfg.batch)
+        whole = speak([p + c for p, c in zip(prompts, new)], tokenizer, vocoder)
+        texts, alone = transcribe(whole, cfg.asr), transcribe(speak(new, tokenizer, vocoder), cfg.asr)
+        said += [{"seed": seed, "prompt": path.name, "text": text, "continuation_text": a, "units": units}
+                 for path, text, a, units in zip(paths, texts, alone, new)]
+        for path, wave in zip(paths, whole) if cfg.keep_audio else ():
+            soundfile.write(out / f"generated{cfg.suffix}_{path.stem}_{seed}.wav", wave, SAMPLE_RATE)
+    for name, lines in (("generated", said), ("judge_prompts", [
+            {"id": f"{x['prompt']} {x['seed']}", "prompt": JUDGE.format(**x)} for x in said])):
+        (out / f"{name}{cfg.suffix}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     settings = {k: v for k, v in asdict(cfg).items() if k in (
         "generate_from", "prompt_seconds", "new_units", "temperature", "top_k", "repetition_penalty", "may_end", "asr",
-        "judge", "seed")}
-    (out / "generated.jsonl").write_text("".join(
-        json.dumps({"prompt": p.name, "text": t, "continuation_text": a}) + "\n"
-        for p, t, a in zip(paths, texts, texts_alone)))
-    if cfg.keep_audio:
-        for path, wave in zip(paths, whole):
-            soundfile.write(out / f"generated_{path.stem}.wav", wave, SAMPLE_RATE)
-    return {"gen_ppl": {"value": ppl, "n": len(texts) - empty, "empty": empty,
-                        "continuation_only": None if math.isnan(ppl_alone) else ppl_alone,
-                        "continuation_empty": empty_alone, "settings": settings},
-            "auto_bleu": {"value": float(np.mean(bleu)), "se": float(np.std(bleu, ddof=1) / math.sqrt(len(bleu))),
-                          "n": len(bleu), "settings": settings}}
+        "judge", "seed", "n_seeds")}
+    ppl, alone = (perplexity([x[key] for x in said], cfg) for key in ("text", "continuation_text"))
+    bleu = {kind: np.array([100 * auto_bleu(x["text"], overlapping=kind == "value") for x in said])
+            for kind in ("value", "non_overlapping")}
+    seeds = bleu["value"].reshape(cfg.n_seeds, -1).mean(1)
+    return {"gen_ppl": ppl | {"continuation_only": alone["value"], "continuation_se": alone["se"],
+                              "continuation_empty": alone["empty"], "settings": settings},
+            "auto_bleu": {kind: float(x.mean()) for kind, x in bleu.items()}
+            | {"se": float(bleu["value"].std(ddof=1) / math.sqrt(len(said))) if len(said) > 1 else None, "n": len(said),
+               "settings": settings} | ({"seeds": seeds.tolist()} if cfg.n_seeds > 1 else {})}
+
+
+JUDGE = """A speech model was given the first seconds of a recorded story and went on speaking. Below is what a speech \
+recogniser heard: first the whole recording, then only what the model added. Rate how sensibly, grammatically and \
+fluently the model went on, from 1 (no sense at all) to 5 (as a person would). Answer with the number alone.
+
+The whole recording: {text}
+What the model added: {continuation_text}"""
+
+
+def perplexity(texts: list[str], cfg: Config) -> dict:
+    """exp of the mean over texts of their mean token NLL, its standard error, of how many, how many were empty; and of
+    each seed, if there are several."""
+    losses = text_losses(texts, cfg.judge)
+    known = [x for x in losses if x is not None]
+    value = math.exp(np.mean(known)) if known else None
+    se = value * float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else None
+    by_seed = [[x for x in part if x is not None] for part in np.array_split(np.array(losses, object), cfg.n_seeds)]
+    return {"value": value, "se": se, "n": len(known), "empty": len(losses) - len(known)} | (
+        {"seeds": [math.exp(np.mean(x)) if x else None for x in by_seed]} if cfg.n_seeds > 1 else {})
 
 
 def resynthesis_error(cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder) -> dict:
@@ -511,7 +557,7 @@ def table(rows: dict[str, dict]) -> str:
     metrics = list(dict.fromkeys(m for r in rows.values() for m in r))
 
     def cell(result):
-        if result is None:
+        if result is None or result["value"] is None:
             return "-"
         se = result.get("se")
         return f"{result['value']:.2f}" + (f" ± {se:.1f}" if se is not None else "")
@@ -608,10 +654,14 @@ def main(cfg: Config) -> None:
         if cfg.generate_from:
             results |= generative_metrics(lm, cfg, tokenizer, vocoder, where)
         made = {"weights": weights_sha256(folder)[:16], "torch": torch.__version__, "git": git_commit()}
-        merge_results(where / "results.json", {metric: result | {"made": made} for metric, result in results.items()})
+        results = {metric + cfg.suffix: result | {"made": made} for metric, result in results.items()}
+        merge_results(where / "results.json", results)
         rows[name] = results
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main(load_config(Config, sys.argv[1:], __doc__))
+    if sys.argv[1:2] == ["plot"]:
+        plot(load_config(PlotConfig, sys.argv[2:], figures_help))
+    else:
+        main(load_config(Config, sys.argv[1:], __doc__))

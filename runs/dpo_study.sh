@@ -19,11 +19,15 @@ tune() {  # tune NAME PAIRS STEPS
     score $out/$1_$seed
 }
 
-score() {  # score RUN FLAG...
+score() {  # score RUN
     [ -e "$1/generated.jsonl" ] || python eval.py --checkpoint="$1" --val=out/study/data/units/val \
         --train=out/study/data/units/train --manifest=out/study/stories/tstorycloze,out/study/stories/sblimp \
-        --text_judge=embedded:smollm2-135m --generate_from=out/study/stories/tstorycloze --n_generate=50 \
-        --may_end=false
+        --generate_from=out/study/stories/tstorycloze --n_generate=50 --may_end=false
+}
+
+unpenalised() {  # unpenalised RUN: generated once more, without the penalty
+    [ -e "$1/generated_free.jsonl" ] || python eval.py --checkpoint="$1" --generate_from=out/study/stories/tstorycloze \
+        --n_generate=50 --may_end=false --repetition_penalty=1 --suffix=_free
 }
 
 for seed in ${SEEDS:-0 1 2}; do
@@ -35,5 +39,7 @@ for seed in ${SEEDS:-0 1 2}; do
     tune stories out/study/stories 60
     tune own_dpo $out/own_$seed 15
     tune own_long $out/own_$seed 60
+    unpenalised $out/lm_$seed
+    unpenalised $out/own_long_$seed
 done
 python runs/dpo_study_report.py $out

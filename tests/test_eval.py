@@ -2,6 +2,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ import torch
 from conftest import N_UNITS, markov
 from test_train import tiny
 
-from eval import (Fork, auto_bleu, ngram_loss, ngrams, pair_accuracy, pair_nlls, score_pairs, table, text_nlls,
-                  text_perplexity, word_error_rate, words)
+from eval import (Config, Fork, auto_bleu, load_judge, ngram_loss, ngrams, pair_accuracy, pair_nlls, perplexity,
+                  score_pairs, table, text_nlls, word_error_rate, words)
 from train import merge_results
 from units import to_tokens
 
@@ -108,6 +109,14 @@ def test_auto_bleu():
     text = "the cat saw the dog and the cat saw the bird ."
     grams = list(zip(text.split(), text.split()[1:]))
     assert auto_bleu(text, 2) == pytest.approx(sum(grams.count(g) > 1 for g in grams) / len(grams))
+    # GSLM's: elsewhere is where no word is shared.
+    assert auto_bleu("ha ha ha", overlapping=False) == 0 and auto_bleu("ha ha ha ha", overlapping=False) == 2 / 3
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        tokens = rng.choice(list("abc"), 12).tolist()
+        grams = list(zip(tokens, tokens[1:]))
+        expected = np.mean([any(g == h and abs(i - j) >= 2 for j, h in enumerate(grams)) for i, g in enumerate(grams)])
+        assert auto_bleu(" ".join(tokens), overlapping=False) == pytest.approx(expected)
     assert words("Don't stop, he said.") == ["Don't", "stop", ",", "he", "said", "."]
 
 
@@ -117,12 +126,23 @@ def test_word_error_rate():
     assert word_error_rate("the cat", "") == (2, 2)
 
 
-def test_text_perplexity_counts_empty_texts():
-    fluent = "Once upon a time, there was a little girl who lived in a small house."
-    alone, _ = text_perplexity([fluent], "embedded:smollm2-135m")
-    with_empty, empty = text_perplexity([fluent, "", " "], "embedded:smollm2-135m")
-    assert with_empty == pytest.approx(alone) and empty == 2 and alone < 20
-    assert math.isnan(text_perplexity([""], "embedded:smollm2-135m")[0])
+def test_perplexity_counts_empty_texts():
+    fluent, other = "Once upon a time, there was a little girl who lived in a small house.", "He ran. He sat down."
+    cfg = Config(val=("x",), judge="embedded:smollm2-135m")
+    alone = perplexity([fluent], cfg)
+    assert alone["value"] < 20 and alone["empty"] == 0 and alone["se"] is None
+    with_empty = perplexity([fluent, "", " "], cfg)
+    assert with_empty["value"] == pytest.approx(alone["value"]) and with_empty["empty"] == 2
+    assert perplexity([""], cfg)["value"] is None
+    model, tokenizer = load_judge(cfg.judge)
+    losses = []
+    for text in (fluent, other):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        logp = model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])
+        losses.append(-logp.mean().item())
+    both = perplexity([fluent, other], replace(cfg, n_seeds=2))
+    assert both["value"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-3)
+    assert both["seeds"] == pytest.approx([math.exp(x) for x in losses], rel=1e-3)
 
 
 def test_results_merge(tmp_path):

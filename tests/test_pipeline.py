@@ -15,15 +15,22 @@ def test_evaluation(runs, stories):
     done = run("eval.py", "config/demo_eval.py", f"--checkpoint={runs}/lm,{runs}/dpo",
                f"--train={stories}/units/train", f"--val={stories}/units/val",
                f"--manifest={stories}/tstorycloze,{stories}/sblimp", f"--generate_from={stories}/tstorycloze",
-               "--n_generate=2", "--new_units=40", "--keep_audio")
+               "--n_generate=2", "--n_seeds=2", "--new_units=40", "--keep_audio")
     for name in ("lm", "dpo"):
         results = json.loads((runs / name / "results.json").read_text())
         assert set(results) >= {"val_loss", "unigram_loss", "bigram_loss", "tstorycloze", "sblimp", "gen_ppl",
                                 "auto_bleu"}
         assert results["tstorycloze"]["n"] == 4 and results["sblimp"]["n"] == 8
-        assert len(results["sblimp"]["by_type"]) == 4
-        assert results["gen_ppl"]["n"] + results["gen_ppl"]["empty"] == 2
-        assert len(list((runs / name).glob("generated_*.wav"))) == 2
+        assert len(results["sblimp"]["by"]["type"]) == 4
+        for metric in ("tstorycloze_text_lm", "sblimp_text_lm"):  # the text LM knows what the sets are about
+            assert results[metric]["value"] > 60
+        assert 20 < results["sblimp_bigram"]["value"] < 80
+        assert results["gen_ppl"]["n"] + results["gen_ppl"]["empty"] == 4
+        said = [json.loads(x) for x in (runs / name / "generated.jsonl").read_text().splitlines()]
+        assert [x["seed"] for x in said] == [0, 0, 1, 1] and all(len(x["units"]) == 40 for x in said)
+        judged = [json.loads(x) for x in (runs / name / "judge_prompts.jsonl").read_text().splitlines()]
+        assert all(x["text"] in j["prompt"] for x, j in zip(said, judged, strict=True))
+        assert len(list((runs / name).glob("generated_*.wav"))) == 4
         assert all(m in done.stdout for m in ("bigram_loss", "tstorycloze", "gen_ppl"))
     assert "val_loss_before_training" in json.loads((runs / "lm" / "results.json").read_text())
 
