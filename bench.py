@@ -3,6 +3,7 @@
     python bench.py train config/slam.py                 # tokens/s of training: ours, and as SlamKit trains
     python bench.py dpo --checkpoint out/demo/lm         # pairs/s of DPO: ours, as SlamKit tunes, and TRL if installed
     python bench.py generate --checkpoint out/demo/lm    # tokens/s of sampling: ours, and transformers' generate
+    python bench.py eval --checkpoint out/demo/lm        # pairs/s of scoring: ours, and SlamKit's loop
     python bench.py memory config/slam.py                # GPU memory of a training run, counted without a GPU
     python bench.py units --input out/study/data/audio   # hours per hour of speech to units, and each stage of it
     python bench.py vocoder                              # seconds of speech per second: ours, and a unit HiFi-GAN
@@ -35,17 +36,18 @@ import transformers
 from torch import Tensor
 
 from audio import SAMPLE_RATE, load_audio
+from benchmarks import read_manifest
 from config import load_config
 from dpo import (Config as DpoConfig, Data, backward, complete as complete_dpo, completion_logps, dpo_loss, load_pairs,
                  step_rows)
-from embedded import resolve
-from eval import Fork
+from embedded import cache_dir, resolve
+from eval import Fork, pair_nlls, tokenize_pairs
 from model import ModelConfig, UnitLM, fetch, find_checkpoint, from_config, twisted
 from optim import make_optimizer, update
 from prepare_units import Config as UnitsConfig, extract
-from speech_tokenizer import SpeechTokenizer, WhisperFrames, assign, write_codebook
+from speech_tokenizer import SpeechTokenizer, WhisperFrames, assign, find_codebook, write_codebook
 from train import (Config as TrainConfig, Epochs, Loader, Rows, accumulate, autocast, build, collate, compiled, cut,
-                   flops_per_token, peak_flops, pick_device)
+                   checkpoint_fingerprint, flops_per_token, peak_flops, pick_device)
 from units import UnitReader, UnitWriter, to_tokens
 from vocoder import HifiGan, Vocoder
 
@@ -365,6 +367,73 @@ def bench_generate(cfg: BenchGenerate) -> None:
                shape=f"{lm.n_params() / 1e6:.1f}M, {cfg.prompt_units} + {n} tokens")
 
 
+# ---------------------------------------------------------------- scoring of pairs
+
+@dataclass
+class BenchEval:
+    """Scores of a benchmark's pairs, ours and the peer's: from units, and from audio the first time and later."""
+    checkpoint: str = "out/demo/lm"  # run folder, checkpoint folder or hub id
+    manifest: str = "out/demo/data/tstorycloze"  # pairs, by their manifest
+    pairs: int = 100  # of them, at most
+    tokenizer: str = ""  # codebook file; empty: that of the checkpoint's units
+    context: int = 1024  # tokens in a row of ours
+    rounds: int = 3  # timed of each side, after one more
+
+
+def peer_scores(lm: UnitLM, utterances: list[list[int]]) -> list[float]:
+    """SlamKit's way: utterances in batches of 8 as they come, padded; mean NLL of each, in the model's type."""
+    scores = []
+    with torch.inference_mode():
+        for at in range(0, len(utterances), 8):
+            part = utterances[at:at + 8]
+            tokens, mask = torch.zeros(2, len(part), max(map(len, part)), dtype=torch.long)
+            for row, x in enumerate(part):
+                tokens[row, :len(x)], mask[row, :len(x)] = torch.tensor(x), 1
+            tokens, mask = tokens.to(lm.device), mask.to(lm.device)
+            logits = lm(tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
+            logp = logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0] * mask[:, 1:]
+            scores += (-logp.sum(1) / mask[:, 1:].sum(1)).tolist()
+    return scores
+
+
+def bench_eval(cfg: BenchEval) -> None:
+    """Pairs per second. Audio: the peer tokenises every time, sorted and in batches of 16, which is its faster way."""
+    device, folder = pick_device(), find_checkpoint(cfg.checkpoint)
+    lm = UnitLM.from_pretrained(folder).eval().to(device)
+    hf = peer_model(lm).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(checkpoint_fingerprint(folder)), device.type)
+    benchmark = read_manifest(cfg.manifest)
+    benchmark.pairs, benchmark.name = benchmark.pairs[:cfg.pairs], "bench"
+    remembered = cache_dir() / "units" / f"bench-{tokenizer.fingerprint.codebook_sha256[:16]}.jsonl"
+    utterances = tokenize_pairs(tokenizer, benchmark)
+    sides = [[pair[side] for pair in benchmark.pairs] for side in ("positive", "negative")]
+
+    def ours(pairs: list[tuple]) -> int:
+        pair_nlls(lm, pairs, cfg.context)
+        return len(pairs)
+
+    def peer(pairs: list[tuple]) -> int:
+        for side in zip(*pairs):
+            peer_scores(hf, side)
+        return len(pairs)
+
+    def first() -> int:
+        remembered.unlink(missing_ok=True)
+        return ours(tokenize_pairs(tokenizer, benchmark))
+
+    with tempfile.TemporaryDirectory() as temporary:
+        works = [peer_units(tokenizer, list(map(Path, paths)), Path(temporary) / "units.jsonl") for paths in sides]
+        found = rates({"ours": lambda: lambda: ours(utterances), "peer": lambda: lambda: peer(utterances),
+                       "first": lambda: first, "again": lambda: lambda: ours(tokenize_pairs(tokenizer, benchmark)),
+                       "peer_audio": lambda: lambda: [work() for work in works] and peer(utterances)}, cfg.rounds, 1)
+    remembered.unlink(missing_ok=True)
+    lengths = [len(x) for pair in utterances for x in pair]
+    for case, a, b in (("eval from units", "ours", "peer"), ("eval from audio", "first", "peer_audio"),
+                       ("eval from audio, again", "again", "peer_audio")):
+        report(case, found[a][0], found[b][0], "pairs/s", pairs=len(utterances), mean_tokens=round(np.mean(lengths)),
+               shape=f"{lm.n_params() / 1e6:.1f}M")
+
+
 # ---------------------------------------------------------------- memory
 
 @dataclass
@@ -596,7 +665,7 @@ def bench_vocoder(cfg: BenchVocoder) -> None:
 
 
 if __name__ == "__main__":
-    cases = {"train": (BenchTrain, bench_train), "dpo": (BenchDpo, bench_dpo),
+    cases = {"train": (BenchTrain, bench_train), "dpo": (BenchDpo, bench_dpo), "eval": (BenchEval, bench_eval),
              "generate": (BenchGenerate, bench_generate), "memory": (BenchMemory, bench_memory),
              "units": (BenchUnits, bench_units), "vocoder": (BenchVocoder, bench_vocoder)}
     if len(sys.argv) < 2 or sys.argv[1] not in cases:

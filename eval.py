@@ -58,10 +58,11 @@ class Config:
     score_eos: bool = True  # whether its end is one of them,
     score_prompt: bool = True  # and whether what both of a pair begin with is
     text_judge: str = ""  # text LM that scores the transcripts of pairs, where there are any, as an upper bound
-    generate_from: str = ""  # such a folder whose positive wavs' beginnings are continued for GenPPL and auto-BLEU
+    generate_from: str = ""  # one of these, a manifest or a benchmark's name, whose positives' beginnings are continued
+    # for GenPPL and auto-BLEU
     n_generate: int = 1000  # prompts, at most: the first by name
     n_seeds: int = 1  # continuations of each, by seeds that follow `seed`
-    resynth_from: str = ""  # such a folder whose positive wavs are re-synthesised and transcribed; nothing else
+    resynth_from: str = ""  # manifest whose positives are re-synthesised and transcribed; nothing else
     prompt_seconds: float = 3.0  # beginning of a wav that is the prompt
     new_units: int = 150  # units to generate
     temperature: float = 0.8  # of the generation
@@ -469,12 +470,12 @@ def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: 
     return out
 
 
-def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder, out: Path) -> dict:
+def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, vocoder: Vocoder, paths: list[Path],
+                       out: Path) -> dict:
     """GenPPL and auto-BLEU of spoken continuations, on prompt + continuation (as published) and on the continuation.
 
     What was said is kept in generated.jsonl, and for any judge to score in judge_prompts.jsonl.
     """
-    paths = sorted(Path(p["positive"]) for p in read_manifest(cfg.generate_from).pairs)[:cfg.n_generate]
     prompts = [tokenizer.encode(load_audio(p)[:round(cfg.prompt_seconds * SAMPLE_RATE)], SAMPLE_RATE)[0].tolist()
                for p in tqdm(paths, disable=None, desc="prompts", leave=False)]
     said = []
@@ -568,6 +569,11 @@ def table(rows: dict[str, dict]) -> str:
                      for line in lines)
 
 
+def natural(path: Path) -> list:
+    """Sort key of a path by the numbers in its name: 2 before 10."""
+    return [(int(x), "") if x.isdecimal() else (-1, x) for x in re.split(r"(\d+)", path.name)]
+
+
 def read_benchmarks(cfg: Config) -> list[Benchmark]:
     """All sets of pairs that are asked for, each with a line on what is in it."""
     paths = cfg.path if len(cfg.path) == len(cfg.benchmark) else cfg.path * len(cfg.benchmark)
@@ -612,6 +618,8 @@ def main(cfg: Config) -> None:
         tokenizer = SpeechTokenizer.load(tokenizer_name, device.type)
     if cfg.generate_from:
         vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
+        source = next((b for b in benchmarks if b.name == cfg.generate_from), None) or read_manifest(cfg.generate_from)
+        prompts = sorted((Path(p["positive"]) for p in source.pairs), key=natural)[:cfg.n_generate]
     val = UnitReader(*cfg.val) if cfg.val else None
     for name, fingerprint in fingerprints.items():
         if tokenizer:
@@ -652,7 +660,7 @@ def main(cfg: Config) -> None:
             where = Path("out") / folder.replace("/", "--")
             where.mkdir(parents=True, exist_ok=True)
         if cfg.generate_from:
-            results |= generative_metrics(lm, cfg, tokenizer, vocoder, where)
+            results |= generative_metrics(lm, cfg, tokenizer, vocoder, prompts, where)
         made = {"weights": weights_sha256(folder)[:16], "torch": torch.__version__, "git": git_commit()}
         results = {metric + cfg.suffix: result | {"made": made} for metric, result in results.items()}
         merge_results(where / "results.json", results)

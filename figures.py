@@ -2,8 +2,8 @@
 
     python eval.py plot --run out/slam --run out/slam_dpo      # out/plots/tstorycloze.png, .svg, loss.png, .svg
 
-Circles are as large as the models. Published rows are those whose parameters and tokens are published; a run's compute
-is 6 N D (Kaplan et al. 2020), that of the run it started from included. Readable in grey. Needs matplotlib.
+The larger a circle, the larger the model. Published rows are those whose parameters and tokens are published; a run's
+compute is 6 N D (Kaplan et al. 2020), that of the run it started from included. Readable in grey. Needs matplotlib.
 """
 import json
 import math
@@ -40,6 +40,9 @@ def read_run(folder: Path) -> dict | None:
     before = read_run(Path(str(slam["config"]["checkpoint"]).removesuffix("/checkpoint"))) \
         if slam["stage"] == "dpo" else None
     spent = before["flops"] if before else 0.0
+    if slam["stage"] == "dpo" and not before:
+        print(f"{folder}: {slam['config']['checkpoint']}, which it started from, is no run folder here; its compute is "
+              f"not counted")
     log = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
     losses = [(spent + 6 * n_params * r["tokens"], r["val_loss"]) for r in log if "val_loss" in r and r["tokens"]]
     return {"name": str(folder), "n_params": n_params, "flops": spent + 6 * n_params * slam["tokens"],
@@ -50,11 +53,13 @@ def plot(cfg: PlotConfig) -> None:
     """Write the pictures. SystemExit if there is nothing to draw, or nothing to draw with."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.patheffects import withStroke
     except ImportError:
         raise SystemExit("plots need matplotlib: pip install matplotlib") from None
     folders = list(map(Path, cfg.run)) or [p.parent for p in sorted(Path("out").rglob("results.json"))]
     runs = [run for folder in folders if (run := read_run(folder))]
-    if missing := [str(f) for f in folders if cfg.run and not read_run(f)]:
+    if cfg.run and len(runs) < len(folders):
+        missing = sorted(set(cfg.run) - {run["name"] for run in runs})
         raise SystemExit(f"{', '.join(missing)}: no run folder with checkpoint and results.json")
     scored = [r for r in runs if cfg.metric in r["results"]]
     published = PUBLISHED if cfg.metric == "tstorycloze" else []
@@ -74,16 +79,16 @@ def plot(cfg: PlotConfig) -> None:
     axes = figure.add_subplot(xscale="log", xlabel="training compute, 6 N D (FLOPs)", ylabel=f"{cfg.metric} (%)")
     points = [(name, n, 6 * n * tokens if tokens else DAY, y, False) for name, n, tokens, y in published]
     points += [(r["name"], r["n_params"], r["flops"], r["results"][cfg.metric]["value"], True) for r in scored]
-    # Labels to the right, moved down where they would stand on another.
-    taken = []
+    taken = []  # places of labels: to the right of their circles, lower where they would stand on another
     for name, n, x, y, own in sorted(points, key=lambda p: -p[3]):
         axes.scatter(x, y, s=size(n), color="black" if own else "0.75", edgecolor="black", zorder=2 + own)
         at = y
         while any(abs(at - other) < 0.9 and abs(math.log10(x / there)) < 1.2 for there, other in taken):
-            at -= 0.3
+            at -= 0.1
         taken.append((x, at))
-        axes.annotate(name, (x, y), (x * (1.15 + 0.004 * math.sqrt(size(n))), at), fontsize=8, va="center",
-                      weight="bold" if own else "normal", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.5"})
+        axes.annotate(name, (x, at), (math.sqrt(size(n)) / 2 + 4, 0), textcoords="offset points", fontsize=8,
+                      va="center", weight="bold" if own else "normal", zorder=5,
+                      path_effects=[withStroke(linewidth=2.5, foreground="white")])
     for r in scored:
         if se := r["results"][cfg.metric].get("se"):
             axes.errorbar(r["flops"], r["results"][cfg.metric]["value"], se, color="black", capsize=3, lw=1, zorder=1)
@@ -91,7 +96,7 @@ def plot(cfg: PlotConfig) -> None:
     axes.set_xlim(low / 3, high * (high / low) ** 0.25 * 3)
     axes.axhline(50, color="0.6", lw=0.8, ls=":")
     axes.grid(alpha=0.25)
-    axes.set_title("black: your runs, grey: published; area of a circle: parameters" if published else cfg.metric)
+    axes.set_title("black: your runs, grey: published; larger circles: more parameters" if published else cfg.metric)
     save(figure, cfg.metric)
 
     curves = [r for r in runs if len(r["losses"]) > 1]

@@ -2,7 +2,8 @@
 
 In:  a text LM, a TTS and a speech tokeniser, by name.
 Out: one folder:  stories.jsonl · units/train, units/val (unit files) · pairs_train.jsonl, pairs_val.jsonl ·
-     tstorycloze/, sblimp/ (wav files, manifest.jsonl) · audio/ (with --keep_audio) · synth.json (settings, done or not)
+     tstorycloze/, sstorycloze/, sblimp/ (wav files, manifest.jsonl) · audio/ (with --keep_audio) · synth.json (its
+     settings, done or not)
      With --swag, spoken preference pairs from SWAG's text as in SpokenSwag, and nothing else.
 
     python synth_stories.py config/demo_stories.py
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from audio import SAMPLE_RATE, check_wave, load_audio, read_parquet, resample
 from config import load_config
 from embedded import resolve
-from eval import auto_bleu
+from eval import auto_bleu, continuation_scores
 from model import UnitLM
 from prepare_units import slamkit_units
 from speech_tokenizer import SpeechTokenizer
@@ -60,6 +61,7 @@ class Config:
     n_val: int = 40  # stories held out: validation units, validation pairs, tStoryCloze pairs
     n_pairs: int = 200  # preference pairs made from the training stories or from SWAG, at most one from each
     n_sblimp: int = 100  # sentence pairs of the sBLIMP-style set
+    hard_negatives: bool = False  # make an sStoryCloze-style set, too, whose wrong endings are close; 2 s of a CPU each
     max_new_tokens: int = 80  # the text LM's part of a story, in text tokens
     temperature: float = 0.6  # of the text LM
     top_k: int = 40  # of the text LM
@@ -540,6 +542,43 @@ def make_tstorycloze(cfg: Config, pool, stories: list[dict]) -> None:
         f"{pair['id']} beginning", f"{pair['id'] if side == 'positive' else pair['other']} ending"])
 
 
+def content_words(text: str) -> set[str]:
+    """Words that say what a text is about, roughly: the longer ones."""
+    return set(re.findall(r"[a-z]{5,}", text.lower()))
+
+
+def make_sstorycloze(cfg: Config, pool, stories: list[dict], n_candidates: int = 4, min_gap: float = 0.3) -> None:
+    """sStoryCloze-style pairs: four sentences and their true fifth, against a close one that fits less.
+
+    The wrong ending is another story's, with this one's name in it, that shares the most words with this story and
+    that the writer finds at least `min_gap` nats per token less likely here; a story without such is left out.
+    """
+    if (Path(cfg.out) / "sstorycloze" / "manifest.jsonl").exists():
+        return
+    names, todo = set(NAMES), []
+    for story in stories:
+        *beginning, ending = story["sentences"][:5]
+        name = next((w for w in re.findall(r"\w+", " ".join(beginning)) if w in names), None)
+        about = content_words(" ".join(beginning))
+        others = [re.sub(r"\w+", lambda m: name if m[0] in names else m[0], s["sentences"][4])
+                  for s in stories if name and s is not story]
+        others = sorted(set(others) - {ending}, key=lambda x: (-len(about & content_words(x)), x))[:n_candidates]
+        todo.append((story["id"], beginning, ending, others))
+    asked = [(" ".join(b), x) for _, b, ending, others in todo for x in (ending, *others)]
+    scores = iter(continuation_scores(*map(list, zip(*asked)), cfg.writer))
+    texts, pairs = {}, []
+    for id, beginning, ending, others in todo:
+        true, *theirs = [next(scores) for _ in range(1 + len(others))]
+        wrong = next((x for x, score in zip(others, theirs) if score <= true - min_gap), None)
+        if wrong:
+            texts |= {f"{id} beginning": beginning, f"{id} positive": [ending], f"{id} negative": [wrong]}
+            pairs.append({"id": id, "positive_text": " ".join([*beginning, ending]),
+                          "negative_text": " ".join([*beginning, wrong])})
+    print(f"sstorycloze: {len(pairs)} pairs; {len(stories) - len(pairs)} stories have no close ending that fits less")
+    write_benchmark(cfg, pool, "sstorycloze", pairs, texts, lambda pair, side: [
+        f"{pair['id']} beginning", f"{pair['id']} {side}"])
+
+
 def grammar_pair(kind: str, i: int, rng: np.random.Generator) -> tuple[str, str]:
     """A grammatical and an ungrammatical sentence of the same words' kinds; i alternates what is right.
 
@@ -625,6 +664,8 @@ def main(cfg: Config) -> None:
                 make_pairs(cfg, pool, part, split, tokenizer)
         if not cfg.swag:
             make_tstorycloze(cfg, pool, splits["val"])
+            if cfg.hard_negatives:
+                make_sstorycloze(cfg, pool, splits["val"])
             make_sblimp(cfg, pool)
 
     record.write_text(json.dumps({"settings": settings, "done": True}, indent=2))

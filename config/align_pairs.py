@@ -1,7 +1,7 @@
 """On-policy preference pairs (AlignSLM): what Slam says itself, the better continuations over the worse.
 
     python dpo.py pairs config/align_pairs.py
-    python dpo.py config/slam_dpo.py --pairs out/align/pairs_train.jsonl --val_pairs out/align/pairs_val.jsonl --out out/slam_align
+    python dpo.py config/slam_dpo.py --pairs out/align/pairs_train.jsonl --val_pairs= --out out/slam_align
 
 Whisper-large-v3-turbo and Llama-3.2-1B, which GenPPL is measured with, are left out of it.
 """

@@ -58,7 +58,8 @@ def corpus(tmp_path_factory, fingerprint):
     return folder
 
 
-SYNTH = ["--n_train=6", "--n_val=4", "--batch=16", "--n_sblimp=8", "--max_new_tokens=48", "--keep_audio"]
+SYNTH = ["--n_train=6", "--n_val=4", "--batch=16", "--n_sblimp=8", "--max_new_tokens=48", "--keep_audio",
+         "--hard_negatives"]
 
 
 @pytest.fixture(scope="session")

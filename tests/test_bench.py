@@ -1,14 +1,16 @@
 """bench.py: both sides run and are counted alike; the memory that it counts is the memory there is."""
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
 from test_train import SHAPE, tiny
 
-from bench import BenchDpo, BenchTrain, our_dpo, our_training, peer_dpo, peer_training
+from bench import BenchDpo, BenchTrain, our_dpo, our_training, peer_dpo, peer_model, peer_scores, peer_training
+from eval import pair_nlls
 from train import build
-from units import UnitReader
+from units import UnitReader, to_tokens
 
 
 def case(*args) -> list[dict]:
@@ -53,6 +55,22 @@ def test_dpo_reports_its_case(runs, stories):
                   "--rounds=1", "--trl=false")
     assert found["unit"] == "pairs/s" and found["ratio"] == pytest.approx(found["ours"] / found["peer"], rel=0.05)
     assert found["ours_gb"] > 0 and found["peer_gb"] > 0
+
+
+def test_the_peer_in_scoring_computes_the_same(runs):
+    from conftest import markov
+    lm = tiny().eval()
+    pairs = [tuple(map(to_tokens, markov(2, np.random.default_rng(i)))) for i in range(9)]
+    theirs = [peer_scores(peer_model(lm), side) for side in zip(*pairs)]
+    assert np.array(theirs).T == pytest.approx(pair_nlls(lm, pairs, 64), rel=1e-4)
+
+
+def test_scoring_reports_its_cases(runs, stories):
+    pytest.importorskip("sklearn")
+    found = case("eval", f"--checkpoint={runs}/lm", f"--manifest={stories}/tstorycloze", "--pairs=2", "--rounds=1")
+    assert [x["case"] for x in found] == ["eval from units", "eval from audio", "eval from audio, again"]
+    assert all(x["ours"] > 0 and x["peer"] > 0 and x["pairs"] == 2 for x in found)
+    assert found[2]["ratio"] > found[1]["ratio"]
 
 
 def test_training_and_generation_report_their_cases(corpus):

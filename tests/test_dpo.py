@@ -14,7 +14,8 @@ from conftest import N_UNITS, ROOT, markov, refused, run
 from test_train import flags, tiny
 
 from config import load_config
-from dpo import Config, Data, PairsConfig, backward, choose, completion_logps, dpo_loss, fork, losses, step_rows
+from dpo import (Config, Data, PairsConfig, backward, choose, completion_logps, dpo_loss, fork, losses, make_pairs,
+                 step_rows)
 from eval import Fork, auto_bleu, fork_logps, load_judge, pack
 from model import UnitLM
 from speech_tokenizer import SpeechTokenizer
@@ -259,13 +260,22 @@ def test_choosing_among_continuations():
     assert choose([repeats | {"score": -9.0}, a], cfg) == (a, repeats | {"score": -9.0})
 
 
-def test_on_policy_pairs(runs, stories, tmp_path):
+def test_on_policy_pairs(runs, stories, tmp_path, capsys):
     """Real continuations, transcripts and scores; killed, the same files result; what is chosen can be changed."""
     out = tmp_path / "align"
-    command = ["dpo.py", "pairs", f"--out={out}", f"--checkpoint={runs}/lm", f"--prompts={stories}/pairs_train.jsonl",
-               "--n_prompts=4", "--n_val=1", "--n=3", "--new_units=40", "--batch=2", "--may_end=false", "--top_k=5",
-               "--temperature=0.7", "--min_gap=0", "--max_auto_bleu=2", "--min_words=0"]
-    run(*command)
+    def pairs(*more) -> str:
+        make_pairs(load_config(PairsConfig, [*flags, *more]))
+        return capsys.readouterr().out
+
+    def refusal(*more) -> str:
+        with pytest.raises(SystemExit) as e:
+            pairs(*more)
+        return str(e.value)
+
+    flags = [f"--out={out}", f"--checkpoint={runs}/lm", f"--prompts={stories}/pairs_train.jsonl",
+             "--n_prompts=4", "--n_val=1", "--n=3", "--new_units=40", "--batch=2", "--may_end=false", "--top_k=5",
+             "--temperature=0.7", "--min_gap=0", "--max_auto_bleu=2", "--min_words=0"]
+    pairs()
     lines = (out / "candidates.jsonl").read_text().splitlines(keepends=True)
     found = [json.loads(x) for x in lines[1:]]
     assert len(found) == 4 and all(len(x["candidates"]) == 3 and len(x["candidates"][0]["units"]) == 40 for x in found)
@@ -290,13 +300,13 @@ def test_on_policy_pairs(runs, stories, tmp_path):
     whole = {p.name: p.read_bytes() for p in out.iterdir()}
     (out / "pairs_train.jsonl").unlink()
     (out / "candidates.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
-    run(*command)
+    pairs()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == whole
-    assert "prompts gave none" in run(*command, "--n_val=0", "--min_gap=0.001").stdout
-    assert "a larger max_auto_bleu give more" in refused(*command, "--min_gap=99")
-    assert "temperature was 0.7, now 0.8" in refused(*command, "--temperature=0.8")
+    assert "prompts gave none" in pairs("--n_val=0", "--min_gap=0.001")
+    assert "a larger max_auto_bleu give more" in refusal( "--min_gap=99")
+    assert "temperature was 0.7, now 0.8" in refusal( "--temperature=0.8")
     # Unit files as prompts, whose text the ASR has to hear.
-    run(*command, f"--out={tmp_path / 'units'}", f"--prompts={stories}/units/train", "--prompt_units=50",
+    pairs(f"--out={tmp_path / 'units'}", f"--prompts={stories}/units/train", "--prompt_units=50",
         "--n_prompts=2", "--n_val=0")
     heard = [json.loads(x) for x in (tmp_path / "units" / "candidates.jsonl").read_text().splitlines()[1:]]
     assert all(len(x["prompt"]) == 50 and x["prompt_text"].startswith(("Once", "There")) for x in heard)

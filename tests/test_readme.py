@@ -12,7 +12,8 @@ STAGES = ["prepare_units", "synth_stories", "vocoder", "model", "train", "dpo", 
 SUBCOMMANDS = {("prepare_units", "fit"): "FitConfig", ("prepare_units", "check"): "CheckConfig",
                ("prepare_units", "convert"): "ConvertConfig", ("prepare_units", "bpe"): "BpeConfig",
                ("vocoder", "train"): "Config", ("bench", "train"): "BenchTrain", ("bench", "generate"): "BenchGenerate",
-               ("dpo", "pairs"): "PairsConfig", ("bench", "dpo"): "BenchDpo",
+               ("dpo", "pairs"): "PairsConfig", ("eval", "plot"): "PlotConfig", ("bench", "dpo"): "BenchDpo",
+               ("bench", "eval"): "BenchEval",
                ("bench", "memory"): "BenchMemory", ("bench", "units"): "BenchUnits",
                ("bench", "vocoder"): "BenchVocoder"}
 
@@ -64,7 +65,7 @@ def test_every_config_file_is_a_whole_config():
                   "demo_train", *on_top)}, "slam_dpo": ("dpo", "Config"),
               "slam_scaled_dpo": ("dpo", "Config"), "align_pairs": ("dpo", "PairsConfig"),
               "study_stories": ("synth_stories", "Config"),
-              "demo_dpo": ("dpo", "Config"), "demo_eval": ("eval", "Config"),
+              "demo_dpo": ("dpo", "Config"), "demo_eval": ("eval", "Config"), "eval_slam": ("eval", "Config"),
               "demo_stories": ("synth_stories", "Config"), "corpus_stories": ("synth_stories", "Config"),
               "spoken_swag": ("synth_stories", "Config")}
     assert set(stages) == {p.stem for p in (ROOT / "config").glob("*.py")} - {"__init__"}

@@ -3,6 +3,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,9 +14,11 @@ import soundfile
 from conftest import ROOT, SYNTH, refused, run
 
 from audio import load_audio
-from eval import auto_bleu, transcribe, word_error_rate
+from benchmarks import read_manifest
+from eval import auto_bleu, continuation_scores, transcribe, word_error_rate
 from speech_tokenizer import SpeechTokenizer
-from synth_stories import GRAMMAR, SIDES, Config, exchange, grammar_pair, opening, read_swag, split_sentences, tidy
+from synth_stories import (GRAMMAR, NAMES, SIDES, Config, exchange, grammar_pair, make_sblimp, opening, read_swag,
+                           split_sentences, tidy)
 from units import UnitReader, read_pairs
 from vocoder import Vocoder
 
@@ -269,3 +272,22 @@ def test_slamkits_pairs(tmp_path):
     assert "line 6: not a pair with units" in refused(*command, f"--out={tmp_path}/x")
     path.write_text('{"prompt_path": "p.wav"}\n')
     assert "line 1: not a pair with units (KeyError('prompt'))" in refused(*command, f"--out={tmp_path}/y")
+
+
+def test_hard_negatives(stories):
+    """The wrong ending has this story's hero in it, and fits less, in the writer's opinion."""
+    pairs = read_manifest(str(stories / "sstorycloze")).pairs
+    assert 1 <= len(pairs) <= 4
+    for pair in pairs:
+        right, wrong = (split_sentences(pair[f"{side}_text"]) for side in ("positive", "negative"))
+        assert right[:4] == wrong[:4] and right[4] != wrong[4]
+        beginning = " ".join(right[:4])
+        heroes = set(re.findall(r"\w+", wrong[4])) & set(NAMES)
+        assert heroes <= {next(w for w in re.findall(r"\w+", beginning) if w in NAMES)}
+        fits, less = continuation_scores([beginning] * 2, [right[4], wrong[4]], "embedded:smollm2-135m")
+        assert less <= fits - 0.29
+
+
+def test_too_many_sentences_for_the_templates(stories, tmp_path):
+    with pytest.raises(SystemExit, match="different pairs, not 9,000"):
+        make_sblimp(Config(n_sblimp=9_000, out=str(tmp_path)), None)
