@@ -223,7 +223,8 @@ def complete(cfg: Config) -> Config:
     """Fill in what was left empty, and say what it is. SystemExit if there is nothing to start from."""
     checkpoint = cfg.checkpoint or newest_checkpoint("out", "train")
     pairs = cfg.pairs or newest_pairs(checkpoint)
-    out = cfg.out or f"{checkpoint.rstrip('/').removesuffix('/checkpoint')}_dpo"
+    run = checkpoint.rstrip("/").removesuffix("/checkpoint")
+    out = cfg.out or f"{run if Path(run).is_dir() else 'out/' + run.replace('/', '--')}_dpo"
     full = replace(cfg, checkpoint=checkpoint, pairs=pairs, out=out,
                    val_pairs=cfg.val_pairs or str(Path(pairs).with_name("pairs_val.jsonl")))
     said = [f"{k} {getattr(full, k)}" for k in ("checkpoint", "pairs", "out") if not getattr(cfg, k)]

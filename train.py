@@ -328,7 +328,8 @@ class Run:
     `step` counts optimiser steps, `tokens` the targets seen, `seconds` the training time; all survive a resume.
     """
     MAY_CHANGE = {"out", "steps", "tokens", "time_budget_hours", "lr", "min_lr", "clip", "log_every", "eval_every",
-                  "save_every", "loggers", "micro_batch", "checkpointing", "compile", "resume", "overwrite"}  # resuming
+                  "save_every", "loggers", "micro_batch", "checkpointing", "compile", "n_samples", "resume",
+                  "overwrite"}  # resuming
 
     def __init__(self, cfg, stage: str, rank: int = 0):
         self.cfg, self.stage, self.out, self.rank = cfg, stage, Path(cfg.out), rank

@@ -28,7 +28,9 @@ for label, metric, key in (
         ("GenPPL (continuation alone)", "gen_ppl", "continuation_only"), ("auto-BLEU (x 100)", "auto_bleu", "value")):
     print(f"{label:38}" + "".join(f"{cell(r, metric, key):>14}" for r in (before, lm, dpo)))
 print(f"for comparison: a unigram model of the units has a loss of {lm['unigram_loss']['value']:.2f}, a bigram model "
-      f"{lm['bigram_loss']['value']:.2f}")
+      f"{lm['bigram_loss']['value']:.2f};\nof the pairs a bigram model of the units gets "
+      f"{cell(lm, 'tstorycloze_bigram')} and {cell(lm, 'sblimp_bigram')} right, SmolLM2 on the transcripts "
+      f"{cell(lm, 'tstorycloze_text_lm')} and {cell(lm, 'sblimp_text_lm')}")
 
 print("\na prompt continued aloud (open out/demo/samples/listen.html to compare by ear)")
 for sample in json.loads((out / "samples" / "samples.json").read_text())["samples"]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What DPO does at a small scale, three seeds: pairs of a story's own next sentence and another's, and pairs of the
-# model's own continuations (AlignSLM); enough of it and too much; with and without a repetition penalty.
-# Three hours on two CPU cores, data included. Killed, it goes on.
+# What DPO does to a small model, three seeds: with pairs of a story's own next sentence and another's, and with pairs of
+# the model's own continuations (AlignSLM); a little of it and much; with and without a repetition penalty.
+# Two and a half hours on two CPU cores, most of it for the data. Killed, it goes on.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 out=out/study/dpo
@@ -12,34 +12,33 @@ out=out/study/dpo
 # Other stories than those that the models are trained on, for pairs and for scoring.
 [ -e out/study/stories/sblimp/manifest.jsonl ] || python synth_stories.py config/study_stories.py
 
-tune() {  # tune NAME PAIRS STEPS
-    python dpo.py --checkpoint=$out/lm_$seed --pairs=$2/pairs_train.jsonl --val_pairs=$2/pairs_val.jsonl \
-        --out=$out/$1_$seed --batch_pairs=16 --steps=$3 --warmup=0.1 --lr=2e-4 --eval_every=1000 --n_samples=0 \
-        --seed=$seed --resume
-    score $out/$1_$seed
-}
-
-score() {  # score RUN
+score() {  # score RUN SEED
     [ -e "$1/generated.jsonl" ] || python eval.py --checkpoint="$1" --val=out/study/data/units/val \
         --train=out/study/data/units/train --manifest=out/study/stories/tstorycloze,out/study/stories/sblimp \
-        --generate_from=out/study/stories/tstorycloze --n_generate=50 --may_end=false
+        --generate_from=out/study/stories/tstorycloze --n_generate=50 --may_end=false --seed="$2"
 }
 
-unpenalised() {  # unpenalised RUN: generated once more, without the penalty
+unpenalised() {  # unpenalised RUN SEED: generated once more, without the penalty
     [ -e "$1/generated_free.jsonl" ] || python eval.py --checkpoint="$1" --generate_from=out/study/stories/tstorycloze \
-        --n_generate=50 --may_end=false --repetition_penalty=1 --suffix=_free
+        --n_generate=50 --may_end=false --repetition_penalty=1 --suffix=_free --seed="$2"
 }
 
-for seed in ${SEEDS:-0 1 2}; do
-    python train.py config/slam_fast.py config/study.py --train=out/study/data/units/train,out/corpus_units \
-        --tokens=8e5 --out=$out/lm_$seed --seed=$seed --resume
-    score $out/lm_$seed
-    python dpo.py pairs --checkpoint=$out/lm_$seed --prompts=out/study/stories/pairs_train.jsonl --n_prompts=160 --n=4 \
-        --n_val=20 --new_units=100 --may_end=false --temperature=0.9 --min_gap=0.3 --out=$out/own_$seed
-    tune stories out/study/stories 60
-    tune own_dpo $out/own_$seed 15
-    tune own_long $out/own_$seed 60
-    unpenalised $out/lm_$seed
-    unpenalised $out/own_long_$seed
+tune() {  # tune NAME PAIRS STEPS SEED
+    python dpo.py --checkpoint=$out/lm_0 --pairs=$2/pairs_train.jsonl --val_pairs=$2/pairs_val.jsonl --out=$out/$1_$4 \
+        --batch_pairs=16 --steps=$3 --warmup=0.1 --lr=2e-4 --eval_every=1000 --n_samples=0 --seed=$4 --resume
+    score $out/$1_$4 $4
+}
+
+python train.py config/slam_fast.py config/study.py --train=out/study/data/units/train,out/corpus_units --tokens=8e5 \
+    --out=$out/lm_0 --resume
+score $out/lm_0 0
+unpenalised $out/lm_0 0
+python dpo.py pairs --checkpoint=$out/lm_0 --prompts=out/study/stories/pairs_train.jsonl --n_prompts=160 --n=4 \
+    --n_val=20 --new_units=100 --may_end=false --temperature=0.9 --min_gap=0.3 --out=$out/own_0
+for seed in 0 1 2; do
+    tune stories out/study/stories 60 $seed
+    tune own_dpo $out/own_0 15 $seed
+    tune own_long $out/own_0 60 $seed
+    unpenalised $out/own_long_$seed $seed
 done
 python runs/dpo_study_report.py $out
