@@ -17,13 +17,13 @@ demo) hours=0.0667 minutes="0 0.25 0.5 1 2" train=config/demo_train.py dpo=confi
 esac
 hours=${HOURS:-$hours} minutes=${MINUTES:-$minutes} out=out/dpo_share/$scale
 for share in $minutes; do
-    python train.py $train --out="$out/lm_$share" --tokens=none --steps=none \
-        --time_budget_hours="$(python -c "print($hours - $share / 60)")" --resume
+    dpo_hours=$(python -c "print($share / 60)")
+    lm_hours=$(python -c "print($hours - $share / 60)")
+    python train.py $train --out="$out/lm_$share" --tokens=none --steps=none --time_budget_hours=$lm_hours --resume
     run=$out/lm_$share
     if [ "$share" != 0 ]; then
         run=$out/dpo_$share
-        python dpo.py $dpo --out="$run" --checkpoint="$out/lm_$share" --steps=none \
-            --time_budget_hours="$(python -c "print($share / 60)")" --resume
+        python dpo.py $dpo --out="$run" --checkpoint="$out/lm_$share" --steps=none --time_budget_hours=$dpo_hours --resume
     fi
     python eval.py $evaluate --checkpoint="$run" "$@"
 done

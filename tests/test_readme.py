@@ -22,7 +22,7 @@ def commands() -> list[str]:
     texts = [(ROOT / "README.md").read_text(), *((ROOT / f"{s}.py").read_text().split('"""')[1] for s in STAGES),
              *(p.read_text() for folder in ("runs", "config") for p in (ROOT / folder).glob("[!_]*.*"))]
     joined = "\n".join(texts).replace("\\\n", " ")
-    joined = re.sub(r'"\$(@|\{\w+\[@\]\})"', "", joined)  # a script's own arguments
+    joined = re.sub(r'"\$(@|\{\w+\[@\]\})"|(?<=\s)\$\w+(?=\s)', "", joined)  # a script's own arguments
     found = re.findall(r"(?:python|--nproc_per_node=\d) (\w+\.py[^#\n`;|)]*)", joined)
     return sorted({re.sub(r"\$\w+|\"\$[^\"]*\"", "1", c).strip() for c in found})
 
