@@ -192,7 +192,7 @@ def read_manifest(path: str) -> Benchmark:
     found = Benchmark(file.parent.name if file.name == "manifest.jsonl" else file.stem, path)
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            pair = json.loads(line)
+            pair = {"id": str(number)} | json.loads(line)
             for side in ("positive", "negative"):
                 pair[side] = str(file.parent / pair[side])
         except (ValueError, KeyError, TypeError) as e:

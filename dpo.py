@@ -122,6 +122,11 @@ def losses(cfg: Config, policy: Tensor, reference: Tensor, lengths: Tensor) -> t
                     cfg.nll_weight)
 
 
+def preferred(a: Tensor, b: Tensor) -> Tensor:
+    """Share of pairs of which `a` is the larger, a tie counting half, ()."""
+    return (1 + (a - b).sign()).mean() / 2
+
+
 # ---------------------------------------------------------------- pairs, and what the reference thinks of them
 
 def fork(pair: dict, context: int) -> Fork | None:
@@ -209,7 +214,7 @@ def backward(forward: Callable, data: Data, rows: list[list[int]], cfg: Config, 
         loss, chosen, rejected = losses(cfg, logps, data.reference[ids], lengths)
         share = len(ids) / cfg.batch_pairs
         (share * loss).backward()
-        total += share * torch.stack([loss.detach(), (chosen - rejected).mean(), (chosen > rejected).float().mean(),
+        total += share * torch.stack([loss.detach(), (chosen - rejected).mean(), preferred(chosen, rejected),
                                       *logps.detach().mean(0), *lengths.float().mean(0)])
     return total
 
@@ -279,8 +284,8 @@ def main(cfg: Config) -> None:
         logps = completion_logps(lm, val.pairs, cfg, "validation")
         loss, chosen, rejected = losses(cfg, logps, val.reference, val.lengths)
         record = {"val_dpo_loss": loss.item(), "val_margin": (chosen - rejected).mean().item(),
-                  "val_reward_accuracy": (chosen > rejected).float().mean().item(),
-                  "val_chosen_preferred": (logps[:, 0] > logps[:, 1]).float().mean().item()}
+                  "val_reward_accuracy": preferred(chosen, rejected).item(),
+                  "val_chosen_preferred": preferred(*logps.T).item()}
         texts = listen(lm, [pair.prefix for pair in val.pairs[:cfg.n_samples]]) if listen else []
         results = {k: {"value": v, "n": len(logps), "step": run.step} for k, v in record.items()}
         if texts:

@@ -269,8 +269,8 @@ def score_pairs(nll: np.ndarray, pairs: list[dict]) -> dict:
         correct = np.where(nll[:, 0] == nll[:, 1], 0.5, nll[:, 0] < nll[:, 1])
         kind = next((name for name in SUBSETS if name in by), "")
         groups = defaultdict(lambda: defaultdict(list))
-        for p, item, right in zip(pairs, items, correct):
-            groups[p.get(kind)][item].append(right)
+        for i in np.flatnonzero(np.isfinite(nll).all(1)):
+            groups[pairs[i].get(kind)][items[i]].append(correct[i])
         result["macro"] = 100 * float(np.mean([np.mean([np.mean(v) for v in g.values()]) for g in groups.values()]))
         result["by"] = by
     return result
