@@ -499,8 +499,8 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
     bleu = {kind: np.array([100 * auto_bleu(x["text"], overlapping=kind == "value") for x in said])
             for kind in ("value", "non_overlapping")}
     seeds = bleu["value"].reshape(cfg.n_seeds, -1).mean(1)
-    return {"gen_ppl": ppl | {"continuation_only": alone["value"], "continuation_se": alone["se"],
-                              "continuation_empty": alone["empty"], "settings": settings},
+    return {"gen_ppl": ppl | {"continuation_only": alone["value"], "settings": settings}
+            | {f"continuation_{k}": alone[k] for k in ("se", "empty", "seeds") if k in alone},
             "auto_bleu": {kind: float(x.mean()) for kind, x in bleu.items()}
             | {"se": float(bleu["value"].std(ddof=1) / math.sqrt(len(said))) if len(said) > 1 else None, "n": len(said),
                "settings": settings} | ({"seeds": seeds.tolist()} if cfg.n_seeds > 1 else {})}

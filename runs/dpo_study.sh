@@ -12,15 +12,15 @@ out=out/study/dpo
 # Other stories than those that the models are trained on, for pairs and for scoring.
 [ -e out/study/stories/sblimp/manifest.jsonl ] || python synth_stories.py config/study_stories.py
 
-score() {  # score RUN SEED
+score() {  # score RUN SEED [FLAGS]
     [ -e "$1/generated.jsonl" ] || python eval.py --checkpoint="$1" --val=out/study/data/units/val \
         --train=out/study/data/units/train --manifest=out/study/stories/tstorycloze,out/study/stories/sblimp \
-        --generate_from=out/study/stories/tstorycloze --n_generate=50 --may_end=false --seed="$2"
+        --generate_from=out/study/stories/tstorycloze --n_generate=50 --may_end=false --seed="${@:2}"
 }
 
-unpenalised() {  # unpenalised RUN SEED: generated once more, without the penalty
+unpenalised() {  # unpenalised RUN SEED [FLAGS]: generated once more, without the penalty
     [ -e "$1/generated_free.jsonl" ] || python eval.py --checkpoint="$1" --generate_from=out/study/stories/tstorycloze \
-        --n_generate=50 --may_end=false --repetition_penalty=1 --suffix=_free --seed="$2"
+        --n_generate=50 --may_end=false --repetition_penalty=1 --suffix=_free --seed="${@:2}"
 }
 
 tune() {  # tune NAME PAIRS STEPS SEED
@@ -31,13 +31,14 @@ tune() {  # tune NAME PAIRS STEPS SEED
 
 python train.py config/slam_fast.py config/study.py --train=out/study/data/units/train,out/corpus_units --tokens=8e5 \
     --out=$out/lm_0 --resume
-score $out/lm_0 0
-unpenalised $out/lm_0 0
+score $out/lm_0 0 --n_seeds=3
+unpenalised $out/lm_0 0 --n_seeds=3
 python dpo.py pairs --checkpoint=$out/lm_0 --prompts=out/study/stories/pairs_train.jsonl --n_prompts=160 --n=4 \
     --n_val=20 --new_units=100 --may_end=false --temperature=0.9 --min_gap=0.3 --out=$out/own_0
 for seed in 0 1 2; do
     tune stories out/study/stories 60 $seed
     tune own_dpo $out/own_0 15 $seed
+    unpenalised $out/own_dpo_$seed $seed
     tune own_long $out/own_0 60 $seed
     unpenalised $out/own_long_$seed $seed
 done

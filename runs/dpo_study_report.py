@@ -11,6 +11,7 @@ import numpy as np
 ROWS = [("before DPO", "lm", ""), ("a story's own sentence over another's, 60 steps", "stories", ""),
         ("own continuations, 15 steps", "own_dpo", ""), ("own continuations, 60 steps", "own_long", ""),
         ("before DPO, no repetition penalty", "lm", "_free"),
+        ("own continuations, 15 steps, no penalty", "own_dpo", "_free"),
         ("own continuations, 60 steps, no penalty", "own_long", "_free")]
 COLUMNS = [("pair accuracy, held out, %", "val_reward_accuracy", "value", 100), ("val. loss", "val_loss", "value", 1),
            ("tSC, %", "tstorycloze", "value", 1), ("sBLIMP, %", "sblimp", "value", 1),
@@ -24,12 +25,15 @@ def main(folder: Path) -> None:
         found = [json.loads(p.read_text()) for p in sorted(folder.glob(f"{run}_[0-9]/results.json"))]
         cells = []
         for _, metric, key, scale in COLUMNS:
-            free = metric in ("gen_ppl", "auto_bleu")
-            values = [scale * r[metric + suffix * free][key] for r in found
-                      if (free or not suffix) and metric + suffix * free in r]
+            sampled = metric in ("gen_ppl", "auto_bleu")
+            values = []  # of every seed of DPO; of every seed of sampling, where there is no DPO
+            for r in found if sampled or not suffix else ():
+                if result := r.get(metric + suffix * sampled):
+                    seeds = result.get({"value": "seeds", "continuation_only": "continuation_seeds"}[key])
+                    values += [scale * x for x in seeds or [result[key]]]
             se = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.2f}{se}" if values else "")
-        print(f"| {label} ({len(found)}) | {' | '.join(cells)} |")
+        print(f"| {label} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
