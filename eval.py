@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import re
 import sys
@@ -339,6 +340,7 @@ def load_asr(asr: str) -> tuple:
     from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
+    logging.getLogger("transformers.generation.utils").setLevel(logging.ERROR)  # it warns of what Whisper's own code does
     folder = resolve(asr)
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
     return model, WhisperFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
