@@ -340,7 +340,7 @@ def load_asr(asr: str) -> tuple:
     from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
-    logging.getLogger("transformers.generation.utils").setLevel(logging.ERROR)  # it warns of what Whisper's own code does
+    logging.getLogger("transformers.generation.utils").setLevel(logging.ERROR)  # of what Whisper does
     folder = resolve(asr)
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
     return model, WhisperFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
