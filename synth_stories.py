@@ -18,6 +18,7 @@ import contextlib
 import csv
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -542,38 +543,48 @@ def make_tstorycloze(cfg: Config, pool, stories: list[dict]) -> None:
         f"{pair['id']} beginning", f"{pair['id'] if side == 'positive' else pair['other']} ending"])
 
 
-def content_words(text: str) -> set[str]:
-    """Words that say what a text is about, roughly: the longer ones."""
-    return set(re.findall(r"[a-z]{5,}", text.lower()))
+def things(text: str) -> set[str]:
+    """Words that say what a text is about, roughly: the longer ones, names aside."""
+    return {word.lower() for word in re.findall(r"\w{4,}", text) if word not in NAMES}
 
 
-def make_sstorycloze(cfg: Config, pool, stories: list[dict], n_candidates: int = 4, min_gap: float = 0.3) -> None:
+def pronouns(text: str) -> set[str]:
+    """Of which sexes the third persons of a text are."""
+    return {sex for sex in ("he|him|his", "she|her|hers") if re.search(rf"\b({sex})\b", text, re.IGNORECASE)}
+
+
+def make_sstorycloze(cfg: Config, pool, stories: list[dict], n_candidates: int = 6, min_gap: float = 0.3) -> None:
     """sStoryCloze-style pairs: four sentences and their true fifth, against a close one that fits less.
 
-    The wrong ending is another story's, with this one's name in it, that shares the most words with this story and
-    that the writer finds at least `min_gap` nats per token less likely here; a story without such is left out.
+    The wrong ending is another story's, with this one's name and no other pronouns in it, that shares the rarest words
+    with this story and that the writer finds at least `min_gap` nats per token less likely here. None is used twice; a
+    story for which there is none is left out.
     """
     if (Path(cfg.out) / "sstorycloze" / "manifest.jsonl").exists():
         return
-    names, todo = set(NAMES), []
-    for story in stories:
-        *beginning, ending = story["sentences"][:5]
-        name = next((w for w in re.findall(r"\w+", " ".join(beginning)) if w in names), None)
-        about = content_words(" ".join(beginning))
-        others = [re.sub(r"\w+", lambda m: name if m[0] in names else m[0], s["sentences"][4])
-                  for s in stories if name and s is not story]
-        others = sorted(set(others) - {ending}, key=lambda x: (-len(about & content_words(x)), x))[:n_candidates]
-        todo.append((story["id"], beginning, ending, others))
-    asked = [(" ".join(b), x) for _, b, ending, others in todo for x in (ending, *others)]
+    beginnings, endings = [" ".join(s["sentences"][:4]) for s in stories], [s["sentences"][4] for s in stories]
+    about, said = list(map(things, beginnings)), list(map(things, endings))
+    found_in = Counter(word for words in about for word in words)
+    todo, offered = [], Counter()  # of each story: endings that are close to it, the closest first
+    for i, beginning in enumerate(beginnings):
+        name = next((word for word in re.findall(r"\w+", beginning) if word in NAMES), None)
+        shared = [sum(math.log(len(stories) / found_in[word]) for word in about[i] & words) for words in said]
+        fine = [j for j, ending in enumerate(endings) if name and ending != endings[i] and shared[j] > 0
+                and offered[j] < n_candidates and pronouns(ending) <= pronouns(f"{beginning} {endings[i]}")]
+        fine = sorted(fine, key=lambda j: -shared[j])[:n_candidates]
+        offered.update(fine)  # the same ones suit many stories; enough must be left for the last
+        todo.append([(j, re.sub(r"\w+", lambda m: name if m[0] in NAMES else m[0], endings[j])) for j in fine])
+    asked = [(beginnings[i], x) for i, others in enumerate(todo) for x in (endings[i], *(x for _, x in others))]
     scores = iter(continuation_scores(*map(list, zip(*asked)), cfg.writer))
-    texts, pairs = {}, []
-    for id, beginning, ending, others in todo:
+    texts, pairs, used = {}, [], set()
+    for story, beginning, ending, others in zip(stories, beginnings, endings, todo):
         true, *theirs = [next(scores) for _ in range(1 + len(others))]
-        wrong = next((x for x, score in zip(others, theirs) if score <= true - min_gap), None)
+        wrong = next((x for x, score in zip(others, theirs) if score <= true - min_gap and x[0] not in used), None)
         if wrong:
-            texts |= {f"{id} beginning": beginning, f"{id} positive": [ending], f"{id} negative": [wrong]}
-            pairs.append({"id": id, "positive_text": " ".join([*beginning, ending]),
-                          "negative_text": " ".join([*beginning, wrong])})
+            id, (j, worse) = story["id"], wrong
+            used.add(j)
+            texts |= {f"{id} beginning": story["sentences"][:4], f"{id} positive": [ending], f"{id} negative": [worse]}
+            pairs.append({"id": id, "positive_text": f"{beginning} {ending}", "negative_text": f"{beginning} {worse}"})
     print(f"sstorycloze: {len(pairs)} pairs; {len(stories) - len(pairs)} stories have no close ending that fits less")
     write_benchmark(cfg, pool, "sstorycloze", pairs, texts, lambda pair, side: [
         f"{pair['id']} beginning", f"{pair['id']} {side}"])

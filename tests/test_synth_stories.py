@@ -275,9 +275,11 @@ def test_slamkits_pairs(tmp_path):
 
 
 def test_hard_negatives(stories):
-    """The wrong ending has this story's hero in it, and fits less, in the writer's opinion."""
+    """The wrong ending has this story's hero in it, and fits less, in the writer's opinion; none is used twice."""
     pairs = read_manifest(str(stories / "sstorycloze")).pairs
     assert 1 <= len(pairs) <= 4
+    endings = [re.sub("|".join(NAMES), "", split_sentences(pair["negative_text"])[4]) for pair in pairs]
+    assert len(set(endings)) == len(pairs)
     for pair in pairs:
         right, wrong = (split_sentences(pair[f"{side}_text"]) for side in ("positive", "negative"))
         assert right[:4] == wrong[:4] and right[4] != wrong[4]
