@@ -228,6 +228,13 @@ def pair_nlls(lm: UnitLM, pairs: list[tuple[list[int], list[int]]], context: int
     return nll / np.maximum(lengths[:, 1:] + score_prompt * lengths[:, :1], 1) if score == "mean" else nll
 
 
+def ngram_nlls(logp: np.ndarray, pair: tuple[list[int], list[int]], score: str, score_prompt: bool) -> list[float]:
+    """`pair_nlls` of one pair by one of `ngrams`."""
+    start = 0 if score_prompt else Fork.of(*pair).lengths[0]
+    nlls = [-logp[x[:-1], x[1:]][start:] for x in pair]
+    return [nll.sum() / max(1, len(nll)) if score == "mean" else nll.sum() for nll in nlls]
+
+
 def pair_accuracy(positive: np.ndarray, negative: np.ndarray, items: list[str] | None = None) -> dict:
     """Share (%) of pairs whose positive has the lower NLL, a tie counting half, with its standard error.
 
@@ -592,7 +599,7 @@ def floors(cfg: Config, benchmark: Benchmark, utterances: list[tuple], grams: di
     """What n-gram models of the units score on a benchmark, and a text LM on its transcripts: {metric: result}."""
     found = {}
     for name, logp in grams.items():
-        nll = np.array([[-logp[x[:-1], x[1:]].mean() for x in pair] for pair in utterances])
+        nll = np.array([ngram_nlls(logp, pair, cfg.score, cfg.score_prompt) for pair in utterances])
         found[f"{benchmark.name}_{name}"] = score_pairs(nll, benchmark.pairs)
     texts = [[p.get(f"{side}_text") for side in ("positive", "negative")] for p in benchmark.pairs]
     if cfg.text_judge and all(map(all, texts)):

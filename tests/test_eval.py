@@ -10,7 +10,7 @@ import torch
 from conftest import N_UNITS, markov
 from test_train import tiny
 
-from eval import (Config, Fork, auto_bleu, load_judge, ngram_loss, ngrams, pair_accuracy, pair_nlls, perplexity,
+from eval import (Config, Fork, auto_bleu, load_judge, ngram_loss, ngram_nlls, ngrams, pair_accuracy, pair_nlls, perplexity,
                   score_pairs, table, text_nlls, word_error_rate, words)
 from train import merge_results
 from units import to_tokens
@@ -99,6 +99,10 @@ def test_ngrams_by_brute_force():
     assert unigram == pytest.approx(-np.mean([math.log(p1(b)) for _, b in targets]))
     assert bigram == pytest.approx(-np.mean([math.log(p2(a, b)) for a, b in targets]))
     assert bigram < unigram - 0.3
+    logp, pair = ngrams(train, N_UNITS + 2)["bigram"], ([1, 5, 6, 1], [1, 5, 7, 8, 1])
+    for x, nll in zip(pair, ngram_nlls(logp, pair, "mean", True)):
+        assert nll == pytest.approx(ngram_loss(logp, [np.array(x)]))
+    assert ngram_nlls(logp, pair, "sum", False)[0] == pytest.approx(-logp[5, 6] - logp[6, 1])
     assert sum(p2(5, b) for b in range(N_UNITS + 2)) == pytest.approx(1)
 
 
