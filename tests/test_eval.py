@@ -10,8 +10,8 @@ import torch
 from conftest import N_UNITS, markov
 from test_train import tiny
 
-from eval import (Config, Fork, auto_bleu, load_judge, ngram_loss, ngram_nlls, ngrams, pair_accuracy, pair_nlls, perplexity,
-                  score_pairs, table, text_nlls, word_error_rate, words)
+from eval import (Config, Fork, auto_bleu, load_judge, ngram_loss, ngram_nlls, ngrams, pair_accuracy, pair_nlls,
+                  perplexity, score_pairs, table, text_nlls, word_error_rate, words)
 from train import merge_results
 from units import to_tokens
 
