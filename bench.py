@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Literal
 
 import numpy as np
 import soundfile
@@ -377,6 +377,7 @@ class BenchEval:
     pairs: int = 100  # of them, at most
     tokenizer: str = ""  # codebook file; empty: that of the checkpoint's units
     context: int = 1024  # tokens in a row of ours
+    dtype: Literal["bfloat16", "float32"] = "float32"  # of both models
     rounds: int = 3  # timed of each side, after one more
 
 
@@ -400,7 +401,7 @@ def bench_eval(cfg: BenchEval) -> None:
     """Pairs per second. Audio: the peer tokenises every time, sorted and in batches of 16, which is its faster way."""
     device, folder = pick_device(), find_checkpoint(cfg.checkpoint)
     lm = UnitLM.from_pretrained(folder).eval().to(device)
-    hf = peer_model(lm).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    hf = peer_model(lm).to(device, getattr(torch, cfg.dtype)).eval()
     tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(checkpoint_fingerprint(folder)), device.type)
     benchmark = read_manifest(cfg.manifest)
     benchmark.pairs, benchmark.name = benchmark.pairs[:cfg.pairs], "bench"
@@ -409,7 +410,7 @@ def bench_eval(cfg: BenchEval) -> None:
     sides = [[pair[side] for pair in benchmark.pairs] for side in ("positive", "negative")]
 
     def ours(pairs: list[tuple]) -> int:
-        pair_nlls(lm, pairs, cfg.context)
+        pair_nlls(lm, pairs, cfg.context, dtype=cfg.dtype)
         return len(pairs)
 
     def peer(pairs: list[tuple]) -> int:
@@ -431,7 +432,7 @@ def bench_eval(cfg: BenchEval) -> None:
     for case, a, b in (("eval from units", "ours", "peer"), ("eval from audio", "first", "peer_audio"),
                        ("eval from audio, again", "again", "peer_audio")):
         report(case, found[a][0], found[b][0], "pairs/s", pairs=len(utterances), mean_tokens=round(np.mean(lengths)),
-               shape=f"{lm.n_params() / 1e6:.1f}M")
+               dtype=cfg.dtype, shape=f"{lm.n_params() / 1e6:.1f}M")
 
 
 # ---------------------------------------------------------------- memory

@@ -58,6 +58,8 @@ class Config:
     score: Literal["mean", "sum"] = "mean"  # of the negative log-likelihoods of an utterance's tokens
     score_eos: bool = True  # whether its end is one of them,
     score_prompt: bool = True  # and whether what both of a pair begin with is
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32"  # of the model in pairs and validation loss (SlamKit's:
+    # bfloat16); logits and what follows are fp32; auto: bfloat16 where it is fast
     text_judge: str = ""  # text LM that scores the transcripts of pairs, where there are any, as an upper bound
     generate_from: str = ""  # one of these, a manifest or a benchmark's name, whose positives' beginnings are continued
     # for GenPPL and auto-BLEU
@@ -216,13 +218,13 @@ def score_forks(lm: UnitLM, forks: list[Fork], context: int, dtype: str, desc: s
 
 
 def pair_nlls(lm: UnitLM, pairs: list[tuple[list[int], list[int]]], context: int, score: str = "mean",
-              score_prompt: bool = True) -> np.ndarray:
-    """Negative log-likelihood (nats, fp32) of both utterances of each pair, (n, 2): per token, or their sum.
+              score_prompt: bool = True, dtype: str = "float32") -> np.ndarray:
+    """Negative log-likelihood (nats) of both utterances of each pair, (n, 2): per token, or their sum.
 
     score_prompt: with the beginning that they share, or without. NaN where a pair did not fit into memory.
     """
     forks = [Fork.of(*pair) for pair in pairs]
-    logps = score_forks(lm, forks, context, "float32", "scoring").double().numpy()
+    logps = score_forks(lm, forks, context, dtype, "scoring").double().numpy()
     lengths = np.array([fork.lengths for fork in forks])
     nll = -logps[:, 1:] - score_prompt * logps[:, :1]
     return nll / np.maximum(lengths[:, 1:] + score_prompt * lengths[:, :1], 1) if score == "mean" else nll
@@ -655,14 +657,14 @@ def main(cfg: Config) -> None:
         lm = UnitLM.from_pretrained(folder).eval().to(device)
         results = dict(baselines)
         if val:
-            loss, n = validation_loss(lm, val, cfg.context, cfg.batch, "float32")
+            loss, n = validation_loss(lm, val, cfg.context, cfg.batch, cfg.dtype)
             results["val_loss"] = {"value": loss, "n": n}
             results["val_ppl"] = {"value": math.exp(loss), "n": n}
             if val.hours:  # the same for all vocabularies, as units or pieces per second are not
                 results["val_bits_per_second"] = {"value": loss * n / math.log(2) / (3600 * val.hours), "n": n}
-        how = {"score": cfg.score, "score_eos": cfg.score_eos, "score_prompt": cfg.score_prompt}
+        how = {k: getattr(cfg, k) for k in ("score", "score_eos", "score_prompt", "dtype")}
         for b in benchmarks:
-            nll = pair_nlls(lm, utterances[b.name], cfg.context, cfg.score, cfg.score_prompt)
+            nll = pair_nlls(lm, utterances[b.name], cfg.context, cfg.score, cfg.score_prompt, cfg.dtype)
             results[b.name] = score_pairs(nll, b.pairs) | {"settings": how | {"source": b.source, "split": b.split}}
         where = Path(folder).parent if Path(folder).name == "checkpoint" else Path(folder)
         if not where.is_dir():  # a hub id
