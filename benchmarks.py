@@ -190,7 +190,7 @@ def read_manifest(path: str) -> Benchmark:
         raise SystemExit(f"{file}: no manifest; synth_stories.py writes folders with one, --write_manifest one of a "
                          f"benchmark")
     found = Benchmark(file.parent.name if file.name == "manifest.jsonl" else file.stem, path)
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             pair = {"id": str(number)} | json.loads(line)
             for side in ("positive", "negative"):

@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import load_config
-from eval import (Fork, auto_bleu, continuation_scores, continue_units, fork_logps, pack, put, score_forks, speak,
-                  transcribe)
+from eval import (Fork, auto_bleu, continuation_scores, continue_units, fork_logps, load_asr, pack, put, score_forks,
+                  speak, transcribe)
 from model import UnitLM, find_checkpoint, weights_sha256
 from optim import make_optimizer, schedule, update
 from speech_tokenizer import SpeechTokenizer, find_codebook
@@ -156,8 +156,19 @@ def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[Fork]]:
 
 
 def completion_logps(lm: UnitLM, pairs: list[Fork], cfg: Config, desc: str) -> Tensor:
-    """Log-probabilities (n, 2) of all pairs' completions, EOS included, given their prompts; on the CPU."""
-    return score_forks(lm.eval(), pairs, cfg.context, cfg.dtype, desc)[:, 1:]
+    """Log-probabilities (n, 2) of all pairs' completions, EOS included, given their prompts; on the CPU.
+
+    SystemExit if one is not a number, be it that its row did not fit into memory.
+    """
+    logps = score_forks(lm.eval(), pairs, cfg.context, cfg.dtype, desc)[:, 1:]
+    if n := int((~logps.isfinite()).any(1).sum()):
+        raise SystemExit(f"{desc}: {n} of {len(pairs)} pairs have no log-probability: not enough memory for a row of "
+                         f"{cfg.context} tokens, or a model that has diverged")
+    return logps
+
+
+def sha256_of(*what) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[Fork], cfg: Config, digest: str) -> Tensor:
@@ -165,9 +176,7 @@ def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[Fork],
 
     lm: that checkpoint, if it is at hand; digest: sha256 of its weights.
     """
-    key = hashlib.sha256(f"{digest} {cfg.context} {cfg.dtype} {pick_device().type}".encode())
-    key.update(Path(path).read_bytes())
-    kept = Path(f"{path}.reference-{key.hexdigest()[:16]}.npy")
+    kept = Path(f"{path}.reference-{sha256_of(digest, pairs, cfg.dtype, pick_device().type)[:16]}.npy")
     if kept.exists():
         return torch.from_numpy(np.load(kept))
     lm = UnitLM.from_pretrained(start).to(pick_device()) if lm is None else lm
@@ -242,26 +251,39 @@ def complete(cfg: Config) -> Config:
 
 
 def newest_pairs(checkpoint: str) -> str:
-    """The newest pairs_train.jsonl under out/ of a checkpoint's units. SystemExit if there is none."""
+    """The newest pairs_train.jsonl under out/ of a checkpoint's units, not of a model's own continuations (`pairs`).
+
+    SystemExit if there is none.
+    """
     fingerprint = checkpoint_fingerprint(find_checkpoint(checkpoint))
     for path in sorted(Path("out").rglob("pairs_train.jsonl"), key=lambda p: -p.stat().st_mtime):
-        if same_units(read_pairs(path)[0], fingerprint):
+        if not path.with_name("candidates.jsonl").exists() and same_units(read_pairs(path)[0], fingerprint):
             return str(path)
     raise SystemExit(f"no pairs_train.jsonl under out/ of the units of {checkpoint}; make one (synth_stories.py "
                      f"config/spoken_swag.py) or name one with --pairs")
 
 
 def main(cfg: Config) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit("dpo.py trains on one GPU: start it without torchrun")
     cfg, device = complete(cfg), pick_device()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
     start = find_checkpoint(cfg.checkpoint)
+    for path in (start, cfg.pairs, cfg.val_pairs):
+        if Path(path).resolve().is_relative_to(Path(cfg.out).resolve()):
+            raise SystemExit(f"{path} lies in the run's own folder, {cfg.out}; choose another --out")
     fingerprint, pairs = checkpoint_fingerprint(start), {}
     for name, path in (("train", cfg.pairs), ("val", cfg.val_pairs)):
         theirs, pairs[name] = load_pairs(path, cfg.context)
         require_same(fingerprint, cfg.checkpoint, theirs, path)
         fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's do not record it
     run = Run(cfg, "dpo")
+    digest = weights_sha256(start)
+    inputs = {"checkpoint": digest} | {name: sha256_of(x) for name, x in pairs.items()}
+    if changed := [k for k, v in run.inputs.items() if inputs[k] != v]:
+        raise SystemExit(f"{cfg.out}: cannot resume, as these are not what they were: {', '.join(changed)}")
+    run.inputs = inputs
     if run.trainer and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
         return
     lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else start).to(device)
@@ -273,10 +295,9 @@ def main(cfg: Config) -> None:
         seen = [x.to(device) for x in run.trainer["pending"]]
         run.trainer = None  # the memory
     listen = listener(cfg, fingerprint)
-    run.open()
-    digest = weights_sha256(start)
     train, val = (Data.of(pairs[name], reference_logps(start, None if run.step else lm, path, pairs[name], cfg, digest),
                           where) for name, path, where in (("train", cfg.pairs, device), ("val", cfg.val_pairs, "cpu")))
+    run.open()
     print(f"{lm.n_params() / 1e6:.1f}M parameters from {cfg.checkpoint}, {len(train.pairs):,} pairs of on average "
           f"{np.mean([pair.n_inputs for pair in train.pairs]):.0f} tokens, on {device}")
 
@@ -299,7 +320,7 @@ def main(cfg: Config) -> None:
             run.check_finite([torch.stack(seen)[:, 0].mean().item()], norm.item())
         how(lm, optimizer, fingerprint, seen)
 
-    forward, order = compiled(lm, cfg.compile), Epochs(len(train.pairs), cfg.seed)
+    forward, order, norm = compiled(lm, cfg.compile), Epochs(len(train.pairs), cfg.seed), torch.zeros(())
     width = cfg.context if forward is not lm else 0  # compiled code wants one shape
 
     def batch(step: int) -> list[list[int]]:
@@ -344,6 +365,9 @@ def main(cfg: Config) -> None:
     print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")
 
 
+ASR = "embedded:whisper-tiny.en"  # that listens to samples while training
+
+
 def listener(cfg: Config, fingerprint: Fingerprint) -> Callable | None:
     """A function of a model and prompts in tokens: what the ASR hears in the prompts with their continuations.
 
@@ -355,6 +379,7 @@ def listener(cfg: Config, fingerprint: Fingerprint) -> Callable | None:
     try:
         tokenizer = SpeechTokenizer.load(find_codebook(fingerprint), pick_device().type)
         vocoder, _ = vocoder_for(tokenizer, "")
+        load_asr(ASR)
     except SystemExit as e:
         print(f"no samples are taken while training: {e}", file=sys.stderr)
         return None
@@ -362,7 +387,7 @@ def listener(cfg: Config, fingerprint: Fingerprint) -> Callable | None:
     def listen(lm: UnitLM, prompts: list[list[int]]) -> list[str]:
         units = [to_units(prompt) for prompt in prompts]
         new = continue_units(lm, units, 100, 16, cfg.seed, "samples", temperature=0.8, top_k=25)
-        return transcribe(speak([u + x for u, x in zip(units, new)], tokenizer, vocoder), "embedded:whisper-tiny.en")
+        return transcribe(speak([u + x for u, x in zip(units, new)], tokenizer, vocoder), ASR)
 
     return listen
 
@@ -443,8 +468,11 @@ def make_pairs(cfg: PairsConfig) -> None:
     prompts = read_prompts(cfg, fingerprint)
     # What decides the candidates; how one is chosen may change.
     settings = {k: v for k, v in asdict(cfg).items() if k not in (
-        "out", "overwrite", "n_val", "max_auto_bleu", "min_words", "min_gap")} | {"weights": weights_sha256(start)}
+        "out", "overwrite", "n_val", "max_auto_bleu", "min_words", "min_gap")}
+    settings |= {"weights": weights_sha256(start), "drawn": sha256_of(prompts)}
     path, header = out / "candidates.jsonl", json.dumps(settings)
+    if not path.exists() and any(out.glob("pairs_*.jsonl")):
+        raise SystemExit(f"{out} holds pairs that `dpo.py pairs` has not made; choose another --out")
     lines = [] if cfg.overwrite or not path.exists() else path.read_text().split("\n")[:-1]  # one may be cut
     if lines and json.loads(lines[0]) != settings:
         changed = [f"{k} was {json.loads(lines[0]).get(k)!r}, now {v!r}" for k, v in settings.items()

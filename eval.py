@@ -440,7 +440,8 @@ def text_losses(texts: list[str], judge: str) -> list[float | None]:
 def continuation_scores(prompts: list[str], texts: list[str], judge: str, batch: int = 16) -> list[float | None]:
     """Mean log-probability (nats) per token of each text given its prompt's text; None for a text without tokens."""
     model, tokenizer = load_judge(judge)
-    known = [tokenizer(p).input_ids or [tokenizer.bos_token_id] for p in prompts]
+    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id  # Qwen's has none
+    known = [tokenizer(p).input_ids or [bos] for p in prompts]
     new = [tokenizer(f" {t}", add_special_tokens=False).input_ids if t else [] for t in texts]
     both = [a + b for a, b in zip(known, new)]
     scores, order = [None] * len(texts), sorted((i for i, x in enumerate(new) if x), key=lambda i: len(both[i]))

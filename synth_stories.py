@@ -197,7 +197,7 @@ def load_kokoro():
         raise SystemExit("kokoro is not installed: pip install kokoro") from None
     pipeline = functools.cache(lambda language: KPipeline(lang_code=language))  # a: American, b: British
     return lambda text, seed, voice: (np.concatenate(
-        [np.asarray(audio) for *_, audio in pipeline(voice[0])(text, voice=voice)]), 24_000)
+        [np.zeros(0, np.float32)] + [np.asarray(audio) for *_, audio in pipeline(voice[0])(text, voice=voice)]), 24_000)
 
 
 def load_fastspeech2():
@@ -259,7 +259,9 @@ def spoken(cfg: Config, pool, texts: dict[str, list[str]], desc: str, voices: di
     first = (cfg.voices or TTS[cfg.tts][1])[0]
     jobs = [(sentences, zlib.crc32(f"{cfg.seed} {id}".encode()), voices[id] if voices else first)
             for id, sentences in texts.items()]
-    waves = tqdm(pool.imap(speak, jobs, chunksize=2), total=len(jobs), disable=None, desc=desc, unit="text")
+    parts = (jobs[at:at + 512] for at in range(0, len(jobs), 512))  # lest waves pile up that nobody takes
+    waves = (wave for part in parts for wave in pool.imap(speak, part, chunksize=2))
+    waves = tqdm(waves, total=len(jobs), disable=None, desc=desc, unit="text")
     yield from ((id, w) for w, id in zip(waves, texts))  # in this order zip exhausts the bar
 
 
@@ -339,6 +341,9 @@ def read_swag(path: str, cfg: Config) -> tuple[list[dict], Counter]:
                 rng = np.random.default_rng((cfg.seed, number))
                 right, (*wrong,) = endings[int(label)], (e for i, e in enumerate(endings) if i != int(label))
                 chosen, rejected = f"{start} {right}", f"{start} {wrong[rng.integers(3)]}"
+                if chosen == rejected:
+                    skipped["with a wrong ending that is the right one"] += 1
+                    continue
                 if auto_bleu(f"{prompt} {chosen}") >= cfg.max_auto_bleu:
                     skipped["repetitive"] += 1
                     continue
@@ -355,14 +360,14 @@ def read_swag(path: str, cfg: Config) -> tuple[list[dict], Counter]:
 def read_spoken_swag(input: str, cfg: Config) -> tuple[list[dict], Counter]:
     """Hugging Face's slprl/SpokenSwag, a folder of its parquet files or one: texts of pairs, and the rows skipped.
 
-    A pair's "split" is that of its file's name. SystemExit if it is no such file, or pyarrow is not there.
+    A pair's "split" is that of its file's name or folder. SystemExit if it is no such file, or pyarrow is not there.
     """
     try:
         import pyarrow.parquet as parquet
     except ImportError:
         raise SystemExit(f"{input}: reading parquet needs pyarrow: pip install pyarrow") from None
     pairs, skipped = [], Counter()
-    for path in parquet_files(input):
+    for path, name in parquet_files(input):
         try:
             names = parquet.read_schema(path).names
             if missing := {x for side in SIDES for x in (side, f"{side}_text")} - set(names):
@@ -371,17 +376,20 @@ def read_spoken_swag(input: str, cfg: Config) -> tuple[list[dict], Counter]:
             rows = parquet.read_table(path, columns=columns).to_pylist()
         except (OSError, ValueError) as e:  # pyarrow's own are of these
             raise SystemExit(f"{path}: not a whole parquet file ({str(e).splitlines()[0]})") from None
-        split = "val" if re.search("val|test", path.name) else "train"
+        split = "val" if re.search("val|test", name) else "train"
         for number, row in enumerate(rows):
             if auto_bleu(f"{row['prompt_text']} {row['chosen_text']}") >= cfg.max_auto_bleu:
                 skipped["repetitive"] += 1
             else:
-                pairs.append({"id": f"{path.stem}/{number:07d}", "split": split} | row)
+                pairs.append({"id": f"{name}/{number:07d}", "split": split} | row)
     return pairs, skipped
 
 
-def parquet_files(input: str) -> list[Path]:
-    return sorted(Path(input).rglob("*.parquet")) if Path(input).is_dir() else [Path(input)]
+def parquet_files(input: str) -> list[tuple[Path, str]]:
+    """Parquet files of a folder, or one, each with what it is called there: default/train/0000."""
+    if not Path(input).is_dir():
+        return [(Path(input), Path(input).stem)]
+    return [(p, p.relative_to(input).with_suffix("").as_posix()) for p in sorted(Path(input).rglob("*.parquet"))]
 
 
 def read_slamkit_pairs(path: str, cfg: Config, n_units: int) -> tuple[list[dict], Counter]:
@@ -406,10 +414,10 @@ def read_slamkit_pairs(path: str, cfg: Config, n_units: int) -> tuple[list[dict]
     return pairs, skipped
 
 
-def stored_waves(files: list[Path], wanted: dict[str, dict]):
+def stored_waves(files: list[tuple[Path, str]], wanted: dict[str, dict]):
     """Yield (id and side, [wave]) of parquet files' rows; a wave of no samples for one that can't be read."""
-    for path in files:
-        prefix = f"{path.stem}/"
+    for path, name in files:
+        prefix = f"{name}/"
         columns = [read_parquet(str(path), prefix, False, side, lambda id: id[:len(prefix) + 7] in wanted)
                    for side in SIDES]
         for items in zip(*columns):
@@ -440,11 +448,11 @@ def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, sa
             waves = {name: wave for name, (wave,) in batch}
             sound = {name: wave for name, wave in waves.items() if is_sound(wave)}
             units = dict(zip(sound, (u.tolist() for u, _ in tokenizer.encode_batch(list(sound.values())))))
-            for id in dict.fromkeys(name.partition(" ")[0] for name in waves):
+            for id in dict.fromkeys(name.rpartition(" ")[0] for name in waves):
                 own = {side: units.get(f"{id} {side}") for side in SIDES}
                 f.write(json.dumps(todo[id] | own, ensure_ascii=False) + "\n")
             f.flush()
-    found = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    found = [json.loads(line) for line in kept.read_text(encoding="utf-8").split("\n")[:-1]]
     whole = [p for p in found if all(p[side] for side in SIDES)]
     write_pairs(path, tokenizer.fingerprint, whole)
     kept.unlink()
@@ -472,6 +480,8 @@ def make_swag_pairs(cfg: Config, pool, tokenizer: SpeechTokenizer) -> None:
     if kind == "parquet":
         pairs, skipped = read_spoken_swag(cfg.swag, cfg)
     elif kind == "jsonl":
+        if tokenizer.fingerprint != tokenizer.base_fingerprint:
+            raise SystemExit(f"{cfg.swag} has units, and {cfg.tokenizer} makes pieces of several; name the codebook")
         pairs, skipped = read_slamkit_pairs(cfg.swag, cfg, tokenizer.fingerprint.n_units)
     else:
         pairs, skipped = read_swag(cfg.swag, cfg)
@@ -485,7 +495,7 @@ def make_swag_pairs(cfg: Config, pool, tokenizer: SpeechTokenizer) -> None:
             return
         texts = {f"{id} {side}": [p[f"{side}_text"]] for id, p in todo.items() for side in SIDES}
         yield from spoken(cfg, pool, texts, "speaking pairs",
-                          {name: todo[name.partition(" ")[0]]["speaker"] for name in texts})
+                          {name: todo[name.rpartition(" ")[0]]["speaker"] for name in texts})
 
     splits = [p.pop("split", "") for p in pairs]
     order = np.random.default_rng(cfg.seed).permutation(len(pairs))
@@ -647,6 +657,8 @@ def make_sblimp(cfg: Config, pool) -> None:
 
 def main(cfg: Config) -> None:
     out, record = Path(cfg.out), Path(cfg.out) / "synth.json"
+    if cfg.swag and not Path(cfg.swag).exists():
+        raise SystemExit(f"--swag={cfg.swag}: not readable (no such file or folder)")
     if out.exists() and any(out.iterdir()) and not record.exists():
         raise SystemExit(f"{out} exists and was not made by synth_stories.py; choose another --out")
     if cfg.overwrite:

@@ -108,6 +108,8 @@ def run_problems(cfg) -> list[str]:
     found = []
     if sum(x is not None for x in (cfg.steps, cfg.tokens, cfg.time_budget_hours)) != 1:
         found.append("set exactly one of steps, tokens, time_budget_hours (the others to none)")
+    if min(cfg.lr, cfg.log_every, cfg.eval_every, cfg.save_every) <= 0:
+        found.append("lr, log_every, eval_every and save_every must be positive")
     if not 0 <= cfg.warmup < 1:
         found.append(f"warmup {cfg.warmup} is a share of the run: at least 0 and below 1")
     if cfg.resume and cfg.overwrite:
@@ -335,6 +337,7 @@ class Run:
         self.cfg, self.stage, self.out, self.rank = cfg, stage, Path(cfg.out), rank
         self.checkpoint = self.out / "checkpoint"
         self.step, self.tokens, self.seconds, self.trainer = 0, 0, 0.0, None
+        self.inputs: dict[str, str] = {}  # digests of what a stage starts from, where a path does not tell
         self.own_seconds, self.asked_to_stop, self.stopping = 0.0, 0, 0  # what `agree` makes seconds and stopping of
         if not rank:
             recover(self.checkpoint)
@@ -383,7 +386,7 @@ class Run:
         if changed:
             raise SystemExit(f"{self.out}: cannot resume with other settings: {'; '.join(changed)}")
         self.step, self.tokens, self.seconds = slam["step"], slam["tokens"], slam["seconds"]
-        self.own_seconds = self.seconds
+        self.own_seconds, self.inputs = self.seconds, slam.get("inputs", {})
         self.trainer = torch.load(self.checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
         if not self.rank:
             print(f"resuming {self.out} at step {self.step}" if self.progress() < 1 else
@@ -484,7 +487,7 @@ class Run:
             return
         slam = {"stage": self.stage, "fingerprint": fingerprint.to_dict(), "step": self.step, "tokens": self.tokens,
                 "seconds": self.seconds, "finished": self.progress() >= 1, "config": asdict(self.cfg),
-                "model": lm.hf_config(), "git": git_commit(), "torch": torch.__version__}
+                "inputs": self.inputs, "model": lm.hf_config(), "git": git_commit(), "torch": torch.__version__}
         trainer = {"optimizer": optimizer.state_dict(), "pending": [x.cpu() for x in pending]}
         with self.writing():
             lm.save_pretrained(self.checkpoint, slam, trainer)

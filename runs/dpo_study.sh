@@ -13,13 +13,13 @@ out=out/study/dpo
 [ -e out/study/stories/sblimp/manifest.jsonl ] || python synth_stories.py config/study_stories.py
 
 score() {  # score RUN SEED [FLAGS]
-    [ -e "$1/generated.jsonl" ] || python eval.py --checkpoint="$1" --val=out/study/data/units/val \
+    grep -qs '"gen_ppl"' "$1/results.json" || python eval.py --checkpoint="$1" --val=out/study/data/units/val \
         --train=out/study/data/units/train --manifest=out/study/stories/tstorycloze,out/study/stories/sblimp \
         --generate_from=out/study/stories/tstorycloze --n_generate=50 --may_end=false --seed="${@:2}"
 }
 
 unpenalised() {  # unpenalised RUN SEED [FLAGS]: generated once more, without the penalty
-    [ -e "$1/generated_free.jsonl" ] || python eval.py --checkpoint="$1" --generate_from=out/study/stories/tstorycloze \
+    grep -qs '"gen_ppl_free"' "$1/results.json" || python eval.py --checkpoint="$1" --generate_from=out/study/stories/tstorycloze \
         --n_generate=50 --may_end=false --repetition_penalty=1 --suffix=_free --seed="${@:2}"
 }
 

@@ -214,6 +214,13 @@ def test_the_reference_is_computed_once(start, pairs, tmp_path):
     expected = completion_logps(UnitLM.from_pretrained(str(start)), pairs_of, Config(dtype="float32"), "x")
     torch.testing.assert_close(torch.from_numpy(np.load(folder / name)), expected, atol=1e-4, rtol=1e-5)
     assert "val dpo loss 0.6931" in run("dpo.py", *dpo_flags(start, folder, tmp_path / "e", steps=0)).stdout  # log 2
+    assert "are not what they were: val" in refused("dpo.py", *dpo_flags(start, folder, tmp_path / "a", steps=3),
+                                                    "--resume")
+    assert "own folder" in refused("dpo.py", *dpo_flags(start, folder, folder, steps=1), "--overwrite")
+    broken = UnitLM.from_pretrained(str(start))
+    torch.nn.init.constant_(next(broken.parameters()), math.nan)
+    with pytest.raises(SystemExit, match="pairs have no log-probability"):  # rather than kept
+        completion_logps(broken, pairs_of, Config(dtype="float32"), "x")
 
 
 def test_nothing_named(start, pairs, tmp_path, monkeypatch, capsys):
