@@ -29,11 +29,12 @@ class Benchmark:
     name: str
     source: str  # the folder or file they were read from
     split: str = ""
+    downloaded: bool = True  # or a manifest, whose name may be a benchmark's
     pairs: list[dict] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> which pairs
 
     def summary(self) -> str:
-        """`sblimp, dev: 12,600 pairs of sLM21-dataset/syntactic/dev; left out: 2 whose file is missing (3 aan, …)`"""
+        """`sblimp, dev: 25,200 pairs of sLM21-dataset/syntactic/dev; left out: 2 whose file is missing (3 aan, …)`"""
         out = "; ".join(f"{len(ids)} {reason} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
                         for reason, ids in self.left_out.items())
         return (f"{self.name}{f', {self.split}' if self.split else ''}: {len(self.pairs):,} pairs of {self.source}; "
@@ -73,13 +74,16 @@ def read_slm21(name: str, path: str, split: str) -> Benchmark:
                          f"sLM21-dataset (ZeroSpeech's test split comes without its answers)")
     text = {"sblimp": "transcription", "swuggy": "word"}[name]
     groups = defaultdict(list)
-    with open(folder / "gold.csv", newline="", encoding="utf-8") as f:
+    with open(folder / "gold.csv", newline="", encoding="utf-8", errors="replace") as f:
         rows = csv.DictReader(f)
         wanted = {"filename", "correct", *keys}
         if missing := wanted - set(rows.fieldnames or ()):
             raise SystemExit(f"{folder}/gold.csv: no column {', '.join(sorted(missing))}; it has "
                              f"{', '.join(rows.fieldnames or ())}; a {task} gold.csv is expected")
         for row in rows:
+            if None in row or any(row[k] is None for k in wanted):
+                raise SystemExit(f"{folder}/gold.csv: line {rows.line_num} has not as many fields as the first; is the "
+                                 f"download whole?")
             groups[tuple(row[k] for k in keys)].append(row)
     found = Benchmark(name, str(folder), split)
     for key, rows in groups.items():
@@ -100,7 +104,8 @@ def read_slm21(name: str, path: str, split: str) -> Benchmark:
         pair = {"id": "_".join(key), "item": "_".join(x for k, x in zip(keys, key) if k != "voice")}
         pair |= {k: one[k] for k in ("voice", "type", "subtype") if one.get(k)}
         if "frequency" in one:
-            pair["frequency"] = "out of vocabulary" if one["frequency"] == "oov" else "in vocabulary"
+            unknown = one["frequency"] in ("oov", "0", "0.0")  # how often LibriSpeech has the word
+            pair["frequency"] = "out of vocabulary" if unknown else "in vocabulary"
         pair |= {f"{side}_text": r[text] for side, (r,) in sides.items() if r.get(text)}
         found.pairs.append(pair | {side: str(file.resolve()) for side, file in files.items()})
     return found
@@ -136,10 +141,16 @@ def read_storycloze(name: str, path: str, split: str) -> Benchmark:
         if not all(both.values()):
             found.left_out["whose file is missing"].append(f"{n} and {n + 1}")
             continue
-        texts = {f"{side}_text": file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        texts = {f"{side}_text": file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
                  for side, file in both.items() if file.with_suffix(".txt").is_file()}
         found.pairs.append({"id": f"{n}"} | (texts if len(texts) == 2 else {})
                            | {side: str(file.resolve()) for side, file in both.items()})
+    opening = {n: file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split()[:4]
+               for n, file in numbers.items() if file.with_suffix(".txt").is_file()}
+    alike = {n for n in opening if opening[n] == opening.get(n + 1)}  # the two of a pair tell the same story
+    if sum((n - first) % 2 for n in alike) > len(alike) / 2:
+        raise SystemExit(f"{folder}: by their texts, {first + 1} and {first + 2} would be a pair and {first} and "
+                         f"{first + 1} none, so a file is missing at the beginning; download it again")
     return found
 
 
@@ -149,7 +160,7 @@ def read_salmon(name: str, path: str, split: str) -> Benchmark:
     parts = [root] if root.name in SALMON_PARTS else [root / p for p in SALMON_PARTS if (root / p).is_dir()]
     if not parts:
         raise SystemExit(f"{path}: none of SALMon's parts ({', '.join(SALMON_PARTS)}) is in it; {look_into(root)}")
-    for absent in sorted(set(SALMON_PARTS) - {p.name for p in parts}) if len(parts) > 1 else ():
+    for absent in sorted(set(SALMON_PARTS) - {p.name for p in parts}) if root.name not in SALMON_PARTS else ():
         found.left_out["a whole part, which is not there"].append(absent)
     for folder in parts:
         groups = defaultdict(list)
@@ -176,7 +187,9 @@ READERS = {"sblimp": read_slm21, "swuggy": read_slm21, "sstorycloze": read_story
 def read_benchmark(name: str, path: str, split: str = "dev", max_left_out: float = 0.01) -> Benchmark:
     """The pairs of a download. SystemExit if it is another, holds none, or lacks more of them than `max_left_out`."""
     found = READERS[name](name, path, split)
-    missing = sum(map(len, found.left_out.values()))
+    parts = len({p.get("part") for p in found.pairs})
+    missing = sum(len(ids) * (len(found.pairs) // max(1, parts) if "whole part" in why else 1)
+                  for why, ids in found.left_out.items())
     if not found.pairs or missing > max_left_out * (missing + len(found.pairs)):
         raise SystemExit(f"{found.summary()}: is the download whole? max_left_out, now {max_left_out:g}, allows for "
                          f"more")
@@ -189,10 +202,14 @@ def read_manifest(path: str) -> Benchmark:
     if not file.is_file():
         raise SystemExit(f"{file}: no manifest; synth_stories.py writes folders with one, --write_manifest one of a "
                          f"benchmark")
-    found = Benchmark(file.parent.name if file.name == "manifest.jsonl" else file.stem, path)
-    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+    found = Benchmark(file.parent.name if file.name == "manifest.jsonl" else file.stem, path, downloaded=False)
+    try:
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f"{file}: not a manifest ({e})") from None
+    for number, line in enumerate(lines if lines != [""] else [], start=1):
         try:
-            pair = {"id": str(number)} | json.loads(line)
+            pair = {k: v if v is None else str(v) for k, v in ({"id": number} | json.loads(line)).items()}
             for side in ("positive", "negative"):
                 pair[side] = str(file.parent / pair[side])
         except (ValueError, KeyError, TypeError) as e:

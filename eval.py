@@ -27,6 +27,7 @@ from typing import Callable, Literal, NamedTuple
 import numpy as np
 import soundfile
 import torch
+import transformers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,14 +53,14 @@ class Config:
     benchmark: tuple[Literal["sblimp", "swuggy", "sstorycloze", "tstorycloze", "salmon"], ...] = ()  # pairs to score,
     path: tuple[str, ...] = ()  # each as it was downloaded, in such a folder: one for each of `benchmark`, or for all
     split: str = "dev"  # of sblimp and swuggy
-    max_left_out: float = 0.01  # share of a benchmark's pairs that may lack a file
+    max_left_out: float = 0.01  # share of a benchmark's pairs that may be left out
     manifest: tuple[str, ...] = ()  # other pairs: manifests (benchmarks.py), or folders with a manifest.jsonl
     write_manifest: str = ""  # write the benchmark's pairs to this file, and nothing else
     score: Literal["mean", "sum"] = "mean"  # of the negative log-likelihoods of an utterance's tokens
     score_eos: bool = True  # whether its end is one of them,
     score_prompt: bool = True  # and whether what both of a pair begin with is
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"  # of the model in pairs and validation loss (SlamKit's:
-    # bfloat16); logits and what follows are fp32; auto: bfloat16 where it is fast
+    # bfloat16); the log-softmax is fp32; auto: bfloat16 where it is fast
     text_judge: str = ""  # text LM that scores the transcripts of pairs, where there are any, as an upper bound
     generate_from: str = ""  # one of these, a manifest or a benchmark's name, whose positives' beginnings are continued
     # for GenPPL and auto-BLEU
@@ -92,6 +93,8 @@ class Config:
             found.append(f"path: {len(self.path)} for {len(self.benchmark)} of benchmark; one for each, or one for all")
         if self.write_manifest and len(self.benchmark) != 1:
             found.append("write_manifest: of one benchmark")
+        if min(self.n_seeds, self.batch, self.n_generate, self.context) < 1:
+            found.append("n_seeds, batch, n_generate and context must be at least 1")
         if not self.checkpoint:
             found.append("checkpoint: name at least one")
         return found
@@ -197,23 +200,26 @@ def put(x: Tensor, device: torch.device) -> Tensor:
 def score_forks(lm: UnitLM, forks: list[Fork], context: int, dtype: str, desc: str) -> Tensor:
     """`fork_logps` of all forks, on the CPU, in rows of `context` tokens; as many rows at once as fit into memory.
 
-    NaN for a row that does not even by itself.
+    A longer fork has a row of its own. NaN for a row that does not even fit by itself.
     """
-    rows, out = pack(forks, max(context, *(fork.n_inputs for fork in forks))), torch.zeros(len(forks), 3)
+    short, long = ([i for i, fork in enumerate(forks) if (fork.n_inputs > context) == x] for x in (False, True))
+    rows = [np.array(short)[row] for row in pack([forks[i] for i in short], context)] if short else []
+    n_short, out = len(rows), torch.zeros(len(forks), 3)
+    rows += [np.array([i]) for i in long]
     batch, at = 64 if lm.device.type == "cuda" else 4, 0
     with tqdm(total=len(forks), disable=None, desc=desc, unit="pair", leave=False) as bar:
         while at < len(rows):
-            part = rows[at:at + batch]
+            part = rows[at:min(at + batch, n_short) if at < n_short else at + 1]
             try:
                 logps = fork_logps(lm, [[forks[i] for i in row] for row in part], 0, lm.device, dtype)
-            except torch.OutOfMemoryError:
-                if batch > 1:
-                    batch //= 2
+            except (torch.OutOfMemoryError, MemoryError):
+                if len(part) > 1:
+                    batch = len(part) // 2
                     continue
                 logps = torch.full((len(part[0]), 3), torch.nan)
             out[np.concatenate(part)] = logps.cpu()
             bar.update(sum(map(len, part)))
-            at += batch
+            at += len(part)
     return out
 
 
@@ -259,14 +265,17 @@ def pair_accuracy(positive: np.ndarray, negative: np.ndarray, items: list[str] |
         sums, sizes = np.bincount(item, correct), np.bincount(item)
         draws = np.random.default_rng(0).multinomial(n_items, np.full(n_items, 1 / n_items), 1000)
         means = 100 * (draws @ sums) / (draws @ sizes)
-        result |= {"se": means.std(), "interval": np.percentile(means, (2.5, 97.5)).tolist(), "items": int(n_items)}
+        if n_items == 1:
+            return result | {"se": math.nan, "items": 1}
+        se = means.std() * math.sqrt(n_items / (n_items - 1))
+        result |= {"se": se, "interval": np.percentile(means, (2.5, 97.5)).tolist(), "items": int(n_items)}
     return result
 
 
 def score_pairs(nll: np.ndarray, pairs: list[dict]) -> dict:
     """`pair_accuracy` of NLLs (n, 2) over all pairs (micro, as SlamKit), and "by" each subset of the manifest's fields.
 
-    macro: mean over types (parts, frequencies) of the mean over items of the mean over voices, as ZeroSpeech has it.
+    macro: mean over items of the mean over an item's voices, as ZeroSpeech has it.
     """
     items = [p.get("item") or p["id"] for p in pairs]
     result, by = pair_accuracy(*nll.T, items), {}
@@ -276,12 +285,12 @@ def score_pairs(nll: np.ndarray, pairs: list[dict]) -> dict:
             by[name] = {v: pair_accuracy(*nll[rows := [i for i, u in enumerate(values) if u == v]].T,
                                          [items[i] for i in rows]) for v in sorted(set(filter(None, values)))}
     if by:
-        correct = np.where(nll[:, 0] == nll[:, 1], 0.5, nll[:, 0] < nll[:, 1])
-        kind = next((name for name in SUBSETS if name in by), "")
-        groups = defaultdict(lambda: defaultdict(list))
+        groups = defaultdict(list)
         for i in np.flatnonzero(np.isfinite(nll).all(1)):
-            groups[pairs[i].get(kind)][items[i]].append(correct[i])
-        result["macro"] = 100 * float(np.mean([np.mean([np.mean(v) for v in g.values()]) for g in groups.values()]))
+            groups[items[i]].append(0.5 if nll[i, 0] == nll[i, 1] else float(nll[i, 0] < nll[i, 1]))
+        means = [100 * np.mean(x) for x in groups.values()]
+        result["macro"] = float(np.mean(means)) if means else None
+        result["macro_se"] = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
         result["by"] = by
     return result
 
@@ -336,7 +345,9 @@ def text_nlls(texts: list[str], judge: str) -> np.ndarray:
     def score(part: list[int]) -> list[float | None]:
         return continuation_scores([""] * len(part), [texts[i] for i in part], judge)
 
-    found = remembered(f"texts/{re.sub(r'[^A-Za-z0-9.-]+', '-', judge)}",
+    folder = resolve(judge)  # of a hub's model the name must do
+    version = f"-{weights_sha256(folder)[:16]}" if Path(folder).is_dir() else ""
+    found = remembered(f"texts/{re.sub(r'[^A-Za-z0-9.-]+', '-', judge)}{version}",
                        [hashlib.sha256(t.encode()).hexdigest() for t in texts], score)
     return np.array([np.nan if x is None else -x for x in found])
 
@@ -385,7 +396,7 @@ def speak(rows: list[list[int]], tokenizer: SpeechTokenizer, vocoder: Vocoder, b
 
 
 def words(text: str) -> list[str]:
-    """Word tokens as NLTK cuts them, near enough: words with their apostrophes, numbers, and punctuation marks."""
+    """Word tokens much as NLTK cuts them: words, with their apostrophes (NLTK: did n't), numbers, punctuation marks."""
     return re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text)
 
 
@@ -488,8 +499,13 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
 
     What was said is kept in generated.jsonl, and for any judge to score in judge_prompts.jsonl.
     """
-    prompts = [tokenizer.encode(load_audio(p)[:round(cfg.prompt_seconds * SAMPLE_RATE)], SAMPLE_RATE)[0].tolist()
-               for p in tqdm(paths, disable=None, desc="prompts", leave=False)]
+    prompts = []
+    for path in tqdm(paths, disable=None, desc="prompts", leave=False):
+        try:
+            wave = load_audio(path)[:round(cfg.prompt_seconds * SAMPLE_RATE)]
+            prompts.append(tokenizer.encode(wave, SAMPLE_RATE)[0].tolist())
+        except ValueError as e:
+            raise SystemExit(f"{path}: its beginning is no prompt: {e}") from None
     said = []
     for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
         new = continue_units(lm, prompts, cfg.new_units, cfg.batch, seed, "continuing", temperature=cfg.temperature,
@@ -505,8 +521,8 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
             {"id": f"{x['prompt']} {x['seed']}", "prompt": JUDGE.format(**x)} for x in said])):
         (out / f"{name}{cfg.suffix}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     settings = {k: v for k, v in asdict(cfg).items() if k in (
-        "generate_from", "prompt_seconds", "new_units", "temperature", "top_k", "repetition_penalty", "may_end", "asr",
-        "judge", "seed", "n_seeds")}
+        "generate_from", "n_generate", "batch", "tokenizer", "vocoder", "prompt_seconds", "new_units", "temperature",
+        "top_k", "repetition_penalty", "may_end", "asr", "judge", "seed", "n_seeds")}
     ppl, alone = (perplexity([x[key] for x in said], cfg) for key in ("text", "continuation_text"))
     bleu = {kind: np.array([100 * auto_bleu(x["text"], overlapping=kind == "value") for x in said])
             for kind in ("value", "non_overlapping")}
@@ -514,7 +530,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
     return {"gen_ppl": ppl | {"continuation_only": alone["value"], "settings": settings}
             | {f"continuation_{k}": alone[k] for k in ("se", "empty", "seeds") if k in alone},
             "auto_bleu": {kind: float(x.mean()) for kind, x in bleu.items()}
-            | {"se": float(bleu["value"].std(ddof=1) / math.sqrt(len(said))) if len(said) > 1 else None, "n": len(said),
+            | {"se": standard_error(bleu["value"], cfg.n_seeds), "n": len(said),
                "settings": settings} | ({"seeds": seeds.tolist()} if cfg.n_seeds > 1 else {})}
 
 
@@ -526,13 +542,22 @@ The whole recording: {text}
 What the model added: {continuation_text}"""
 
 
+def standard_error(values: np.ndarray, n_seeds: int) -> float | None:
+    """Of the mean of values of all prompts, seed after seed: over prompts, whose continuations are not independent."""
+    by_prompt = values.reshape(n_seeds, -1)
+    known = ~np.isnan(by_prompt)
+    means = (np.nansum(by_prompt, 0) / np.maximum(known.sum(0), 1))[known.any(0)]
+    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+
+
 def perplexity(texts: list[str], cfg: Config) -> dict:
     """exp of the mean over texts of their mean token NLL, its standard error, of how many, how many were empty; and of
     each seed, if there are several."""
     losses = text_losses(texts, cfg.judge)
     known = [x for x in losses if x is not None]
     value = math.exp(np.mean(known)) if known else None
-    se = value * float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else None
+    se = standard_error(np.array([np.nan if x is None else x for x in losses]), cfg.n_seeds)
+    se = value * se if se is not None else None
     by_seed = [[x for x in part if x is not None] for part in np.array_split(np.array(losses, object), cfg.n_seeds)]
     return {"value": value, "se": se, "n": len(known), "empty": len(losses) - len(known)} | (
         {"seeds": [math.exp(np.mean(x)) if x else None for x in by_seed]} if cfg.n_seeds > 1 else {})
@@ -620,7 +645,10 @@ def main(cfg: Config) -> None:
         return
     benchmarks = read_benchmarks(cfg)
     if cfg.write_manifest:
-        benchmarks[0].write(cfg.write_manifest)
+        try:
+            benchmarks[0].write(cfg.write_manifest)
+        except OSError as e:
+            raise SystemExit(f"--write_manifest={cfg.write_manifest}: {e.strerror}") from None
         return
     checkpoints = {name: find_checkpoint(name) for name in cfg.checkpoint}
     fingerprints = {name: checkpoint_fingerprint(folder) for name, folder in checkpoints.items()}
@@ -659,24 +687,32 @@ def main(cfg: Config) -> None:
         results = dict(baselines)
         if val:
             loss, n = validation_loss(lm, val, cfg.context, cfg.batch, cfg.dtype)
-            results["val_loss"] = {"value": loss, "n": n}
+            results["val_loss"] = {"value": loss, "n": n, "settings": {"val": cfg.val, "dtype": cfg.dtype}}
             results["val_ppl"] = {"value": math.exp(loss), "n": n}
             if val.hours:  # the same for all vocabularies, as units or pieces per second are not
                 results["val_bits_per_second"] = {"value": loss * n / math.log(2) / (3600 * val.hours), "n": n}
         how = {k: getattr(cfg, k) for k in ("score", "score_eos", "score_prompt", "dtype")}
         for b in benchmarks:
             nll = pair_nlls(lm, utterances[b.name], cfg.context, cfg.score, cfg.score_prompt, cfg.dtype)
-            results[b.name] = score_pairs(nll, b.pairs) | {"settings": how | {"source": b.source, "split": b.split}}
+            results[b.name] = score_pairs(nll, b.pairs) | {"settings": how | {
+                "source": b.source, "split": b.split, "downloaded": b.downloaded}}
         where = Path(folder).parent if Path(folder).name == "checkpoint" else Path(folder)
         if not where.is_dir():  # a hub id
             where = Path("out") / folder.replace("/", "--")
             where.mkdir(parents=True, exist_ok=True)
+        made = {"weights": weights_sha256(folder)[:16], "torch": torch.__version__,
+                "transformers": transformers.__version__, "git": git_commit()}
+
+        def keep(found: dict) -> dict:
+            """Results under their final names, which are written down before what follows may fail."""
+            found = {metric + cfg.suffix: result | {"made": made} for metric, result in found.items()}
+            merge_results(where / "results.json", found)
+            return found
+
+        rows[name] = keep(results)
         if cfg.generate_from:
-            results |= generative_metrics(lm, cfg, tokenizer, vocoder, prompts, where)
-        made = {"weights": weights_sha256(folder)[:16], "torch": torch.__version__, "git": git_commit()}
-        results = {metric + cfg.suffix: result | {"made": made} for metric, result in results.items()}
-        merge_results(where / "results.json", results)
-        rows[name] = results
+            rows[name] |= keep(generative_metrics(lm, cfg, tokenizer, vocoder, prompts, where))
+        del lm  # before the next one is loaded
     print(table(rows))
 
 

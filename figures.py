@@ -5,6 +5,7 @@
 The larger a circle, the larger the model. Published rows are those whose parameters and tokens are published; a run's
 compute is 6 N D (Kaplan et al. 2020), that of the run it started from included. Readable in grey. Needs matplotlib.
 """
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -43,8 +44,11 @@ def read_run(folder: Path) -> dict | None:
     if slam["stage"] == "dpo" and not before:
         print(f"{folder}: {slam['config']['checkpoint']}, which it started from, is no run folder here; its compute is "
               f"not counted")
-    log = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
-    losses = [(spent + 6 * n_params * r["tokens"], r["val_loss"]) for r in log if "val_loss" in r and r["tokens"]]
+    losses = []
+    for line in (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").is_file() else ():
+        with contextlib.suppress(ValueError):  # a kill may have cut the last
+            r = json.loads(line)
+            losses += [(spent + 6 * n_params * r["tokens"], r["val_loss"])] if "val_loss" in r and r["tokens"] else []
     return {"name": str(folder), "n_params": n_params, "flops": spent + 6 * n_params * slam["tokens"],
             "results": json.loads((folder / "results.json").read_text()), "losses": losses}
 
@@ -59,10 +63,12 @@ def plot(cfg: PlotConfig) -> None:
     folders = list(map(Path, cfg.run)) or [p.parent for p in sorted(Path("out").rglob("results.json"))]
     runs = [run for folder in folders if (run := read_run(folder))]
     if cfg.run and len(runs) < len(folders):
-        missing = sorted(set(cfg.run) - {run["name"] for run in runs})
+        missing = sorted({str(folder) for folder in folders} - {run["name"] for run in runs})
         raise SystemExit(f"{', '.join(missing)}: no run folder with checkpoint and results.json")
-    scored = [r for r in runs if cfg.metric in r["results"]]
-    published = PUBLISHED if cfg.metric == "tstorycloze" else []
+    scored = [r for r in runs if r["results"].get(cfg.metric, {}).get("value") is not None]
+    # A set of one's own may have the benchmark's name; its results are not to be compared with published ones.
+    own = any(not r["results"][cfg.metric].get("settings", {}).get("downloaded", True) for r in scored)
+    published = PUBLISHED if cfg.metric == "tstorycloze" and not own else []
     if not scored and not published:
         raise SystemExit(f"no run has {cfg.metric} in its results.json; eval.py puts it there")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -43,7 +44,7 @@ def slm21(wavs, tmp_path):
                  for v in "ABC" for t, s in (("agreement", "distractor"), ("agreement", "irregular"), ("island", "wh"))]
     write_csv(root / "syntactic" / "dev" / "gold.csv", rows("syntactic", syntactic))
     lexical = [{"id": i, "voice": v, "frequency": f, "word": f"w{i}", "phones": "a b", "length": 3} for i, f in (
-        (1, "oov"), (2, "4")) for v in "AB"]
+        (1, "0"), (2, "4")) for v in "AB"]
     write_csv(root / "lexical" / "dev" / "gold.csv", rows("lexical", lexical))
     return root
 
@@ -115,6 +116,10 @@ def test_storycloze_with_something_wrong(wavs, tmp_path):
     assert [p["id"] for p in pairs] == ["0", "2", "6", "8", "10"]  # no other pair is shifted
     shutil.copy(wavs[0], folder / "7_again.wav")
     assert "7_again.wav and 7_b.wav have the same number" in refusal(path)
+    path = storycloze(tmp_path / "shifted", wavs, range(1, 11))  # 0 and 11 are missing, which the numbers don't tell
+    for text in Path(path).glob("*.txt"):
+        text.write_text(f"Story {int(text.name.split('_')[0]) // 2} goes on")
+    assert "2 and 3 would be a pair" in refusal(path)
     assert "3 are missing: which two are a pair can't be told" in refusal(storycloze(tmp_path / "few", wavs, [4, 5, 9]))
     assert "no audio files N_….wav in it; it is empty" in refusal(str((tmp_path / "none").mkdir() or tmp_path / "none"))
     (tmp_path / "other").mkdir()
@@ -130,7 +135,7 @@ def test_salmon_as_downloaded(wavs, tmp_path):
             shutil.copy(wavs[2 * i + 1], tmp_path / part / f"sample_{i}_1.wav")
     with pytest.raises(SystemExit, match="5 a whole part, which is not there"):
         read_benchmark("salmon", str(tmp_path))
-    found = read_benchmark("salmon", str(tmp_path), max_left_out=0.5)
+    found = read_benchmark("salmon", str(tmp_path), max_left_out=0.7)
     assert len(found.pairs) == 9 and {p["part"] for p in found.pairs} == set(SALMON_PARTS[:3])
     assert all(p["positive"].endswith("_0.wav") and p["negative"].endswith("_1.wav") for p in found.pairs)
     one = read_benchmark("salmon", str(tmp_path / SALMON_PARTS[0]))
