@@ -376,7 +376,7 @@ def read_spoken_swag(input: str, cfg: Config) -> tuple[list[dict], Counter]:
             rows = parquet.read_table(path, columns=columns).to_pylist()
         except (OSError, ValueError) as e:  # pyarrow's own are of these
             raise SystemExit(f"{path}: not a whole parquet file ({str(e).splitlines()[0]})") from None
-        split = "val" if re.search("val|test", name) else "train"
+        split = "val" if re.search(r"\b(val|test|dev)", name) else "train"
         for number, row in enumerate(rows):
             if auto_bleu(f"{row['prompt_text']} {row['chosen_text']}") >= cfg.max_auto_bleu:
                 skipped["repetitive"] += 1

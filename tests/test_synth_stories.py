@@ -232,8 +232,8 @@ def test_spoken_swag_of_the_hub(stories, tmp_path):
     assert "7 rows, of which were skipped: 1 repetitive" in said and "3 pairs; 1 gave no sound" in said
     _, train = read_pairs(tmp_path / "pairs" / "pairs_train.jsonl")
     _, val = read_pairs(tmp_path / "pairs" / "pairs_val.jsonl")
-    assert [p["id"] for p in train] == [f"train-0000{x}-of-00002/000000{i}" for x, i in ((0, 0), (0, 2), (1, 1))]
-    assert len(val) == 1 and val[0]["id"].startswith("validation")
+    assert [p["id"] for p in train] == [f"data/train-0000{x}-of-00002/000000{i}" for x, i in ((0, 0), (0, 2), (1, 1))]
+    assert len(val) == 1 and val[0]["id"].startswith("data/validation")
     tokenizer = SpeechTokenizer.load("embedded")
     for j, side in enumerate(SIDES):
         assert train[1][side] == tokenizer.encode(load_audio(wavs[6 + j]), 16_000)[0].tolist()
