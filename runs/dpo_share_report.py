@@ -19,8 +19,8 @@ def main(folder: Path, minutes: list[str]) -> None:
     except ImportError:
         print("for the curves: pip install matplotlib")
         return
-    known = [k for k in next(iter(rows.values())) if all(k in r for r in rows.values()) and not k.endswith("gram_loss")
-             and k != "val_loss_before_training"]
+    aside = ("gram_loss", "_unigram", "_bigram", "_text_lm", "before_training", "val_ppl", "per_second")
+    known = [k for k in next(iter(rows.values())) if all(k in r for r in rows.values()) and not k.endswith(aside)]
     figure = Figure(figsize=(4 * len(known), 3.2), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(known), squeeze=False)[0], known):
         found = [r[metric] for r in rows.values()]
