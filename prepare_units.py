@@ -1,7 +1,7 @@
 """Speech to units: the speech tokeniser (encoder + k-means + dedup), fitting its codebook, tokenising a corpus.
 
 In:  audio: a folder (any libsndfile format, any rate, any number of channels), a tar or tar.gz archive, a parquet file,
-     a list of paths; or units in SlamKit's .jsonl.
+     a list of paths; or units in SlamKit's .jsonl, taken for the published mHuBERT's unless --tokenizer says otherwise.
 Out: a folder of unit files (units.py) with a report; or a codebook (.safetensors), the whole definition of a tokeniser.
 
     python prepare_units.py config/units_embedded.py --input my_speech --out out/my_units
@@ -28,7 +28,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from queue import Full, Queue
@@ -45,7 +45,8 @@ from config import load_config
 from embedded import TWIST_URL, check_sha256, download, sha256
 from speech_tokenizer import (DTYPES, PUBLISHED_KMEANS, Bpe, HubertFrames, SpeechTokenizer, WhisperFrames, assign,
                               codebook_fingerprints, load_encoder, read_codebook, windows, write_codebook)
-from units import Shard, UnitReader, UnitWriter, dedup, require_same, to_bytes, vocab_size
+from units import (Fingerprint, Shard, UnitReader, UnitWriter, dedup, published_fingerprint, require_same, to_bytes,
+                   vocab_size)
 
 
 @dataclass
@@ -53,7 +54,8 @@ class Config:
     """Tokenise a corpus."""
     input: str = ""  # folder (searched recursively), audio file, .tar, .tar.gz, .parquet, list of paths, SlamKit .jsonl
     out: str = "out/units"  # folder of unit files to write; an interrupted run resumes in it
-    tokenizer: str = "embedded"  # codebook file; `embedded` is the one shipped in assets/
+    tokenizer: str = ""  # codebook file, or `embedded` (in assets/); empty: `embedded` for audio, and the published
+    # mHuBERT-25hz's for SlamKit's .jsonl, which does not name its own
     durations: bool = False  # keep frames per unit beside the units (training a vocoder needs them)
     text: bool = False  # keep what is said, of whole recordings: LibriSpeech's .trans.txt, .txt, a parquet's `text`
     audio_column: str = "audio"  # of a parquet file
@@ -705,6 +707,7 @@ def skipped_before(shards: list[Shard]) -> dict[str, tuple[Skipped, float]]:
 def main(cfg: Config) -> None:
     if cfg.input.endswith(".jsonl"):
         return import_units(cfg)
+    cfg = replace(cfg, tokenizer=cfg.tokenizer or "embedded")
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -769,14 +772,12 @@ def changed_after(path: str, when: float) -> bool:
 
 
 def import_units(cfg: Config) -> None:
-    """SlamKit's features.jsonl or tokens.jsonl as unit files; units of `cfg.tokenizer`, which the files do not name."""
+    """SlamKit's features.jsonl or tokens.jsonl as unit files."""
     if not Path(cfg.input).is_file():
         raise SystemExit(f"--input={cfg.input}: no such file")
     if part_of(cfg.shard)[1] > 1:
         raise SystemExit(f"{cfg.input}: units are imported by one process")
-    tensors, meta = read_codebook(cfg.tokenizer)
-    fingerprint, base = codebook_fingerprints(tensors, meta)
-    bpe = Bpe.of(tensors)
+    fingerprint, base, bpe = slamkit_tokenizer(cfg.input, cfg.tokenizer)
     out = claim(cfg)
     tally, started = Tally(out / "report.json", cfg.max_bad_share), time.perf_counter()
     with (open(cfg.input, encoding="utf-8", errors="replace") as lines,
@@ -788,7 +789,7 @@ def import_units(cfg: Config) -> None:
                 if cfg.durations and durations is None:
                     raise ValueError("no durations; import it without --durations")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-                tally.skip(Skipped(f"line {number}", f"not units of {cfg.tokenizer} ({type(e).__name__}: {e})"))
+                tally.skip(Skipped(f"line {number}", f"not units of {base.encoder} ({type(e).__name__}: {e})"))
                 tally.refuse_bad(1000)
                 continue
             if id in done:
@@ -799,6 +800,21 @@ def import_units(cfg: Config) -> None:
             tally.utterances += 1
             writer.add(id, *(bpe.encode(units, durations) if bpe else (units, durations)))
     tally.close(started)
+
+
+def slamkit_tokenizer(path: str, tokenizer: str) -> tuple[Fingerprint, Fingerprint, Bpe | None]:
+    """Whose units a file of SlamKit's holds: fingerprint of what to write, fingerprint of the units, BPE between them.
+
+    The file does not say. A codebook file does, if named by `tokenizer`; else SlamKit's default, the published mHuBERT,
+    is assumed, and a line on stderr says so.
+    """
+    if tokenizer:
+        tensors, meta = read_codebook(tokenizer)
+        return *codebook_fingerprints(tensors, meta), Bpe.of(tensors)
+    published = published_fingerprint(vocab_size(500))
+    print(f"{path} does not name its tokeniser; its units are taken to be of {published}. If they are of another, name "
+          f"its codebook: --tokenizer", file=sys.stderr)
+    return published, published, None
 
 
 def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray | None]:

@@ -26,7 +26,7 @@ import shutil
 import sys
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Callable
@@ -41,7 +41,7 @@ from config import load_config
 from embedded import resolve
 from eval import auto_bleu, continuation_scores
 from model import UnitLM
-from prepare_units import slamkit_units
+from prepare_units import slamkit_tokenizer, slamkit_units
 from speech_tokenizer import SpeechTokenizer
 from train import pick_device
 from units import UnitReader, UnitWriter, write_pairs
@@ -57,7 +57,8 @@ class Config:
     max_auto_bleu: float = 0.3  # a pair whose prompt and chosen text repeat bigrams as often as this is left out
     tts: str = "hibari"  # what speaks: hibari, kokoro (its package installed) or fastspeech2 (from the hub)
     voices: tuple[str, ...] = ()  # of the TTS; a story or a pair is in one of them; none: stories its first, pairs all
-    tokenizer: str = "embedded"  # codebook file; `none` stops after the audio
+    tokenizer: str = ""  # codebook file, or `embedded`; `none` stops after the audio; empty: `embedded` for audio, and
+    # the published mHuBERT-25hz's for SlamKit's .jsonl, which does not name its own
     n_train: int = 400  # stories to train on
     n_val: int = 40  # stories held out: validation units, validation pairs, tStoryCloze pairs
     n_pairs: int = 200  # preference pairs made from the training stories or from SWAG, at most one from each
@@ -395,7 +396,8 @@ def parquet_files(input: str) -> list[tuple[Path, str]]:
 def read_slamkit_pairs(path: str, cfg: Config, n_units: int) -> tuple[list[dict], Counter]:
     """SlamKit's preference features, JSON lines of prompt, chosen and rejected with their units: pairs, rows skipped.
 
-    {"prompt": {"audio_repr": {"units", "duration"} or "<Un3><Un49>…"}, "chosen": …, "rejected": …, "prompt_text", …}
+    {"prompt": {"units", "duration"}, "chosen": …, "rejected": …, "prompt_text", …}; also with "audio_repr" around the
+    units, as its documentation has it.
     """
     pairs, skipped = [], Counter()
     try:
@@ -471,18 +473,19 @@ def kind_of(swag: str) -> str:
     return "parquet" if swag and Path(swag).is_dir() else Path(swag).suffix[1:]
 
 
-def make_swag_pairs(cfg: Config, pool, tokenizer: SpeechTokenizer) -> None:
+def make_swag_pairs(cfg: Config, pool, tokenizer: SpeechTokenizer | None) -> None:
     """pairs_val.jsonl, of `n_val` rows drawn by the seed, and pairs_train.jsonl, of at most `n_pairs` others.
 
-    Of a data set with a validation split, from that.
+    Of a data set with a validation split, from that. tokenizer: None for SlamKit's pairs, which have units.
     """
     kind = kind_of(cfg.swag)
     if kind == "parquet":
         pairs, skipped = read_spoken_swag(cfg.swag, cfg)
     elif kind == "jsonl":
-        if tokenizer.fingerprint != tokenizer.base_fingerprint:
+        fingerprint, base, _ = slamkit_tokenizer(cfg.swag, cfg.tokenizer)
+        if fingerprint != base:
             raise SystemExit(f"{cfg.swag} has units, and {cfg.tokenizer} makes pieces of several; name the codebook")
-        pairs, skipped = read_slamkit_pairs(cfg.swag, cfg, tokenizer.fingerprint.n_units)
+        pairs, skipped = read_slamkit_pairs(cfg.swag, cfg, fingerprint.n_units)
     else:
         pairs, skipped = read_swag(cfg.swag, cfg)
 
@@ -510,7 +513,7 @@ def make_swag_pairs(cfg: Config, pool, tokenizer: SpeechTokenizer) -> None:
         if kind != "jsonl":
             silent = tokenize_pairs(part, path, tokenizer, say)
         elif not path.exists():
-            write_pairs(path, tokenizer.fingerprint, part)
+            write_pairs(path, fingerprint, part)
         print(f"{path}: {len(part) - silent:,} pairs; {silent} gave no sound")
     print(f"{cfg.swag}: {len(pairs) + skipped.total():,} rows, of which were skipped: "
           + (", ".join(f"{n:,} {why}" for why, n in skipped.items()) or "none"))
@@ -656,6 +659,8 @@ def make_sblimp(cfg: Config, pool) -> None:
 
 
 def main(cfg: Config) -> None:
+    if kind_of(cfg.swag) != "jsonl":
+        cfg = replace(cfg, tokenizer=cfg.tokenizer or "embedded")
     out, record = Path(cfg.out), Path(cfg.out) / "synth.json"
     if cfg.swag and not Path(cfg.swag).exists():
         raise SystemExit(f"--swag={cfg.swag}: not readable (no such file or folder)")
@@ -675,7 +680,8 @@ def main(cfg: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"settings": settings, "done": False}, indent=2))
 
-    tokenizer = None if cfg.tokenizer == "none" else SpeechTokenizer.load(cfg.tokenizer, pick_device().type)
+    no_audio = cfg.tokenizer == "none" or kind_of(cfg.swag) == "jsonl"
+    tokenizer = None if no_audio else SpeechTokenizer.load(cfg.tokenizer, pick_device().type)
     stories = [] if cfg.swag else write_stories(cfg, cfg.n_val + cfg.n_train)
     splits = {} if cfg.swag else {"val": stories[:cfg.n_val], "train": stories[cfg.n_val:]}
     with speakers(cfg) as pool:

@@ -22,7 +22,7 @@ from config import load_config
 from prepare_units import (END, CheckConfig, Config, FitConfig, Piece, ReadAhead, Utterance, check, draw, groups,
                            kmeans, main, read_features, read_kmeans, verify)
 from speech_tokenizer import SpeechTokenizer, assign
-from units import UnitReader, UnitWriter
+from units import UnitReader, UnitWriter, published_fingerprint
 
 
 def said(folder) -> dict[str, list[int]]:
@@ -331,7 +331,7 @@ def test_a_group_hangs_on_what_it_begins_with_only():
             assert list(groups(stream[at:], 100)) == found[i + 1:]
 
 
-def test_slamkits_files(tmp_path, fingerprint):
+def test_slamkits_files(tmp_path, capsys):
     assert read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500)[:2] == ("a", pytest.approx([3, 49]))
     units = [[3, 49, 7], [1, 1, 2]]
     lines = [{"units": units[0], "duration": [2, 1, 4], "file_name": "a.wav"},
@@ -344,15 +344,22 @@ def test_slamkits_files(tmp_path, fingerprint):
     reader = UnitReader(tmp_path / "f")
     assert said(tmp_path / "f") == {"a.wav": [3, 49, 7], "b.wav": [1, 2]}  # runs are merged
     assert reader.durations(1).tolist() == [5, 1] and reader.hours == pytest.approx(13 / 25 / 3600)
-    assert reader.fingerprint == SpeechTokenizer.load("embedded").fingerprint
+    assert reader.fingerprint == published_fingerprint(502)  # what SlamKit makes, unless told otherwise
+    assert f"{tmp_path}/features.jsonl does not name its tokeniser" in (said_so := capsys.readouterr().err)
+    assert "slprl/mhubert-base-25hz layer 11" in said_so and "--tokenizer" in said_so
     report = json.loads((tmp_path / "f" / "report.json").read_text())
     assert [s["id"] for s in report["skipped"]] == [f"line {i}" for i in (3, 4, 5, 6, 8)]
     assert report["already_there"] == 1  # a file named twice
+    assert "not units of slprl/mhubert-base-25hz" in report["skipped"][0]["reason"]
     verify([tmp_path / "f"])
     (tmp_path / "tokens.jsonl").write_text(json.dumps({"file_name": "a", "audio_repr": "<Un3><Un49>"}) + "\n" +
                                            json.dumps({"file_name": "b", "audio_repr": "<Un3> 49"}) + "\n")
     main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/t", max_bad_share=0.5))
     assert said(tmp_path / "t") == {"a": [3, 49]}
+    capsys.readouterr()
+    main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/e", tokenizer="embedded", max_bad_share=0.5))
+    assert UnitReader(tmp_path / "e").fingerprint == SpeechTokenizer.load("embedded").fingerprint  # as it is told
+    assert "does not name" not in capsys.readouterr().err
     with pytest.raises(SystemExit, match="can't be used.*no durations"):
         main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/td", durations=True))
 

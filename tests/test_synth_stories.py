@@ -19,7 +19,7 @@ from eval import auto_bleu, continuation_scores, transcribe, word_error_rate
 from speech_tokenizer import SpeechTokenizer
 from synth_stories import (GRAMMAR, NAMES, SIDES, Config, exchange, grammar_pair, make_sblimp, opening, read_swag,
                            split_sentences, tidy)
-from units import UnitReader, read_pairs
+from units import UnitReader, published_fingerprint, read_pairs
 from vocoder import Vocoder
 
 
@@ -260,14 +260,19 @@ def test_slamkits_pairs(tmp_path):
     rows = [row(i, prompt_text="It is.", chosen_text="So he said" if i else "It is. It is.") for i in range(5)]
     path.write_text("".join(json.dumps(x) + "\n" for x in rows))
     command = ["synth_stories.py", f"--swag={path}", "--n_val=1", f"--out={tmp_path}/pairs"]
-    assert "5 rows, of which were skipped: 1 repetitive" in run(*command).stdout
+    done = run(*command)
+    assert "5 rows, of which were skipped: 1 repetitive" in done.stdout
+    assert f"{path} does not name its tokeniser; its units are taken to be of slprl/mhubert-base-25hz" in done.stderr
     fingerprint, train = read_pairs(tmp_path / "pairs" / "pairs_train.jsonl")
     _, val = read_pairs(tmp_path / "pairs" / "pairs_val.jsonl")
-    assert fingerprint == SpeechTokenizer.load("embedded").fingerprint and len(train) == 3 and len(val) == 1
+    assert fingerprint == published_fingerprint(502) and len(train) == 3 and len(val) == 1
     for pair in train + val:
         i = int(pair["id"].removeprefix("swag/"))
         assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([i, 5], [i, 9], [3, 4])
         assert pair["chosen_text"] == "So he said"
+    assert "does not name" not in run(*command, "--tokenizer=embedded", f"--out={tmp_path}/named").stderr
+    named, again = read_pairs(tmp_path / "named" / "pairs_train.jsonl")
+    assert named == SpeechTokenizer.load("embedded").fingerprint and again == train
     path.write_text(path.read_text() + json.dumps(row(500)) + "\n")
     assert "line 6: not a pair with units" in refused(*command, f"--out={tmp_path}/x")
     path.write_text('{"prompt_path": "p.wav"}\n')
