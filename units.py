@@ -82,7 +82,7 @@ class Fingerprint:
 
 
 def published_fingerprint(vocab: int) -> Fingerprint:
-    """What SlamKit's checkpoints, which do not say it, are taken to speak; their codebook is not recorded."""
+    """What SlamKit's checkpoints and unit files, which do not say it, are taken to speak; no codebook is recorded."""
     return Fingerprint("slprl/mhubert-base-25hz", 11, 25.0, vocab - OFFSET, True, "")
 
 
@@ -278,9 +278,11 @@ class UnitReader:
             files += found
             n_files.append(len(files))
         self.shards = [Shard(f) for f in files]
-        self.fingerprint = self.shards[0].fingerprint
-        for shard in self.shards:
-            require_same(self.fingerprint, self.shards[0].path, shard.fingerprint, shard.path)
+        kinds = {shard.fingerprint: shard for shard in reversed(self.shards)}.values()  # the first shard of each kind
+        named = next((s for s in self.shards if s.fingerprint.codebook_sha256), self.shards[0])
+        self.fingerprint = named.fingerprint
+        for shard in kinds:
+            require_same(self.fingerprint, named.path, shard.fingerprint, shard.path)
         self.starts = np.cumsum([0] + [len(s.offsets) - 1 for s in self.shards])
         self.sizes = np.diff(self.starts[[0, *n_files]]).tolist()  # utterances of each of `paths`
         self.lengths = np.concatenate([np.diff(s.offsets) for s in self.shards])  # in tokens, BOS and EOS included

@@ -66,6 +66,20 @@ def test_different_tokenisers_are_refused(tmp_path, fingerprint):
     require_same(fingerprint, "a", Fingerprint.of(fingerprint.to_dict()), "b")
 
 
+def test_an_unrecorded_codebook_joins_only_one_other(tmp_path, fingerprint, capsys):
+    """Units whose codebook is not recorded may be read with any other's, but do not let two others in together."""
+    kinds = {"unrecorded": "", "a": "a" * 64, "b": "b" * 64}
+    for name, sha in kinds.items():
+        with UnitWriter(tmp_path / name, replace(fingerprint, codebook_sha256=sha), shard_tokens=1) as writer:
+            for i in range(3):  # shards
+                writer.add(f"{name}{i}", np.arange(3), np.ones(3))
+    assert UnitReader(tmp_path / "unrecorded", tmp_path / "a").fingerprint.codebook_sha256 == kinds["a"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and str(tmp_path / "unrecorded") in lines[0] and "does not say which codebook" in lines[0]
+    with pytest.raises(SystemExit, match="different tokenisers"):
+        UnitReader(tmp_path / "unrecorded", tmp_path / "a", tmp_path / "b")
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing"])
 def test_damaged_unit_files_are_named(tmp_path, fingerprint, damage):
     with UnitWriter(tmp_path, fingerprint) as writer:
