@@ -452,10 +452,8 @@ class HifiGan(Vocoder):
         rates, kernels = c["upsample_rates"], c["upsample_kernel_sizes"]
         if c.get("f0") or c.get("f0_quant_num_bin") or c.get("multispkr") and c.get("embedder_params"):
             raise ValueError("it wants a pitch curve or a speaker's embedding, which units do not have")
-        if math.prod(rates) != c["code_hop_size"]:
-            raise ValueError(f"upsample_rates {rates} do not make code_hop_size {c['code_hop_size']}")
         self.fingerprint, self.speaker, self.rates = fingerprint, speaker, rates
-        self.sample_rate, self.hop = c["sampling_rate"], c["code_hop_size"]
+        self.sample_rate, self.hop = c["sampling_rate"], math.prod(rates)
         self.dict = nn.Embedding(c["num_embeddings"], c["embedding_dim"])
         # Further embeddings, each beside every frame: which speaker, and which style, the first.
         self.spkr = nn.Embedding(c.get("num_speakers") or 200, c["embedding_dim"]) if c.get("multispkr") else None
@@ -508,10 +506,15 @@ class HifiGan(Vocoder):
                 check_sha256(p, *PUBLISHED[p.name])
         try:
             config = json.loads(config_path.read_text())
+            # `code_hop_size` may be missing or stale: nothing that speaks with these files needs it.
+            hop = math.prod(config["upsample_rates"])
+            if config.get("code_hop_size", hop) != hop:
+                print(f"{config_path}: code_hop_size is {config['code_hop_size']}, but upsample_rates make frames of "
+                      f"{hop} samples; {hop} is used", file=sys.stderr)
             # Whose units it speaks its files do not say; "fingerprint" in the config is for those who do.
             fingerprint = Fingerprint.of(config["fingerprint"]) if "fingerprint" in config else replace(
                 published_fingerprint(config["num_embeddings"] + 2),
-                unit_rate_hz=config["sampling_rate"] / config["code_hop_size"])
+                unit_rate_hz=config["sampling_rate"] / hop)
             vocoder = cls(config, fingerprint, speaker)
             state = torch.load(path, map_location="cpu", weights_only=True)["generator"]
             vocoder.load_state_dict(fold_weight_norm(state))

@@ -199,8 +199,8 @@ def test_refusals(tmp_path):
     refuses(name, "speakers 0 to 6", speaker=7)
     folder = tmp_path / "p"
     config = json.loads((folder / "vocoder_config.json").read_text())
-    for change, match in (({"f0": True}, "pitch"), ({"code_hop_size": 320}, "code_hop_size"),
-                          ({"num_embeddings": 100}, "not a unit HiFi-GAN"), ({"upsample_rates": None}, "not a unit")):
+    for change, match in (({"f0": True}, "pitch"), ({"num_embeddings": 100}, "not a unit HiFi-GAN"),
+                          ({"upsample_rates": None}, "not a unit")):
         (folder / "vocoder_config.json").write_text(json.dumps(config | change))
         refuses(name, match)
     (folder / "vocoder_config.json").unlink()
@@ -221,6 +221,23 @@ def test_refusals(tmp_path):
     torch.save({"generator": Bomb()}, folder / "vocoder.pt")
     refuses(name, "not a unit HiFi-GAN")
     assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_the_hop_is_the_upsampling(stale, tmp_path, capsys):
+    """`code_hop_size` may be missing, or wrong and warned of: neither changes what is spoken."""
+    name, _ = write_published(tmp_path)
+    right = Vocoder.load(name)
+    path = tmp_path / "vocoder_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"code_hop_size": 320} if stale else
+                               {k: v for k, v in config.items() if k != "code_hop_size"}))
+    assert not capsys.readouterr().err
+    vocoder = Vocoder.load(name)
+    assert (vocoder.hop, vocoder.fingerprint) == (640, right.fingerprint) and right.fingerprint.unit_rate_hz == 25
+    np.testing.assert_array_equal(*(v.synthesize([3, 49, 7], [2, 1, 4])[0] for v in (vocoder, right)))
+    said = capsys.readouterr().err
+    assert f"{path}: code_hop_size is 320, but" in said and "640" in said if stale else not said
 
 
 def test_what_is_fetched_is_checked(tmp_path, monkeypatch):
