@@ -109,11 +109,12 @@ class BenchTrain(TrainConfig):
 
 
 def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch.device) -> Callable[[], int]:
-    """What SlamKit runs: transformers' model with SDPA, bf16 autocast, torch's AdamW; utterances cut one by one.
+    """SlamKit's way: transformers' model, bf16 autocast, torch's AdamW; utterances cut one by one.
 
     Chunks of at most `context` tokens, not filled up, are drawn at random; `micro_batch` of them stand in one row,
-    positions begin anew with each, and transformers keeps attention within a chunk. The loss is summed over the step
-    and divided by its number of targets. No torch.compile (SlamKit's default).
+    positions begin anew with each, and transformers keeps attention within a chunk: by SDPA and a mask here, as a CPU
+    lacks FlashAttention 2, which SlamKit uses for this. The loss is summed over the step and divided by its number of
+    targets. No torch.compile (SlamKit's default).
     """
     hf = peer_model(lm).to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
     optimizer = torch.optim.AdamW(hf.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)

@@ -132,8 +132,8 @@ def preferred(a: Tensor, b: Tensor) -> Tensor:
 def fork(pair: dict, context: int) -> Fork | None:
     """A pair file's units as `1 prompt`, `chosen 1`, `rejected 1`; None if the completions leave the row no prompt.
 
-    A unit that prompt and completion share at the joint stands once, as dedup would leave it. A long prompt loses its
-    beginning, the same for both completions.
+    A unit that prompt and completion share at the joint stands once, as dedup would leave it (SlamKit keeps both). A
+    long prompt loses its beginning, the same for both completions.
     """
     prompt, completions = pair["prompt"], []
     for side in ("chosen", "rejected"):

@@ -59,8 +59,8 @@ class Config:
     score: Literal["mean", "sum"] = "mean"  # of the negative log-likelihoods of an utterance's tokens
     score_eos: bool = True  # whether its end is one of them,
     score_prompt: bool = True  # and whether what both of a pair begin with is
-    dtype: Literal["auto", "bfloat16", "float32"] = "float32"  # of the model in pairs and validation loss (SlamKit's:
-    # bfloat16); the log-softmax is fp32; auto: bfloat16 where it is fast
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32"  # of the model in pairs and validation loss; the
+    # log-softmax is fp32 (SlamKit: all is fp32, or with its `model=slam` bfloat16). auto: bfloat16 where it is fast
     text_judge: str = ""  # text LM that scores the transcripts of pairs, where there are any, as an upper bound
     generate_from: str = ""  # one of these, a manifest or a benchmark's name, whose positives' beginnings are continued
     # for GenPPL and auto-BLEU

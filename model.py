@@ -586,7 +586,7 @@ def twisted(config: dict, vocab_size: int, n_layers: int | None = None, rope_the
     new = {"vocab_size": vocab_size, "num_hidden_layers": n_layers or config["num_hidden_layers"],
            "max_position_embeddings": context or limit, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     if config["model_type"] not in HubLM.TYPES:
-        new["tie_word_embeddings"] = True
+        new["tie_word_embeddings"] = True  # even if the base's are not; those of the paper's Qwen and Llama types are
     if rope_theta and config["model_type"] != "opt":
         new["rope_parameters"] = (config.get("rope_parameters") or {}) | {"rope_theta": rope_theta}
     return config | new
