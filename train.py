@@ -112,6 +112,9 @@ def run_problems(cfg) -> list[str]:
         found.append("lr, log_every, eval_every and save_every must be positive")
     if not 0 <= cfg.warmup < 1:
         found.append(f"warmup {cfg.warmup} is a share of the run: at least 0 and below 1")
+    if cfg.schedule == "inverse_sqrt" and cfg.warmup == 0:
+        found.append("warmup 0: inverse_sqrt falls as sqrt(warmup / progress) and needs one above 0 (the paper's DPO: "
+                     "100 / 813); or take another schedule")
     if cfg.resume and cfg.overwrite:
         found.append("resume and overwrite exclude each other")
     return found

@@ -338,4 +338,5 @@ def test_refusals(start, pairs, tmp_path):
     (tmp_path / "other.jsonl").write_text(other)
     assert "different tokenisers" in refused("dpo.py", *dpo_flags(start, pairs, tmp_path / "x",
                                                                  pairs=tmp_path / "other.jsonl"))
+    assert "warmup 0: inverse_sqrt" in refused("dpo.py", *dpo_flags(start, pairs, tmp_path / "x", warmup=0))
     assert not (tmp_path / "x").exists()

@@ -370,6 +370,8 @@ def test_refusals(corpus, whole_run, fingerprint, tmp_path):
     assert (tmp_path / "mine" / "precious.txt").exists()
     error = refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6", "--batch_tokens=300", "--weights=1,2")
     assert "at least 1" in refused("train.py", *flags(corpus, tmp_path / "x", micro_batch=0, warmup=1))
+    assert "warmup 0: inverse_sqrt" in refused("train.py", *flags(corpus, tmp_path / "x", schedule="inverse_sqrt",
+                                                                  warmup=0))
     assert "exactly one of" in error and "multiple of context" in error and "weights: 2 for 1" in error
     assert "no such folder" in refused("train.py", *flags(corpus, tmp_path / "x", shape="{}"), "--base=out/nowhere")
     with UnitWriter(tmp_path / "other", replace(fingerprint, layer=2)) as writer:
