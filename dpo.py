@@ -280,10 +280,7 @@ def main(cfg: Config) -> None:
         fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's do not record it
     run = Run(cfg, "dpo")
     digest = weights_sha256(start)
-    inputs = {"checkpoint": digest} | {name: sha256_of(x) for name, x in pairs.items()}
-    if changed := [k for k, v in run.inputs.items() if inputs[k] != v]:
-        raise SystemExit(f"{cfg.out}: cannot resume, as these are not what they were: {', '.join(changed)}")
-    run.inputs = inputs
+    run.starts_from(checkpoint=digest, **{name: sha256_of(x) for name, x in pairs.items()})
     if run.trainer and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
         return
     lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else start).to(device)

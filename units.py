@@ -13,6 +13,7 @@ A corpus is a folder of numbered such shards, several processes writing each its
 temporary name and renamed, so one that has its name is whole; the same utterances make the same bytes.
 """
 import contextlib
+import hashlib
 import json
 import os
 import struct
@@ -289,6 +290,10 @@ class UnitReader:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def digest(self) -> str:
+        """sha256 of the shards' headers, which differ if a shard is added, removed or written anew; reads no tokens."""
+        return hashlib.sha256(json.dumps([self.sizes, [s.header for s in self.shards]]).encode()).hexdigest()
 
     def check(self) -> None:
         """SystemExit, naming it, if a file has vanished or changed since it was opened."""
