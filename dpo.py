@@ -132,13 +132,15 @@ def preferred(a: Tensor, b: Tensor) -> Tensor:
 def fork(pair: dict, context: int) -> Fork | None:
     """A pair file's units as `1 prompt`, `chosen 1`, `rejected 1`; None if the completions leave the row no prompt.
 
-    A unit that prompt and completion share at the joint stands once, as dedup would leave it (SlamKit keeps both). A
-    long prompt loses its beginning, the same for both completions.
+    A completion that was cut off (`units.write_pairs`) has no EOS: the model did not end there. A unit that prompt and
+    completion share at the joint stands once, as dedup would leave it (SlamKit keeps both). A long prompt loses its
+    beginning, the same for both completions; a completion is never cut.
     """
     prompt, completions = pair["prompt"], []
     for side in ("chosen", "rejected"):
         units = pair[side]
-        completions.append(to_tokens(units[1:] if units[0] == prompt[-1] and len(units) > 1 else units)[1:])
+        tokens = to_tokens(units[1:] if units[0] == prompt[-1] and len(units) > 1 else units)[1:]
+        completions.append(tokens if pair.get(f"{side}_ended", True) else tokens[:-1])
     room = context - sum(map(len, completions))
     return Fork(to_tokens(prompt[-room:])[:-1], *completions) if room > 0 else None
 
@@ -156,7 +158,7 @@ def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[Fork]]:
 
 
 def completion_logps(lm: UnitLM, pairs: list[Fork], cfg: Config, desc: str) -> Tensor:
-    """Log-probabilities (n, 2) of all pairs' completions, EOS included, given their prompts; on the CPU.
+    """Log-probabilities (n, 2) of all pairs' completions given their prompts; on the CPU.
 
     SystemExit if one is not a number, be it that its row did not fit into memory.
     """
@@ -280,10 +282,7 @@ def main(cfg: Config) -> None:
         fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's do not record it
     run = Run(cfg, "dpo")
     digest = weights_sha256(start)
-    inputs = {"checkpoint": digest} | {name: sha256_of(x) for name, x in pairs.items()}
-    if changed := [k for k, v in run.inputs.items() if inputs[k] != v]:
-        raise SystemExit(f"{cfg.out}: cannot resume, as these are not what they were: {', '.join(changed)}")
-    run.inputs = inputs
+    run.starts_from(checkpoint=digest, **{name: sha256_of(x) for name, x in pairs.items()})
     if run.trainer and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
         return
     lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else start).to(device)
@@ -495,9 +494,10 @@ def make_pairs(cfg: PairsConfig) -> None:
     pairs = []
     for line in path.read_text().splitlines()[1:]:
         found = json.loads(line)
-        if chosen := choose(found.pop("candidates"), cfg):
-            pairs.append(found | {f"{side}{end}": c[key] for side, c in zip(("chosen", "rejected"), chosen)
-                                  for end, key in (("", "units"), ("_text", "text"), ("_score", "score"))})
+        candidates = [{"ended": has_ended(c["units"], cfg)} | c for c in found.pop("candidates")]  # older ones lack it
+        if chosen := choose(candidates, cfg):
+            pairs.append(found | {f"{side}{end}": c[key] for side, c in zip(("chosen", "rejected"), chosen) for end, key
+                                  in (("", "units"), ("_ended", "ended"), ("_text", "text"), ("_score", "score"))})
     if len(pairs) <= cfg.n_val:
         raise SystemExit(f"{len(pairs)} pairs from {len(prompts)} prompts, and n_val, {cfg.n_val}, are to be held out; "
                          f"more prompts, a smaller min_gap or a larger max_auto_bleu give more; {path} is kept")
@@ -508,9 +508,14 @@ def make_pairs(cfg: PairsConfig) -> None:
           f"{len(prompts) - len(pairs):,} prompts gave none")
 
 
+def has_ended(units: list[int], cfg: PairsConfig) -> bool:
+    """Whether an EOS ended a continuation; else it was cut off at `new_units` (`UnitLM.generate`)."""
+    return len(units) < cfg.new_units
+
+
 def continuations(cfg: PairsConfig, lm: UnitLM, tokenizer: SpeechTokenizer, vocoder, prompts: list[dict],
                   number: int) -> list[dict]:
-    """Batch `number` of prompts with their "candidates": {"units", "text", "score", "auto_bleu"} each."""
+    """Batch `number` of prompts with their "candidates": {"units", "ended", "text", "score", "auto_bleu"} each."""
     units = [p["prompt"] for p in prompts for _ in range(cfg.n)]
     seed = int(np.random.default_rng((cfg.seed, number)).integers(2**31))
     new = continue_units(lm, units, cfg.new_units, len(units), seed, "", may_end=cfg.may_end,
@@ -521,7 +526,8 @@ def continuations(cfg: PairsConfig, lm: UnitLM, tokenizer: SpeechTokenizer, voco
         p["prompt_text"] = text
     texts = texts[len(unheard):]
     scores = continuation_scores([p["prompt_text"] for p in prompts for _ in range(cfg.n)], texts, cfg.judge)
-    found = [{"units": u, "text": t, "score": s, "auto_bleu": auto_bleu(t)} for u, t, s in zip(new, texts, scores)]
+    found = [{"units": u, "ended": has_ended(u, cfg), "text": t, "score": s, "auto_bleu": auto_bleu(t)}
+             for u, t, s in zip(new, texts, scores)]
     return [p | {"candidates": found[i * cfg.n:][:cfg.n]} for i, p in enumerate(prompts)]
 
 

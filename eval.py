@@ -474,7 +474,7 @@ def continue_units(lm: UnitLM, prompts: list[list[int]], new_units: int, batch: 
                    may_end: bool = True, compile: bool = False, **sampling) -> list[list[int]]:
     """Units -> sampled continuations (units), batched; prompts of like length share a batch.
 
-    may_end: an EOS ends a continuation; else none is drawn, and all have `new_units` units.
+    may_end: an EOS ends a continuation, which then has fewer than `new_units` units; else none is drawn.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list = [None] * len(prompts)

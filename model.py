@@ -347,6 +347,7 @@ class UnitLM(nn.Module):
                  compile: bool = False) -> list[list[int]]:
         """Sample a continuation of each prompt; the new tokens only, without the stop token.
 
+        Only a row that a stop token has ended, or `progress`, has fewer than `max_new_tokens`.
         temperature 0 is greedy. `forbid`: tokens never drawn. `progress(new)` is called every few steps with the tokens
         so far, (B, n) int64, -1 where a row has ended; if it returns True, that is all.
         compile: one compiled step over a cache of fixed size; pays where many batches of the same size follow.

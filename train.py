@@ -112,6 +112,9 @@ def run_problems(cfg) -> list[str]:
         found.append("lr, log_every, eval_every and save_every must be positive")
     if not 0 <= cfg.warmup < 1:
         found.append(f"warmup {cfg.warmup} is a share of the run: at least 0 and below 1")
+    if cfg.schedule == "inverse_sqrt" and cfg.warmup == 0:
+        found.append("warmup 0: inverse_sqrt falls as sqrt(warmup / progress) and needs one above 0 (the paper's DPO: "
+                     "100 / 813); or take another schedule")
     if cfg.resume and cfg.overwrite:
         found.append("resume and overwrite exclude each other")
     return found
@@ -392,6 +395,16 @@ class Run:
             print(f"resuming {self.out} at step {self.step}" if self.progress() < 1 else
                   f"{self.out} is finished already")
 
+    def starts_from(self, **digests: str) -> None:
+        """Record digests of what the run is made from. SystemExit if it is resumed and one has changed.
+
+        Checkpoints of older code have none, and resume unchecked.
+        """
+        if changed := [k for k, v in digests.items() if self.inputs.get(k, v) != v]:
+            raise SystemExit(f"{self.out}: cannot resume, as these are not what they were: {', '.join(changed)}; put "
+                             f"them back, or choose another --out")
+        self.inputs = digests
+
     def tick(self) -> None:
         """Count the time since the last call as training time, on this rank's clock; `agree` makes it count."""
         now = time.perf_counter()
@@ -658,6 +671,7 @@ def main(cfg: Config) -> None:
     reader, val = UnitReader(*cfg.train), UnitReader(*cfg.val)
     require_same(reader.fingerprint, cfg.train[0], val.fingerprint, cfg.val[0])
     run = Run(cfg, "train", rank)
+    run.starts_from(train=reader.digest(), val=val.digest())  # another corpus would give other rows
     if run.trainer and run.progress() >= 1 and run.evaluated():
         return
     rows = Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world,

@@ -13,6 +13,7 @@ A corpus is a folder of numbered such shards, several processes writing each its
 temporary name and renamed, so one that has its name is whole; the same utterances make the same bytes.
 """
 import contextlib
+import hashlib
 import json
 import os
 import struct
@@ -292,6 +293,10 @@ class UnitReader:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def digest(self) -> str:
+        """sha256 of the shards' headers, which differ if a shard is added, removed or written anew; reads no tokens."""
+        return hashlib.sha256(json.dumps([self.sizes, [s.header for s in self.shards]]).encode()).hexdigest()
+
     def check(self) -> None:
         """SystemExit, naming it, if a file has vanished or changed since it was opened."""
         for shard in self.shards:
@@ -326,7 +331,8 @@ class UnitReader:
 def write_pairs(path: str | Path, fingerprint: Fingerprint, pairs: Iterable[dict]) -> int:
     """Write preference pairs as JSON lines, the first one the fingerprint; the number of pairs.
 
-    A pair: {"id", "prompt", "chosen", "rejected"} (lists of units) and, if known, their texts.
+    A pair: {"id", "prompt", "chosen", "rejected"} (lists of units) and, if known, their texts. "chosen_ended" and
+    "rejected_ended": false if the completion was cut off rather than ended, so that no EOS follows it; absent: true.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,6 +357,9 @@ def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
                 for key in ("prompt", "chosen", "rejected"):
                     if not pair[key] or not all(0 <= u < fingerprint.n_units for u in pair[key]):
                         raise ValueError(f"{key} must be a non-empty list of units below {fingerprint.n_units}")
+                for key in ("chosen_ended", "rejected_ended"):
+                    if not isinstance(pair.get(key, True), bool):
+                        raise ValueError(f"{key} must be true or false, not {pair[key]!r}")
                 pairs.append(pair)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such pair file; synth_stories.py writes one") from None

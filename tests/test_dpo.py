@@ -14,12 +14,12 @@ from conftest import N_UNITS, ROOT, markov, refused, run
 from test_train import flags, tiny
 
 from config import load_config
-from dpo import (Config, Data, PairsConfig, backward, choose, completion_logps, dpo_loss, fork, losses, make_pairs,
-                 step_rows)
-from eval import Fork, auto_bleu, fork_logps, load_judge, pack
+from dpo import (Config, Data, PairsConfig, backward, choose, completion_logps, dpo_loss, fork, has_ended, losses,
+                 make_pairs, reference_logps, step_rows)
+from eval import Fork, auto_bleu, continue_units, fork_logps, load_judge, pack
 from model import UnitLM
 from speech_tokenizer import SpeechTokenizer
-from units import read_pairs, write_pairs
+from units import read_pairs, to_units, write_pairs
 
 
 def test_loss_closed_forms():
@@ -90,6 +90,46 @@ def test_a_pair_in_tokens():
     assert fork(only, 7).prefix == [1, 5, 6] and fork(only, 7).n_inputs == 7  # a long one loses its beginning
     assert fork(only, 5) is None
     assert fork({"prompt": [5], "chosen": [5], "rejected": [6]}, 9).first == [7, 1]  # nothing else would be left
+
+
+def test_a_completion_that_was_cut_has_no_eos(tmp_path):
+    """An EOS there would teach the model a token that it did not, and perhaps could not, draw."""
+    units = {"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}
+    assert fork(units | {"chosen_ended": True, "rejected_ended": True}, 1024) == fork(units, 1024)
+    pair = fork(units | {"chosen_ended": False}, 1024)
+    assert pair == ([1, 7, 8], [11], [6, 1]) and pair.lengths == (2, 1, 2)
+    both = fork(units | {"chosen_ended": False, "rejected_ended": False}, 4)
+    assert both == ([1, 7, 8], [11], [6]) and both.n_inputs == 4  # fits without the two EOS
+    assert both.row() == ([1, 7, 8, 8], [7, 8, 11, 6], [0, 1, 2, 2], [0, 0, 1, 2])
+    # What follows from the tokens: log-probabilities, lengths, and another place for the reference's.
+    lm, cfg = tiny().eval(), Config(context=64, dtype="float32")
+    found = completion_logps(lm, [pair, both], cfg, "x")
+    expected = [[logp_alone(lm, p.prefix, end) for end in (p.first, p.second)] for p in (pair, both)]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    assert Data.of([pair, both], found, torch.device("cpu")).lengths.tolist() == [[1, 2], [1, 1]]
+    whole = fork(units, 1024)
+    for n, pairs in enumerate(([whole], [pair], [both], [whole]), 1):
+        kept = reference_logps("", lm, str(tmp_path / "x.jsonl"), pairs, cfg, "digest")
+        torch.testing.assert_close(kept, completion_logps(lm, pairs, cfg, "x"), atol=1e-6, rtol=1e-6)
+        assert len(list(tmp_path.iterdir())) == min(n, 3)
+
+
+@pytest.mark.parametrize("n", [1, 8, 30])
+def test_whether_a_continuation_has_ended(n):
+    """By its length alone: against the raw draws of tokens, in which nothing stops at an EOS."""
+    lm, cfg = tiny().eval(), PairsConfig(new_units=n)
+    prompts = [p.prefix for p in some_pairs(64)]
+    units = continue_units(lm, [to_units(p) for p in prompts], n, 64, 3, "", temperature=2.0)
+    ended = [has_ended(u, cfg) for u in units]
+    assert any(ended) and not all(ended)
+    if n <= 8:  # beyond, rows that have ended no longer take part in the draws
+        order = sorted(range(64), key=lambda i: len(prompts[i]))
+        raw = lm.generate([prompts[i] for i in order], n, temperature=2.0, stop=(),
+                          generator=torch.Generator().manual_seed(3))
+        assert [ended[i] for i in order] == [1 in row for row in raw]
+        assert [units[i] for i in order] == [to_units(row[:(row + [1]).index(1)]) for row in raw]
+    never = continue_units(lm, [to_units(p) for p in prompts], n, 64, 3, "", temperature=2.0, may_end=False)
+    assert not any(has_ended(u, cfg) for u in never)
 
 
 def some_pairs(n: int, seed: int = 0) -> list[Fork]:
@@ -285,7 +325,8 @@ def test_on_policy_pairs(runs, stories, tmp_path, capsys):
     pairs()
     lines = (out / "candidates.jsonl").read_text().splitlines(keepends=True)
     found = [json.loads(x) for x in lines[1:]]
-    assert len(found) == 4 and all(len(x["candidates"]) == 3 and len(x["candidates"][0]["units"]) == 40 for x in found)
+    assert len(found) == 4 and all(len(x["candidates"]) == 3 for x in found)
+    assert all(len(c["units"]) == 40 and c["ended"] is False for x in found for c in x["candidates"])
     known = {p["id"]: p for p in read_pairs(stories / "pairs_train.jsonl")[1]}
     made = [read_pairs(out / f"pairs_{split}.jsonl") for split in ("train", "val")]
     assert all(f == SpeechTokenizer.load("embedded").fingerprint for f, _ in made)
@@ -294,7 +335,9 @@ def test_on_policy_pairs(runs, stories, tmp_path, capsys):
         candidates = next(x["candidates"] for x in found if x["id"] == pair["id"])
         scores = [c["score"] for c in candidates if c["score"] is not None]
         assert (pair["chosen_score"], pair["rejected_score"]) == (max(scores), min(scores))
-        assert {"units": pair["chosen"], "text": pair["chosen_text"], "score": pair["chosen_score"],
+        assert pair["chosen_ended"] is pair["rejected_ended"] is False
+        assert 1 not in fork(pair, 1024).first + fork(pair, 1024).second  # the EOS that it was forbidden to draw
+        assert {"units": pair["chosen"], "ended": False, "text": pair["chosen_text"], "score": pair["chosen_score"],
                 "auto_bleu": auto_bleu(pair["chosen_text"])} in candidates
     # The score is the text LM's, of the continuation's tokens alone.
     chosen = made[0][1][0]
@@ -309,6 +352,10 @@ def test_on_policy_pairs(runs, stories, tmp_path, capsys):
     (out / "candidates.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
     pairs()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == whole
+    # Candidates of older code do not say whether they ended; their pairs do.
+    (out / "candidates.jsonl").write_text("".join(lines).replace('"ended": false, ', ""))
+    pairs()
+    assert all((out / name).read_bytes() == whole[name] for name in ("pairs_train.jsonl", "pairs_val.jsonl"))
     assert "prompts gave none" in pairs("--n_val=0", "--min_gap=0.001")
     assert "a larger max_auto_bleu give more" in refusal( "--min_gap=99")
     assert "temperature was 0.7, now 0.8" in refusal( "--temperature=0.8")
@@ -338,4 +385,5 @@ def test_refusals(start, pairs, tmp_path):
     (tmp_path / "other.jsonl").write_text(other)
     assert "different tokenisers" in refused("dpo.py", *dpo_flags(start, pairs, tmp_path / "x",
                                                                  pairs=tmp_path / "other.jsonl"))
+    assert "warmup 0: inverse_sqrt" in refused("dpo.py", *dpo_flags(start, pairs, tmp_path / "x", warmup=0))
     assert not (tmp_path / "x").exists()

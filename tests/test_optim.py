@@ -58,6 +58,13 @@ def test_schedule_equals_transformers():
     cosine = theirs(t.get_cosine_with_min_lr_schedule_with_warmup, warm, n, num_training_steps=n, min_lr_rate=floor)
     assert ours("cosine", floor) == pytest.approx(cosine, abs=1e-9)
     assert ours("inverse_sqrt", floor) == pytest.approx(theirs(t.get_inverse_sqrt_schedule, warm, n), abs=1e-9)
+    for warm_steps, steps in ((1, 20_000), (1, 1), (100, 813)):
+        found = [schedule("inverse_sqrt", step / steps, warm_steps / steps, 0.0) for step in range(steps + 1)]
+        assert found == pytest.approx(theirs(t.get_inverse_sqrt_schedule, warm_steps, steps), abs=1e-9)
+    # Without a warm-up theirs is sqrt(10,000 / (10,000 + step)), which no share of a run gives.
+    for p in (0.0, 0.01, 1.0):
+        with pytest.raises(ValueError, match="needs a warmup"):
+            schedule("inverse_sqrt", p, 0.0, floor)
     wsd = dict(num_decay_steps=n // 5, num_training_steps=n, decay_type="linear")
     assert ours("wsd", 0.0) == pytest.approx(theirs(t.get_wsd_schedule, warm, n, **wsd), abs=1e-9)
     with_floor = theirs(t.get_wsd_schedule, warm, n, **wsd, min_lr_ratio=floor)

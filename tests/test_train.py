@@ -348,6 +348,31 @@ def test_time_budget_ends_the_run_with_a_whole_schedule(corpus, tmp_path):
     assert lrs[-1] < 0.1 * max(lrs) == pytest.approx(0.1e-2, rel=0.2)
 
 
+def test_another_corpus_is_not_resumed(corpus, tmp_path):
+    """A shard more gives other rows in another order; a checkpoint that does not say what it saw goes on."""
+    data, out = tmp_path / "data", tmp_path / "x"
+    shutil.copytree(corpus, data)
+    whole = flags(data, out, steps=4)
+    run("train.py", *whole)
+    before = weights(out)
+    shards = {split: sorted((data / split).iterdir()) for split in ("train", "val")}
+    for changed, (more, to) in {"train": (shards["val"][0], data / "train" / "00099.safetensors"),
+                                "val": (shards["train"][0], data / "val" / "00099.safetensors")}.items():
+        shutil.copy(more, to)
+        assert f"are not what they were: {changed};" in refused("train.py", *flags(data, out, steps=8), "--resume")
+        to.unlink()
+    shards["train"][0].replace(data / "kept")  # one less
+    assert "are not what they were: train;" in refused("train.py", *flags(data, out, steps=8), "--resume")
+    assert weights(out) == before
+    slam = out / "checkpoint" / "slam.json"
+    old = json.loads(slam.read_text())
+    assert set(old.pop("inputs")) == {"train", "val"}
+    slam.write_text(json.dumps(old))
+    run("train.py", *flags(data, out, steps=6), "--resume")
+    (data / "kept").replace(shards["train"][0])  # from there on it is checked again
+    assert "train;" in refused("train.py", *flags(data, out, steps=8), "--resume")
+
+
 def test_divergence_stops_and_keeps_the_good_checkpoint(corpus, tmp_path):
     out = tmp_path / "diverging"
     run("train.py", *flags(corpus, out, steps=4))
@@ -370,6 +395,8 @@ def test_refusals(corpus, whole_run, fingerprint, tmp_path):
     assert (tmp_path / "mine" / "precious.txt").exists()
     error = refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6", "--batch_tokens=300", "--weights=1,2")
     assert "at least 1" in refused("train.py", *flags(corpus, tmp_path / "x", micro_batch=0, warmup=1))
+    assert "warmup 0: inverse_sqrt" in refused("train.py", *flags(corpus, tmp_path / "x", schedule="inverse_sqrt",
+                                                                  warmup=0))
     assert "exactly one of" in error and "multiple of context" in error and "weights: 2 for 1" in error
     assert "no such folder" in refused("train.py", *flags(corpus, tmp_path / "x", shape="{}"), "--base=out/nowhere")
     with UnitWriter(tmp_path / "other", replace(fingerprint, layer=2)) as writer:

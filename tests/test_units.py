@@ -95,13 +95,15 @@ def test_damaged_unit_files_are_named(tmp_path, fingerprint, damage):
 
 def test_pairs(tmp_path, fingerprint):
     path = tmp_path / "pairs.jsonl"
-    pairs = [{"id": "a", "prompt": [1, 2], "chosen": [3], "rejected": [4], "prompt_text": "hi"}]
-    assert write_pairs(path, fingerprint, pairs) == 1
+    pairs = [{"id": "a", "prompt": [1, 2], "chosen": [3], "rejected": [4], "prompt_text": "hi"},
+             {"id": "b", "prompt": [1, 2], "chosen": [3], "rejected": [4], "chosen_ended": True, "rejected_ended": False}]
+    assert write_pairs(path, fingerprint, pairs) == 2
     assert read_pairs(path) == (fingerprint, pairs)
     for bad in ({"prompt": [1], "chosen": [], "rejected": [2]}, {"prompt": [1], "chosen": [2]},
-                {"prompt": [1], "chosen": [20], "rejected": [2]}):
+                {"prompt": [1], "chosen": [20], "rejected": [2]},
+                {"prompt": [1], "chosen": [2], "rejected": [3], "rejected_ended": "no"}):
         write_pairs(path, fingerprint, pairs + [bad])
-        with pytest.raises(SystemExit, match="pair 2"):
+        with pytest.raises(SystemExit, match="pair 3"):
             read_pairs(path)
     with pytest.raises(SystemExit, match="no such pair file"):
         read_pairs(tmp_path / "none.jsonl")
