@@ -4,14 +4,12 @@ import hashlib
 import importlib.util
 import json
 import re
-import subprocess
-import sys
-import time
+import signal
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, SYNTH, refused, run
+from conftest import SYNTH, refused, run, start
 
 from audio import load_audio
 from benchmarks import read_manifest
@@ -85,16 +83,13 @@ def test_what_there_is(stories):
 def test_killed_and_resumed_gives_the_same_files(stories, tmp_path):
     """kill -9 while it writes and again while it speaks; then resumed: every file as of the undisturbed run."""
     out = tmp_path / "data"
-    command = [sys.executable, "synth_stories.py", "config/demo_stories.py", f"--out={out}", *SYNTH]
+    command = ["synth_stories.py", "config/demo_stories.py", f"--out={out}", *SYNTH]
     for moment in (lambda: (out / "stories.jsonl").exists(), lambda: len(list((out / "audio").glob("*.flac"))) > 5):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 300
-        while not moment() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.05)
-        assert process.poll() is None, "it ended before it could be killed"
+        process = start(*command)
+        process.until(moment)
         process.kill()
-        process.wait()
-    run(*command[1:])
+        assert process.end().returncode == -signal.SIGKILL
+    run(*command)
     assert digest(out) == digest(stories)
     for split in ("train", "val"):
         a, b = UnitReader(out / "units" / split), UnitReader(stories / "units" / split)
