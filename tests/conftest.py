@@ -65,12 +65,13 @@ class Process(subprocess.Popen):
     def end(self) -> subprocess.CompletedProcess:
         """Waits for its end. stdout and stderr as bytes."""
         try:
-            self.wait(self.limit)
-        except subprocess.TimeoutExpired:
-            self.fail(f"still running after {self.limit:g} s")
+            with suppress(subprocess.TimeoutExpired):
+                self.wait(self.limit)
         except BaseException:  # the test's own limit, or Ctrl-C
             self.end_all()
             raise
+        if self.returncode is None:
+            self.fail(f"still running after {self.limit:g} s")
         self.running.remove(self)
         return subprocess.CompletedProcess(self.args, self.returncode, *self.said())
 

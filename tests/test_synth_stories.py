@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import signal
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from audio import load_audio
 from benchmarks import read_manifest
 from eval import auto_bleu, continuation_scores, transcribe, word_error_rate
 from speech_tokenizer import SpeechTokenizer
-from synth_stories import (GRAMMAR, NAMES, SIDES, Config, exchange, grammar_pair, make_sblimp, opening, read_swag,
-                           split_sentences, tidy)
+from synth_stories import (GRAMMAR, NAMES, SIDES, Config, _start_worker, exchange, grammar_pair, make_sblimp,
+                           make_sstorycloze, opening, read_swag, split_sentences, tidy)
 from units import UnitReader, read_pairs
 from vocoder import Vocoder
 
@@ -269,10 +270,26 @@ def test_slamkits_pairs(tmp_path):
     assert "line 1: not a pair with units (KeyError('prompt'))" in refused(*command, f"--out={tmp_path}/y")
 
 
-def test_hard_negatives(stories):
+CLOSE = ["Tom had a red ball. He took the ball to the park. He kicked the ball very far. It rolled under a tree. "
+         "Tom ran to the tree and found his ball.",
+         "Tom saw a big dog in the park. The dog was sleeping under a tree. Tom sat down beside the dog. The dog woke "
+         "up and licked his face. Tom laughed, and the dog wagged its tail.",
+         "Sam was hungry. Sam went to the kitchen. There was a cake on the table. He ate the cake. Sam was not hungry "
+         "any more after the cake.",
+         "Mia made soup in the kitchen. The soup was too hot. Mia blew on the soup. Then the soup was cold. Mia put "
+         "the cold soup on the table and ate it."]
+
+
+def test_hard_negatives(tmp_path, capsys):
     """The wrong ending has this story's hero in it, and fits less, in the writer's opinion; none is used twice."""
-    pairs = read_manifest(str(stories / "sstorycloze")).pairs
-    assert 1 <= len(pairs) <= 4
+    stories = [{"id": str(i), "sentences": split_sentences(text)} for i, text in enumerate(CLOSE)]
+    with ThreadPool(1, _start_worker, ("hibari",)) as pool:
+        make_sstorycloze(Config(out=str(tmp_path / "few")), pool, stories[::3])  # about nothing that they share
+        make_sstorycloze(Config(out=str(tmp_path)), pool, stories)
+    assert "sstorycloze: 0 pairs; 2 stories have no close ending" in capsys.readouterr().out
+    assert "no pairs in it" in str(pytest.raises(SystemExit, read_manifest, f"{tmp_path}/few/sstorycloze").value)
+    pairs = read_manifest(str(tmp_path / "sstorycloze")).pairs
+    assert 2 <= len(pairs) <= 4
     endings = [re.sub("|".join(NAMES), "", split_sentences(pair["negative_text"])[4]) for pair in pairs]
     assert len(set(endings)) == len(pairs)
     for pair in pairs:
