@@ -1,11 +1,15 @@
 """Fixtures and processes: everything is real; what is slow is made once per session, whatever the number of workers."""
+import contextlib
+import io
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Callable
@@ -97,9 +101,44 @@ def start(*args, **kwargs) -> Process:
     return Process([sys.executable, *args], **kwargs)
 
 
-def run(*args, check=True, text=True, **kwargs) -> subprocess.CompletedProcess:
-    """`python ARGS` in the repository's root, to its end."""
-    done = start(*args, **kwargs).end()
+def in_process(*args) -> subprocess.CompletedProcess:
+    """What `python ARGS` does, done here: spared are the start and the imports. stdout and stderr as bytes."""
+    out, err, code = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO()), 0
+    argv, environment = sys.argv, dict(os.environ)
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    sys.argv = list(map(str, args))
+    try:
+        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else int(e.code is not None)
+                if isinstance(e.code, str):
+                    print(e.code, file=err)
+            except Exception:
+                code = 1
+                traceback.print_exc()
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environment)
+        for s, handler in handlers:
+            signal.signal(s, handler)
+    for stream in (out, err):
+        stream.flush()
+    return subprocess.CompletedProcess(args, code, out.buffer.getvalue(), err.buffer.getvalue())
+
+
+STAGES = {f"{s}.py" for s in ("prepare_units", "synth_stories", "model", "vocoder", "train", "dpo", "eval", "sample")}
+
+
+def run(*args, check=True, text=True, process=False, **kwargs) -> subprocess.CompletedProcess:
+    """`python ARGS` in the repository's root, to its end. A stage is run `in_process`, unless a process is asked for.
+
+    kwargs: of Process, and so for processes alone.
+    """
+    own = process or kwargs or str(args[0]) not in STAGES or not text
+    done = start(*args, **kwargs).end() if own else in_process(*args)
     if text:
         done.stdout, done.stderr = (x.decode().replace("\r\n", "\n") for x in (done.stdout, done.stderr))
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -166,7 +205,7 @@ SYNTH = ["--n_train=6", "--n_val=4", "--batch=16", "--n_sblimp=8", "--max_new_to
 def stories(tmp_path_factory):
     """A folder made by synth_stories.py in miniature, with the real embedded parts."""
     return once(tmp_path_factory, "stories", lambda folder: run(
-        "synth_stories.py", "config/demo_stories.py", f"--out={folder}/data", *SYNTH)) / "data"
+        "synth_stories.py", "config/demo_stories.py", f"--out={folder}/data", *SYNTH, process=True)) / "data"
 
 
 @pytest.fixture(scope="session")
@@ -184,8 +223,8 @@ def runs(stories, tmp_path_factory):
     def make(out: Path) -> None:
         small = ["--n_layers=2", "--context=512", "--micro_batch=2", "--batch_tokens=1024", "--time_budget_hours=none"]
         data = [f"--train={stories}/units/train", f"--val={stories}/units/val"]
-        run("train.py", "config/demo_train.py", *data, *small, "--steps=6", f"--out={out}/lm")
+        run("train.py", "config/demo_train.py", *data, *small, "--steps=6", f"--out={out}/lm", process=True)
         run("dpo.py", "config/demo_dpo.py", f"--checkpoint={out}/lm", f"--pairs={stories}/pairs_train.jsonl",
-            f"--val_pairs={stories}/pairs_val.jsonl", "--steps=2", "--batch_pairs=2", f"--out={out}/dpo")
+            f"--val_pairs={stories}/pairs_val.jsonl", "--steps=2", "--batch_pairs=2", f"--out={out}/dpo", process=True)
 
     return once(tmp_path_factory, "runs", make)

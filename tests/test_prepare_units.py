@@ -62,7 +62,7 @@ SMALL = ["--batch_seconds=4", "--shard_tokens=500", "--durations", "--max_bad_sh
 def whole(recordings, tmp_path_factory):
     """The units of all recordings, made in one go."""
     out = tmp_path_factory.mktemp("whole") / "units"
-    run("prepare_units.py", f"--input={recordings}", f"--out={out}", *SMALL)
+    run("prepare_units.py", f"--input={recordings}", f"--out={out}", *SMALL, process=True)
     return out
 
 

@@ -55,7 +55,7 @@ def compared(runs, prompts, tmp_path_factory):
     """A folder of prompts, continued twice by two checkpoints."""
     out = tmp_path_factory.mktemp("samples") / "s"
     done = run("sample.py", "--prompt", prompts, "--checkpoint", runs / "lm", "--checkpoint", runs / "dpo", "--n=2",
-               "--continuation_seconds=2", "--prompt_seconds=3", f"--out={out}")
+               "--continuation_seconds=2", "--prompt_seconds=3", f"--out={out}", process=True)
     return out, done.stdout
 
 
