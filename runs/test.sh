@@ -11,7 +11,7 @@ if [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] && missing; then
     python -m pip install -q --disable-pip-version-check -r requirements-test.txt
 fi
 export CUDA_VISIBLE_DEVICES="${TEST_GPU:-}"
-workers=(-n 2 --dist=loadfile)  # a file's fixtures are made once
+workers=(-n 2 --dist=loadfile --no-loadscope-reorder)  # a file's fixtures are made once; conftest.py has the order
 if missing; then
     echo "tests: some packages of requirements-test.txt are missing, and the tests that need them are skipped;" \
          "\`python -m pip install -r requirements-test.txt\` installs them" >&2

@@ -131,7 +131,7 @@ def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
 
 
 def test_torchrun_shares_the_work(recordings, whole, tmp_path):
-    run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "prepare_units.py",
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "prepare_units.py",
         f"--input={recordings / 'a'}", f"--out={tmp_path}/u", "--shard=1/1", "--max_bad_share=0.5")
     names = sorted(p.name for p in (tmp_path / "u").glob("*.safetensors"))
     assert names == ["part001of002-00000.safetensors", "part002of002-00000.safetensors"]

@@ -30,3 +30,9 @@ def test_no_test_waits_by_itself():
 def test_run_tells_of_bytes_and_text():
     assert run("-c", "print('a')").stdout == "a\n" and run("-c", "print('a')", text=False).stdout == b"a\n"
     assert "ValueError: b" in str(pytest.raises(AssertionError, run, "-c", "raise ValueError('b')").value)
+
+
+def test_a_stage_within_this_process_is_the_stage():
+    for command in (["train.py", "--stepz=1"], ["model.py", "--help"]):
+        here, there = (run(*command, check=False, process=process) for process in (False, True))
+        assert (here.returncode, here.stdout, here.stderr) == (there.returncode, there.stdout, there.stderr)
