@@ -25,7 +25,7 @@ from units import Fingerprint, UnitWriter  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 N_UNITS = 20
-LIMIT = 240  # seconds that any one wait for a process may take, on a machine ten times too busy; pytest.ini's is longer
+LIMIT = 300  # seconds that any one wait for a process may take, on a machine ten times too busy; pytest.ini's is longer
 
 
 LONG = "synth_stories train prepare_units dpo bases bench vocoder pipeline sample".split()  # half a minute and more
