@@ -540,6 +540,7 @@ def write_benchmark(cfg: Config, pool, name: str, pairs: list[dict], texts: dict
             pair[side] = f"{pair['id']}_{side}.wav"
             write_audio(folder / pair[side], np.concatenate([w for id in recipe(pair, side) for w in waves[id]]))
         lines.append(json.dumps(pair) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)  # of no pairs nothing was written
     (folder / "manifest.part").write_text("".join(lines))
     os.replace(folder / "manifest.part", folder / "manifest.jsonl")
 

@@ -1,4 +1,7 @@
-"""bench.py: both sides run and are counted alike; the memory that it counts is the memory there is."""
+"""bench.py: both sides run and are counted alike; the memory that it counts is the memory there is.
+
+Who is faster is not asked here: that needs a machine with nothing else to do.
+"""
 import json
 
 import numpy as np
@@ -70,7 +73,7 @@ def test_scoring_reports_its_cases(runs, stories):
     found = case("eval", f"--checkpoint={runs}/lm", f"--manifest={stories}/tstorycloze", "--pairs=2", "--rounds=1")
     assert [x["case"] for x in found] == ["eval from units", "eval from audio", "eval from audio, again"]
     assert all(x["ours"] > 0 and x["peer"] > 0 and x["pairs"] == 2 for x in found)
-    assert found[2]["ratio"] > found[1]["ratio"]
+    assert all(x["ratio"] == pytest.approx(x["ours"] / x["peer"], rel=0.05) for x in found)
 
 
 def test_training_and_generation_report_their_cases(corpus):
@@ -122,11 +125,11 @@ def test_units_are_the_peers(stories, tmp_path):
 def test_speech_to_units_reports_its_case(stories):
     pytest.importorskip("sklearn")
     found, = case("units", f"--input={stories / 'audio'}", "--files=3", "--rounds=1", "--hour=false")
-    assert found["unit"] == "x real time" and found["ours"] > 1 and found["files"] == 3
+    assert found["unit"] == "x real time" and found["ours"] > 0 and found["files"] == 3
     assert found["stages"].keys() == {"decode", "encode", "assign", "write"}
 
 
 def test_units_to_speech_reports_its_case():
     found = case("vocoder", "--seconds=2,0.5", "--rounds=1")
-    assert [x["seconds"] for x in found] == [2, 0.5] and all(x["ours"] > x["peer"] > 0 for x in found)
+    assert [x["seconds"] for x in found] == [2, 0.5] and all(x["ours"] > 0 and x["peer"] > 0 for x in found)
     assert found[0]["parameters"]["peer"] > 10e6  # HiFi-GAN V1 has 14M

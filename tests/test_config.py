@@ -3,13 +3,13 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
 import pytest
+from conftest import run
 
 import config
 from config import load_config, save_config
@@ -404,8 +404,7 @@ def test_a_stage_from_another_folder(tmp_path):
         "print(load_config(Config, description='The stage.'))\n")
 
     def stage(*argv):
-        command = [sys.executable, str(repo / "stage.py"), *argv]
-        return subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=60)
+        return run(repo / "stage.py", *argv, check=False, cwd=elsewhere)
 
     done = stage("mine.py")
     assert (done.returncode, done.stdout, done.stderr) == (0, "Config(lr=0.5)\n", "")

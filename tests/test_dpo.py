@@ -3,14 +3,13 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import N_UNITS, ROOT, markov, refused, run
+from conftest import N_UNITS, ROOT, Process, markov, refused, run
 from test_train import flags, tiny
 
 from config import load_config
@@ -210,26 +209,26 @@ def dpo_flags(start, folder, out, **more) -> list[str]:
 
 
 def test_it_learns_and_resumes_bit_equal(start, pairs, tmp_path):
+    """It is killed in a run too long to end by itself, and compared with one of as many steps in one go."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run("dpo.py", *dpo_flags(start, pairs, whole))
+    how = dict(schedule="constant", warmup=0.0, eval_every=10**6)
+    process = Process([sys.executable, "dpo.py", *dpo_flags(start, pairs, killed, **how, steps=10**6)])
+    process.until("step 00005")
+    process.kill()
+    process.end()
+    how["steps"] = json.loads((killed / "checkpoint" / "slam.json").read_text())["step"] + 5
+    run("dpo.py", *dpo_flags(start, pairs, killed, **how), "--resume")
+    run("dpo.py", *dpo_flags(start, pairs, whole, **how))
     records = [json.loads(x) for x in (whole / "log.jsonl").read_text().splitlines()]
     first, *middle, last = records
     assert first["val_dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)  # the policy is still the reference
     assert first["val_margin"] == pytest.approx(0, abs=1e-3)
     assert last["val_dpo_loss"] < 0.6 and last["val_reward_accuracy"] > 0.7
     assert middle[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    process = subprocess.Popen([sys.executable, "dpo.py", *dpo_flags(start, pairs, killed)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for line in process.stdout:
-        if line.startswith("step 00005"):
-            process.kill()
-            break
-    process.communicate()
-    run("dpo.py", *dpo_flags(start, pairs, killed), "--resume")
-    assert (killed / "log.jsonl").read_text().count("\"loss\"") == 8
+    assert (killed / "log.jsonl").read_text().count("\"loss\"") == how["steps"]
     weights = [(out / "checkpoint" / "model.safetensors").read_bytes() for out in (whole, killed)]
     assert weights[0] == weights[1]
-    assert "--resume" in refused("dpo.py", *dpo_flags(start, pairs, whole))
+    assert "--resume" in refused("dpo.py", *dpo_flags(start, pairs, whole, **how))
 
 
 def test_the_reference_is_computed_once(start, pairs, tmp_path):

@@ -3,7 +3,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import scipy.signal
 import torch
+from conftest import run
 from transformers import (AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor,
                           WhisperForConditionalGeneration)
 
@@ -140,7 +140,7 @@ def test_an_altered_cache_is_noticed_and_rebuilt(empty_cache, capsys):
 
 def test_check_builds_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("SLAM_CACHE", str(tmp_path / "cache"))
-    result = subprocess.run([sys.executable, embedded.__file__, "--check"], capture_output=True, text=True)
+    result = run("embedded.py", "--check", check=False)
     assert result.returncode == 1 and "not built yet; `python embedded.py` builds it" in result.stderr
     assert not (tmp_path / "cache").exists()
 

@@ -5,16 +5,16 @@ import io
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, refused, run
+from conftest import Process, refused, run, start
 
 import sample
 from config import load_config
@@ -55,7 +55,7 @@ def compared(runs, prompts, tmp_path_factory):
     """A folder of prompts, continued twice by two checkpoints."""
     out = tmp_path_factory.mktemp("samples") / "s"
     done = run("sample.py", "--prompt", prompts, "--checkpoint", runs / "lm", "--checkpoint", runs / "dpo", "--n=2",
-               "--continuation_seconds=2", "--prompt_seconds=3", f"--out={out}")
+               "--continuation_seconds=2", "--prompt_seconds=3", f"--out={out}", process=True)
     return out, done.stdout
 
 
@@ -118,8 +118,7 @@ def test_speaks_before_it_knows_the_end(runs, prompts, tmp_path):
     """--stdout: PCM alone, the very samples that are kept; the player of --play gets the same after a wav's header."""
     command = ["sample.py", "--prompt", prompts / "fox.flac", f"--checkpoint={runs}/lm", "--continuation_seconds=4",
                "--transcribe=false"]
-    done = subprocess.run([os.sys.executable, *map(str, command), "--stdout", f"--out={tmp_path}/s"], cwd=ROOT,
-                          capture_output=True, check=True)
+    done = run(*command, "--stdout", f"--out={tmp_path}/s", text=False)
     pcm = np.frombuffer(done.stdout, "<i2")
     kept, rate = soundfile.read(tmp_path / "s" / "00_fox_0_whole.wav", dtype="int16")
     assert abs(pcm - kept.astype(int)).max() <= 2 and b"16-bit little-endian PCM, mono, 16000 Hz" in done.stderr
@@ -149,13 +148,13 @@ def test_speaks_before_it_knows_the_end(runs, prompts, tmp_path):
 
 def test_a_listener_who_leaves(runs, prompts, tmp_path):
     """A closed pipe ends the speaking, not the program: what was said is kept."""
-    command = [os.sys.executable, "sample.py", f"--prompt={prompts}/fox.flac", f"--checkpoint={runs}/lm", "--stdout",
-               "--continuation_seconds=30", "--transcribe=false", f"--out={tmp_path}/s"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.read(1000)
+    process = start("sample.py", f"--prompt={prompts}/fox.flac", f"--checkpoint={runs}/lm", "--stdout",
+                    "--continuation_seconds=30", "--transcribe=false", f"--out={tmp_path}/s", stdout=subprocess.PIPE)
+    process.until(lambda: select.select([process.stdout], [], [], 0)[0])
+    assert process.stdout.read1(1000)
     process.stdout.close()
-    said = process.stderr.read().decode()
-    assert process.wait() == 0 and "nobody listens" in said and "Traceback" not in said
+    done = process.end()
+    assert done.returncode == 0 and b"nobody listens" in done.stderr and b"Traceback" not in done.stderr
     assert soundfile.info(records(tmp_path / "s")[0]["whole"]).duration < 30
 
 
@@ -282,8 +281,8 @@ class Browser:
         ours, theirs = os.pipe(), os.pipe()  # to it, from it; it expects them as 3 and 4
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                    "--autoplay-policy=no-user-gesture-required", f"--user-data-dir={folder}", "--window-size=1200,900"]
-        self.process = subprocess.Popen(["bash", "-c", f'exec "$@" 3<&{ours[0]} 4>&{theirs[1]}', "bash", *command],
-                                        pass_fds=(ours[0], theirs[1]), stderr=subprocess.DEVNULL)
+        self.process = Process(["bash", "-c", f'exec "$@" 3<&{ours[0]} 4>&{theirs[1]}', "bash", *command],
+                               pass_fds=(ours[0], theirs[1]))
         os.close(ours[0])
         os.close(theirs[1])
         self.to, self.back, self.n, self.session, self.problems = ours[1], os.fdopen(theirs[0], "rb"), 0, None, []
@@ -315,10 +314,7 @@ class Browser:
         return result["result"].get("value")
 
     def wait(self, code: str) -> None:
-        until = time.time() + 20
-        while not self.eval(code):
-            assert time.time() < until, f"never: {code}"
-            time.sleep(0.1)
+        self.process.until(lambda: self.eval(code))
 
     def click(self, selector: str, share: float = 0.5) -> None:
         box = self.eval(f"(() => {{ const e = document.querySelectorAll({json.dumps(selector)})[0]; e.scrollIntoView();"
@@ -361,4 +357,4 @@ def test_the_page_in_a_browser(compared, tmp_path):
         assert not browser.problems
     finally:
         browser.process.kill()
-        browser.process.wait()
+        browser.process.end()

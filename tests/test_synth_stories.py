@@ -4,21 +4,20 @@ import hashlib
 import importlib.util
 import json
 import re
-import subprocess
-import sys
-import time
+import signal
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, SYNTH, refused, run
+from conftest import SYNTH, refused, run, start
 
 from audio import load_audio
 from benchmarks import read_manifest
 from eval import auto_bleu, continuation_scores, transcribe, word_error_rate
 from speech_tokenizer import SpeechTokenizer
-from synth_stories import (GRAMMAR, NAMES, SIDES, Config, exchange, grammar_pair, make_sblimp, opening, read_swag,
-                           split_sentences, tidy)
+from synth_stories import (GRAMMAR, NAMES, SIDES, Config, _start_worker, exchange, grammar_pair, make_sblimp,
+                           make_sstorycloze, opening, read_swag, split_sentences, tidy)
 from units import UnitReader, published_fingerprint, read_pairs
 from vocoder import Vocoder
 
@@ -85,16 +84,13 @@ def test_what_there_is(stories):
 def test_killed_and_resumed_gives_the_same_files(stories, tmp_path):
     """kill -9 while it writes and again while it speaks; then resumed: every file as of the undisturbed run."""
     out = tmp_path / "data"
-    command = [sys.executable, "synth_stories.py", "config/demo_stories.py", f"--out={out}", *SYNTH]
+    command = ["synth_stories.py", "config/demo_stories.py", f"--out={out}", *SYNTH]
     for moment in (lambda: (out / "stories.jsonl").exists(), lambda: len(list((out / "audio").glob("*.flac"))) > 5):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 300
-        while not moment() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.05)
-        assert process.poll() is None, "it ended before it could be killed"
+        process = start(*command)
+        process.until(moment)
         process.kill()
-        process.wait()
-    run(*command[1:])
+        assert process.end().returncode == -signal.SIGKILL
+    run(*command)
     assert digest(out) == digest(stories)
     for split in ("train", "val"):
         a, b = UnitReader(out / "units" / split), UnitReader(stories / "units" / split)
@@ -279,10 +275,26 @@ def test_slamkits_pairs(tmp_path):
     assert "line 1: not a pair with units (KeyError('prompt'))" in refused(*command, f"--out={tmp_path}/y")
 
 
-def test_hard_negatives(stories):
+CLOSE = ["Tom had a red ball. He took the ball to the park. He kicked the ball very far. It rolled under a tree. "
+         "Tom ran to the tree and found his ball.",
+         "Tom saw a big dog in the park. The dog was sleeping under a tree. Tom sat down beside the dog. The dog woke "
+         "up and licked his face. Tom laughed, and the dog wagged its tail.",
+         "Sam was hungry. Sam went to the kitchen. There was a cake on the table. He ate the cake. Sam was not hungry "
+         "any more after the cake.",
+         "Mia made soup in the kitchen. The soup was too hot. Mia blew on the soup. Then the soup was cold. Mia put "
+         "the cold soup on the table and ate it."]
+
+
+def test_hard_negatives(tmp_path, capsys):
     """The wrong ending has this story's hero in it, and fits less, in the writer's opinion; none is used twice."""
-    pairs = read_manifest(str(stories / "sstorycloze")).pairs
-    assert 1 <= len(pairs) <= 4
+    stories = [{"id": str(i), "sentences": split_sentences(text)} for i, text in enumerate(CLOSE)]
+    with ThreadPool(1, _start_worker, ("hibari",)) as pool:
+        make_sstorycloze(Config(out=str(tmp_path / "few")), pool, stories[::3])  # about nothing that they share
+        make_sstorycloze(Config(out=str(tmp_path)), pool, stories)
+    assert "sstorycloze: 0 pairs; 2 stories have no close ending" in capsys.readouterr().out
+    assert "no pairs in it" in str(pytest.raises(SystemExit, read_manifest, f"{tmp_path}/few/sstorycloze").value)
+    pairs = read_manifest(str(tmp_path / "sstorycloze")).pairs
+    assert 2 <= len(pairs) <= 4
     endings = [re.sub("|".join(NAMES), "", split_sentences(pair["negative_text"])[4]) for pair in pairs]
     assert len(set(endings)) == len(pairs)
     for pair in pairs:

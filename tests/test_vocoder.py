@@ -3,16 +3,13 @@ import json
 import math
 import pickle
 import struct
-import subprocess
-import sys
-import time
 import zlib
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, refused, run
+from conftest import refused, run, start
 
 import embedded
 import prepare_units
@@ -384,14 +381,10 @@ def test_training_learns_resumes_and_saves(stories, tmp_path):
     assert (samples / "0_step000024.png").read_bytes()[:4] == b"\x89PNG"
     assert soundfile.info(samples / "0_step000024.wav").frames == soundfile.info(samples / "0_original.wav").frames
 
-    process = subprocess.Popen([sys.executable, *command("killed")], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    written = tmp_path / "killed" / "log.jsonl"
-    while not (written.exists() and "val_clipped_share" in written.read_text()):
-        assert process.poll() is None
-        time.sleep(0.02)
+    process, written = start(*command("killed")), tmp_path / "killed" / "log.jsonl"
+    process.until(lambda: written.exists() and "val_clipped_share" in written.read_text())
     process.kill()
-    process.wait()
+    process.end()
     with open(tmp_path / "killed" / "log.jsonl", "a") as f:
         f.write('{"step": 9, "spec')  # in the middle of a line
     assert "resuming" in run(*command("killed", "--resume")).stdout
