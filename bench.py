@@ -41,7 +41,7 @@ from config import load_config
 from dpo import (Config as DpoConfig, Data, backward, complete as complete_dpo, completion_logps, dpo_loss, load_pairs,
                  step_rows)
 from embedded import cache_dir, resolve
-from eval import Fork, pair_nlls, tokenize_pairs
+from eval import Fork, pair_nlls, tokenize_pairs, units_cache
 from model import ModelConfig, UnitLM, fetch, find_checkpoint, from_config, twisted
 from optim import make_optimizer, update
 from prepare_units import Config as UnitsConfig, extract
@@ -406,7 +406,7 @@ def bench_eval(cfg: BenchEval) -> None:
     tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(checkpoint_fingerprint(folder)), device.type)
     benchmark = read_manifest(cfg.manifest)
     benchmark.pairs, benchmark.name = benchmark.pairs[:cfg.pairs], "bench"
-    remembered = cache_dir() / "units" / f"bench-{tokenizer.fingerprint.codebook_sha256[:16]}.jsonl"
+    remembered = cache_dir() / f"{units_cache(tokenizer, benchmark.name)}.jsonl"
     utterances = tokenize_pairs(tokenizer, benchmark)
     sides = [[pair[side] for pair in benchmark.pairs] for side in ("positive", "negative")]
 

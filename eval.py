@@ -314,8 +314,15 @@ def remembered(name: str, keys: list[str], compute: Callable[[list[int]], list],
     return [known[key] for key in keys]
 
 
+def units_cache(tokenizer: SpeechTokenizer, benchmark: str) -> str:
+    """`remembered`'s name for a benchmark's units: of all that decides them but the files themselves."""
+    encoder = tokenizer.encoder
+    made = json.dumps([tokenizer.fingerprint.to_dict(), str(encoder.dtype), torch.device(encoder.device).type])
+    return f"units/{benchmark}-{hashlib.sha256(made.encode()).hexdigest()[:16]}"
+
+
 def tokenize_pairs(tokenizer: SpeechTokenizer, benchmark: Benchmark) -> list[tuple[list[int], list[int]]]:
-    """Both files of each pair -> utterances `1 units 1`; remembered by (sha256 of the file, tokeniser).
+    """Both files of each pair -> utterances `1 units 1`; remembered by sha256 of the file, in `units_cache`.
 
     SystemExit naming a file that holds no usable audio. Says so if the files' sample rates differ.
     """
@@ -331,8 +338,7 @@ def tokenize_pairs(tokenizer: SpeechTokenizer, benchmark: Benchmark) -> list[tup
             raise SystemExit(str(e)) from None
         return [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
 
-    units = remembered(f"units/{benchmark.name}-{tokenizer.fingerprint.codebook_sha256[:16]}",
-                       [sha256(Path(path)) for path in paths], encode)
+    units = remembered(units_cache(tokenizer, benchmark.name), [sha256(Path(path)) for path in paths], encode)
     if len(rates) > 1:
         print(f"{benchmark.name}: files of different sample rates ("
               + ", ".join(f"{n:,} of {rate:,} Hz" for rate, n in rates.most_common()) + "); all resampled to 16 kHz")
@@ -366,10 +372,10 @@ def load_asr(asr: str) -> tuple:
     return model, WhisperFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def transcribe(waves: list[np.ndarray], asr: str, batch: int = 8) -> list[str]:
+def transcribe(waves: list[np.ndarray], asr: str, batch: int = 8, strip: bool = True) -> list[str]:
     """Whisper's transcripts of waves (T,) at 16 kHz, of at most 30 s each (longer ones are cut); greedy.
 
-    A wave of no samples says nothing.
+    strip: without the space that Whisper begins with. A wave of no samples says nothing.
     """
     model, extractor, tokenizer = load_asr(asr)
     texts, sound = [""] * len(waves), [i for i, w in enumerate(waves) if len(w)]
@@ -379,7 +385,7 @@ def transcribe(waves: list[np.ndarray], asr: str, batch: int = 8) -> list[str]:
         x = x.input_features.to(model.device)
         tokens = model.generate(x, attention_mask=torch.ones(x.shape[::2], device=x.device), max_length=200)
         for i, text in zip(part, tokenizer.batch_decode(tokens, skip_special_tokens=True)):
-            texts[i] = text.strip()
+            texts[i] = text.strip() if strip else text
     return texts
 
 
@@ -395,9 +401,35 @@ def speak(rows: list[list[int]], tokenizer: SpeechTokenizer, vocoder: Vocoder, b
     return waves
 
 
+# The Penn Treebank's rules as in NLTK 3.9.1, the release of SlamKit's time (since 3.9.3 it splits dashes, too). Applied
+# in order; each puts spaces around what is a word of its own.
+TREEBANK = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"[«“‘„]|``?", r" \g<0> "),  # opening quotes; the Treebank's are `` and ''
+    (r'^"', " `` "),
+    (r"""([ ([{<])("|'')""", r"\1 `` "),
+    (r"(?i)'(?!re|ve|ll|[mtsdn])(\w)\b", r"' \1"),
+    (r"""([^.])\.([])}>"'»”’ ]*)\s*$""", r"\1 . \2 "),  # the text's last full stop; others stay with their words
+    (r"([:,])(\D|$)", r" \1 \2"),
+    (r"\.{2,}|[;@#$%&?!]", r" \g<0> "),
+    (r"([^'])' ", r"\1 ' "),
+    (r"[][(){}<>*»”’]|--", r" \g<0> "),
+    (r"""''|\"""", " '' "),
+    (r"\A|\Z|\s+", " "),  # the rules below look for spaces
+    (r"([^' ])('[sSmMdD]?) ", r"\1 \2 "),
+    (r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) ", r"\1 \2 "),
+    (r"(?i)\b(can(?=not)|d(?='ye)|gim(?=me)|gon(?=na)|got(?=ta)|lem(?=me)|more(?='n)|wan(?=na\s))"
+     r"(not|'ye|me|na|ta|'n)\b", r" \1 \2 "),
+    (r"(?i) ('t)(is)\b", r" \1 \2 "), (r"(?i) ('t)(was)\b", r" \1 \2 "))]
+
+
 def words(text: str) -> list[str]:
-    """Word tokens much as NLTK cuts them: words, with their apostrophes (NLTK: did n't), numbers, punctuation marks."""
-    return re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text)
+    """Word tokens of NLTK's `NLTKWordTokenizer`, with which SlamKit counts n-grams; case is kept.
+
+    words("A girl. She didn't, he said.") -> ["A", "girl.", "She", "did", "n't", ",", "he", "said", "."]
+    """
+    for pattern, replacement in TREEBANK:
+        text = pattern.sub(replacement, text)
+    return text.split()
 
 
 def auto_bleu(text: str, n: int = 2, overlapping: bool = True) -> float:
@@ -438,7 +470,11 @@ def load_judge(judge: str) -> tuple:
 
 @torch.inference_mode()
 def text_losses(texts: list[str], judge: str) -> list[float | None]:
-    """Mean NLL (nats) per token of each text but its first, by a text LM; None for a text of fewer than two."""
+    """Mean NLL (nats) per token of each text but its first, by a text LM; None for a text of fewer than two.
+
+    Tokenised as SlamKit does: with the special tokens that the LM's tokenizer adds by itself. So after Llama's BOS all
+    of the text is scored; SmolLM2's adds none, and the text's first token is only context.
+    """
     model, tokenizer = load_judge(judge)
     losses = []
     for text in tqdm(texts, disable=None, desc="judging", leave=False):
@@ -512,13 +548,15 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer: SpeechTokenizer, voco
                              top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty, may_end=cfg.may_end,
                              compile=cfg.compile and lm.device.type == "cuda" and len(prompts) >= 4 * cfg.batch)
         whole = speak([p + c for p, c in zip(prompts, new)], tokenizer, vocoder)
-        texts, alone = transcribe(whole, cfg.asr), transcribe(speak(new, tokenizer, vocoder), cfg.asr)
+        # Whisper's leading space stays: SlamKit's judge reads it, and " Once" is another token than "Once".
+        texts, alone = (transcribe(waves, cfg.asr, strip=False) for waves in (whole, speak(new, tokenizer, vocoder)))
         said += [{"seed": seed, "prompt": path.name, "text": text, "continuation_text": a, "units": units}
                  for path, text, a, units in zip(paths, texts, alone, new)]
         for path, wave in zip(paths, whole) if cfg.keep_audio else ():
             soundfile.write(out / f"generated{cfg.suffix}_{path.stem}_{seed}.wav", wave, SAMPLE_RATE)
     for name, lines in (("generated", said), ("judge_prompts", [
-            {"id": f"{x['prompt']} {x['seed']}", "prompt": JUDGE.format(**x)} for x in said])):
+            {"id": f"{x['prompt']} {x['seed']}", "prompt": JUDGE.format(
+                text=x["text"].strip(), continuation_text=x["continuation_text"].strip())} for x in said])):
         (out / f"{name}{cfg.suffix}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     settings = {k: v for k, v in asdict(cfg).items() if k in (
         "generate_from", "n_generate", "batch", "tokenizer", "vocoder", "prompt_seconds", "new_units", "temperature",

@@ -361,7 +361,8 @@ def read_swag(path: str, cfg: Config) -> tuple[list[dict], Counter]:
 def read_spoken_swag(input: str, cfg: Config) -> tuple[list[dict], Counter]:
     """Hugging Face's slprl/SpokenSwag, a folder of its parquet files or one: texts of pairs, and the rows skipped.
 
-    A pair's "split" is that of its file's name or folder. SystemExit if it is no such file, or pyarrow is not there.
+    A pair's "split" is that of its file's name or folder. It stays if its `auto_bleu2`, or where it has none that of
+    "prompt chosen", is below `max_auto_bleu`. SystemExit if it is no such file, or pyarrow is not there.
     """
     try:
         import pyarrow.parquet as parquet
@@ -373,13 +374,16 @@ def read_spoken_swag(input: str, cfg: Config) -> tuple[list[dict], Counter]:
             names = parquet.read_schema(path).names
             if missing := {x for side in SIDES for x in (side, f"{side}_text")} - set(names):
                 raise SystemExit(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(names)}")
-            columns = [f"{side}_text" for side in SIDES] + ["speaker"] * ("speaker" in names)
+            columns = [f"{side}_text" for side in SIDES] + [x for x in ("speaker", "auto_bleu2") if x in names]
             rows = parquet.read_table(path, columns=columns).to_pylist()
         except (OSError, ValueError) as e:  # pyarrow's own are of these
             raise SystemExit(f"{path}: not a whole parquet file ({str(e).splitlines()[0]})") from None
         split = "val" if re.search(r"\b(val|test|dev)", name) else "train"
         for number, row in enumerate(rows):
-            if auto_bleu(f"{row['prompt_text']} {row['chosen_text']}") >= cfg.max_auto_bleu:
+            value = row.pop("auto_bleu2", None)
+            if value is None:
+                value = auto_bleu(f"{row['prompt_text']} {row['chosen_text']}")
+            if value >= cfg.max_auto_bleu:
                 skipped["repetitive"] += 1
             else:
                 pairs.append({"id": f"{name}/{number:07d}", "split": split} | row)

@@ -1,19 +1,27 @@
 """eval.py: metrics against brute force."""
 import json
 import math
+import random
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import N_UNITS, markov
 from test_train import tiny
 
+from audio import load_audio
+from benchmarks import Benchmark
+from embedded import resolve
 from eval import (Config, Fork, auto_bleu, load_judge, ngram_loss, ngram_nlls, ngrams, pair_accuracy, pair_nlls,
-                  perplexity, score_pairs, table, text_nlls, word_error_rate, words)
+                  perplexity, score_pairs, table, text_losses, text_nlls, tokenize_pairs, transcribe, units_cache,
+                  word_error_rate, words)
+from speech_tokenizer import SpeechTokenizer, read_codebook, write_codebook
 from train import merge_results
-from units import to_tokens
+from units import Fingerprint, to_tokens
 
 
 def test_pair_accuracy():
@@ -121,7 +129,38 @@ def test_auto_bleu():
         grams = list(zip(tokens, tokens[1:]))
         expected = np.mean([any(g == h and abs(i - j) >= 2 for j, h in enumerate(grams)) for i, g in enumerate(grams)])
         assert auto_bleu(" ".join(tokens), overlapping=False) == pytest.approx(expected)
-    assert words("Don't stop, he said.") == ["Don't", "stop", ",", "he", "said", "."]
+    stories = "Once upon a time there was a girl. She liked to play. She saw a dog. The dog ran. She ran."
+    assert auto_bleu(stories) == 0  # "girl." and "play." are words; only the last full stop is one of its own
+
+
+@pytest.mark.parametrize("text, expected", {
+    "Don't stop, he said.": "Do|n't|stop|,|he|said|.",
+    "A girl. She CAN'T, I'm... sure": "A|girl.|She|CA|N'T|,|I|'m|...|sure",
+    '"Well," he said (to 3 dogs), "it costs $3.88 at 10:30!"': "``|Well|,|''|he|said|(|to|3|dogs|)|,|``|it|costs|$|"
+                                                             "3.88|at|10:30|!|''",
+    "I cannot; we're gonna, I wanna go. 'Tis the dogs' “end.”  \n":
+        "I|can|not|;|we|'re|gon|na|,|I|wan|na|go.|'T|is|the|dogs|'|“|end|.|”",
+    "naïve 日本 -- 5% *yes*": "naïve|日本|--|5|%|*|yes|*",
+    "Mr. U.S. went..": "Mr.|U.S.|went|..",
+    "": "", " \n\t": "", ".": ".", "'": "'"}.items())
+def test_words_are_nltks(text, expected):
+    assert "|".join(words(text)) == expected
+
+
+def test_words_and_auto_bleu_by_nltk():
+    """3,000 texts, of which a third are no language at all; auto-BLEU as SlamKit defines it, over NLTK's words."""
+    tokenize = pytest.importorskip("nltk.tokenize").NLTKWordTokenizer().tokenize
+    rng = random.Random(0)
+    marks = "' \" '' `` ` . .. ... , : ; ? ! ( ) [ ] { } < > -- - * # $ % & @ “ ” ‘ ’ « » „ …".split()
+    texts = "don't CAN'T cannot gonna wanna gotta gimme lemme d'ye more'n 'tis 'Twas he's I'm they'd we'll We'LL " \
+        "you've dogs' 'n' n't girl A the 3.88 3,36 10:30 \u0663 été 日本 \u0130 _ U.S. Mr. x 'x".split()
+    pieces = marks + texts + [" "] * 30 + ["\n", "\t", "\u00a0", "  "]
+    for i in range(3000):
+        spoken = (rng.choice(texts) + rng.choice([" ", " ", " ", ", ", ". ", "! ", ' "', '" ']) for _ in range(30))
+        text = "".join(islice(spoken, rng.randint(0, 30)) if i % 3 else rng.choices(pieces, k=rng.randint(0, 14)))
+        assert words(text) == tokenize(text), repr(text)
+        grams = [" ".join(pair) for pair in zip(tokenize(text), tokenize(text)[1:])]
+        assert auto_bleu(text) == pytest.approx(sum(grams.count(g) > 1 for g in grams) / max(1, len(grams)))
 
 
 def test_word_error_rate():
@@ -147,6 +186,60 @@ def test_perplexity_counts_empty_texts():
     both = perplexity([fluent, other], replace(cfg, n_seeds=2))
     assert both["value"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-3)
     assert both["seeds"] == pytest.approx([math.exp(x) for x in losses], rel=1e-3)
+
+
+def test_what_the_judge_reads(voice):
+    """Transcripts with Whisper's leading space, as transformers' pipeline, which is SlamKit's ASR, gives them."""
+    from transformers import WhisperTokenizer, pipeline
+    asr, judge = "embedded:whisper-tiny.en", "embedded:smollm2-135m"
+    waves = [voice("Once upon a time there was a little girl."), voice("The dog is here. It barks at me.")]
+    texts = transcribe([*waves, np.zeros(0, np.float32)], asr, strip=False)
+    heard = pipeline("automatic-speech-recognition", resolve(asr), device="cpu",
+                     tokenizer=WhisperTokenizer.from_pretrained(resolve(asr)))
+    theirs = [heard({"raw": w, "sampling_rate": 16_000}, generate_kwargs={"num_beams": 1})["text"] for w in waves]
+    assert texts == [*theirs, ""] and all(t.startswith(" ") for t in theirs)
+    assert transcribe(waves, asr) == [t.strip() for t in theirs]
+    # The judge's tokenizer adds what it adds by itself, and the batch is padded.
+    model, tokenizer = load_judge(judge)
+    batch = tokenizer(theirs, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        logp = model(**batch).logits[:, :-1].log_softmax(-1).gather(2, batch.input_ids[:, 1:, None])[..., 0]
+    mask = batch.attention_mask[:, 1:]
+    expected = (-(logp * mask).sum(1) / mask.sum(1)).tolist()
+    found = text_losses(texts, judge)
+    assert found[:2] == pytest.approx(expected, rel=1e-4) and found[2] is None
+    assert text_losses([theirs[0].strip()], judge)[0] != pytest.approx(expected[0], rel=1e-3)
+
+
+def test_units_are_remembered_by_all_that_decides_them(voice, tmp_path, monkeypatch):
+    """Another layer with the same k-means, or another number format, never gets the units of the first."""
+    tensors, meta = read_codebook("embedded")
+    write_codebook(tmp_path / "layer2.safetensors", tensors, meta | {"layer": 2})
+    tokenizers = [SpeechTokenizer.load("embedded"), SpeechTokenizer.load(str(tmp_path / "layer2.safetensors")),
+                  SpeechTokenizer.load("embedded", dtype="bfloat16")]
+    assert len({t.fingerprint.codebook_sha256 for t in tokenizers}) == 1
+    monkeypatch.setenv("SLAM_CACHE", str(tmp_path / "cache"))
+    paths = [str(tmp_path / f"{side}.wav") for side in ("a", "b")]
+    for path, text in zip(paths, ("The dog is near the tree. It sleeps.", "The dog are near the tree.")):
+        soundfile.write(path, voice(text), 16_000)
+    benchmark = Benchmark("x", "here", pairs=[{"id": "0", "positive": paths[0], "negative": paths[1]}])
+    seen = []
+    for _ in range(2):  # the second time out of the cache
+        for tokenizer in tokenizers:
+            found = tokenize_pairs(tokenizer, benchmark)
+            assert found == [tuple(to_tokens(tokenizer.encode(load_audio(p), 16_000)[0]) for p in paths)]
+            seen.append(found)
+    assert seen[0] != seen[1] and seen[0] != seen[2] and seen[:3] == seen[3:]
+    assert len(list((tmp_path / "cache" / "units").iterdir())) == 3
+    # Everything in the fingerprint, and the device's kind.
+    names, tokenizer = {units_cache(tokenizers[0], "x")}, tokenizers[0]
+    for field, value in Fingerprint("e", 1, 50.0, 7, False, "f").to_dict().items():
+        tokenizer.fingerprint = replace(tokenizer.fingerprint, **{field: value})
+        names.add(units_cache(tokenizer, "x"))
+    for device in ("cuda", "cuda:1"):  # the same kind
+        tokenizer.encoder.device = device
+        names.add(units_cache(tokenizer, "x"))
+    assert len(names) == 8
 
 
 def test_results_merge(tmp_path):

@@ -31,7 +31,12 @@ def test_evaluation(runs, stories, tmp_path):
         said = [json.loads(x) for x in (runs / name / "generated.jsonl").read_text().splitlines()]
         assert [x["seed"] for x in said] == [0, 0, 1, 1] and all(len(x["units"]) == 40 for x in said)
         judged = [json.loads(x) for x in (runs / name / "judge_prompts.jsonl").read_text().splitlines()]
-        assert all(x["text"] in j["prompt"] for x, j in zip(said, judged, strict=True))
+        assert all(f": {x['text'].strip()}\n" in j["prompt"] for x, j in zip(said, judged, strict=True))
+        assert all(x["text"].startswith(" ") for x in said)  # as the judge reads it
+        losses = [x for x in eval.text_losses([x["text"] for x in said], "embedded:smollm2-135m") if x is not None]
+        assert results["gen_ppl"]["value"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
+        assert results["auto_bleu"]["value"] == pytest.approx(
+            100 * np.mean([eval.auto_bleu(x["text"]) for x in said]))
         assert len(list((runs / name).glob("generated_*.wav"))) == 4
         assert all(m in done.stdout for m in ("bigram_loss", "tstorycloze", "gen_ppl"))
     assert "val_loss_before_training" in json.loads((runs / "lm" / "results.json").read_text())

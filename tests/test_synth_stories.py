@@ -218,14 +218,17 @@ def test_spoken_swag_of_the_hub(stories, tmp_path):
 
     folder = tmp_path / "SpokenSwag" / "data"
     folder.mkdir(parents=True)
-    rows = {"train-00000-of-00002": [row(0), row(1, chosen_text="a b a b a b"), row(2)],
-            "train-00001-of-00002": [row(3, rejected={"bytes": b"junk", "path": None}), row(4)],
+    # The data set's own auto-BLEU decides; where it has none, it is counted.
+    again = {"prompt_text": "a b a b"}
+    rows = {"train-00000-of-00002": [row(0, auto_bleu2=0.29, **again), row(1, auto_bleu2=0.3), row(2)],
+            "train-00001-of-00002": [row(3, rejected={"bytes": b"junk", "path": None}), row(4, auto_bleu2=None),
+                                     row(4, auto_bleu2=None, **again)],
             "validation-00000-of-00001": [row(0), row(1)]}
     for name, part in rows.items():
         parquet.write_table(pyarrow.Table.from_pylist(part), folder / f"{name}.parquet", row_group_size=1)
     command = ["synth_stories.py", f"--swag={folder.parent}", "--tts=kokoro", "--n_val=1", f"--out={tmp_path}/pairs"]
     said = run(*command).stdout
-    assert "7 rows, of which were skipped: 1 repetitive" in said and "3 pairs; 1 gave no sound" in said
+    assert "8 rows, of which were skipped: 2 repetitive" in said and "3 pairs; 1 gave no sound" in said
     _, train = read_pairs(tmp_path / "pairs" / "pairs_train.jsonl")
     _, val = read_pairs(tmp_path / "pairs" / "pairs_val.jsonl")
     assert [p["id"] for p in train] == [f"data/train-0000{x}-of-00002/000000{i}" for x, i in ((0, 0), (0, 2), (1, 1))]
