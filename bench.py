@@ -42,11 +42,11 @@ from dpo import (Config as DpoConfig, Data, backward, complete as complete_dpo, 
                  step_rows)
 from embedded import cache_dir, resolve
 from eval import Fork, pair_nlls, tokenize_pairs, units_cache
-from model import ModelConfig, UnitLM, fetch, find_checkpoint, from_config, twisted
+from model import IGNORE, ModelConfig, UnitLM, fetch, find_checkpoint, from_config, twisted
 from optim import make_optimizer, update
 from prepare_units import Config as UnitsConfig, extract
 from speech_tokenizer import SpeechTokenizer, WhisperFrames, assign, find_codebook, write_codebook
-from train import (Config as TrainConfig, Epochs, Loader, Rows, accumulate, autocast, build, collate, compiled, cut,
+from train import (Config as TrainConfig, Epochs, Loader, Rows, accumulate, autocast, build, compiled, cut,
                    checkpoint_fingerprint, flops_per_token, peak_flops, pick_device)
 from units import UnitReader, UnitWriter, to_tokens
 from vocoder import HifiGan, Vocoder
@@ -88,10 +88,15 @@ def rates(sides: dict[str, Callable[[], Callable[[], int]]], rounds: int, warm: 
     return {name: (1 / statistics.median(x), memory[name]) for name, x in found.items()}
 
 
-def peer_model(lm: UnitLM) -> torch.nn.Module:
-    """transformers' own model with the same shape and weights, and SDPA."""
+def packs(device: torch.device, dtype: str) -> bool:
+    """Whether SlamKit can pack chunks into one row here, for which it demands FlashAttention 2, which has no fp32."""
+    return device.type == "cuda" and dtype != "float32" and transformers.utils.is_flash_attn_2_available()
+
+
+def peer_model(lm: UnitLM, attention: str = "sdpa") -> torch.nn.Module:
+    """transformers' own model with the same shape and weights."""
     config = transformers.AutoConfig.for_model(**lm.hf_config())
-    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     hf.load_state_dict(lm.state_dict(), strict=False)  # not strict: a tied head is in it twice
     return hf
 
@@ -101,6 +106,7 @@ def peer_model(lm: UnitLM) -> torch.nn.Module:
 @dataclass
 class BenchTrain(TrainConfig):
     """Training steps, ours and the peer's; the settings are those of train.py."""
+    peer_micro_batch: int = 8  # chunks in a forward pass of the peer (SlamKit's default)
     rounds: int = 5  # steps timed of each side, after two more
 
     def problems(self) -> list[str]:
@@ -108,33 +114,41 @@ class BenchTrain(TrainConfig):
         return [x for x in super().problems() if "exactly one of" not in x]
 
 
-def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch.device) -> Callable[[], int]:
-    """SlamKit's way: transformers' model, bf16 autocast, torch's AdamW; utterances cut one by one.
+def peer_batch(reader: UnitReader, chunks: np.ndarray, packed: bool) -> dict[str, Tensor]:
+    """Arguments of transformers' model for chunks (n, 3) of `cut`, as SlamKit's collators make them.
 
-    Chunks of at most `context` tokens, not filled up, are drawn at random; `micro_batch` of them stand in one row,
-    positions begin anew with each, and transformers keeps attention within a chunk: by SDPA and a mask here, as a CPU
-    lacks FlashAttention 2, which SlamKit uses for this. The loss is summed over the step and divided by its number of
-    targets. No torch.compile (SlamKit's default).
+    Padded on the right, (n, longest), with an attention mask; packed: one row, (1, sum), with positions.
     """
-    hf = peer_model(lm).to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
+    parts = [torch.from_numpy(reader.tokens(i)[at:at + n + 1].astype(np.int64)) for i, at, n in chunks.tolist()]
+    if packed:
+        tokens, positions = torch.cat(parts)[None], torch.cat([torch.arange(len(x)) for x in parts])[None]
+        return {"input_ids": tokens, "position_ids": positions, "labels": tokens.masked_fill(positions == 0, IGNORE)}
+    tokens, mask = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True)
+                    for x in (parts, [torch.ones_like(x) for x in parts]))
+    return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, IGNORE)}
+
+
+def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch.device) -> Callable[[], int]:
+    """What SlamKit runs: transformers' model and loss, torch's fused AdamW, bf16 autocast, no torch.compile.
+
+    Utterances are cut one by one into chunks of at most `context` tokens, which are not filled up and drawn at random:
+    `peer_micro_batch` in a forward pass, and as many a step as hold our number of tokens. SlamKit packs chunks into
+    one row only with FlashAttention 2 and refuses to do so without; then it pads.
+    """
+    packed = packs(device, cfg.dtype)
+    hf = peer_model(lm, "flash_attention_2" if packed else "sdpa").train()
+    hf.to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32)
     optimizer = torch.optim.AdamW(hf.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     chunks, rng = cut(reader.lengths, cfg.context), np.random.default_rng(cfg.seed)
-    rows = cfg.batch_tokens // cfg.context
-
-    def flatten(chosen: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = chosen[:, 2].tolist()
-        parts = collate(reader, list(chosen[:, None]), max(lengths))
-        return tuple(torch.cat([row[:n] for row, n in zip(x, lengths)])[None].to(device) for x in parts)
+    passes = max(1, round(cfg.batch_tokens / (chunks[:, 2].mean() * cfg.peer_micro_batch)))
 
     def step() -> int:
-        chosen = chunks[rng.choice(len(chunks), rows)]
-        n = int(chosen[:, 2].sum())
-        for at in range(0, rows, cfg.micro_batch):
-            tokens, targets, positions = flatten(chosen[at:at + cfg.micro_batch])
+        chosen = chunks[rng.choice(len(chunks), (passes, cfg.peer_micro_batch))]
+        n = int(chosen[..., 2].sum())
+        for micro in chosen:
+            batch = {k: x.to(device) for k, x in peer_batch(reader, micro, packed).items()}
             with autocast(device, cfg.dtype):
-                logits = hf(tokens, position_ids=positions, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.float()[0], targets[0], reduction="sum") / n
-            loss.backward()
+                hf(**batch, use_cache=False, num_items_in_batch=n).loss.backward()
         torch.nn.utils.clip_grad_norm_(hf.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -179,7 +193,8 @@ def bench_train(cfg: BenchTrain) -> None:
     if our_memory:
         more |= {"memory_gb": round(our_memory, 2), "peer_memory_gb": round(peer_memory, 2)}
     report("train", ours, peer, "useful tokens/s", **more, shape=shape, mean_chunk=round(float(chunks.mean()), 1),
-           optimizer=cfg.optimizer, compile=cfg.compile)
+           optimizer=cfg.optimizer, compile=cfg.compile, peer_rows="packed" if packs(device, cfg.dtype) else "padded",
+           peer_micro_batch=cfg.peer_micro_batch)
 
 
 # ---------------------------------------------------------------- preference tuning

@@ -305,11 +305,22 @@ def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
     return x.tolist()
 
 
+def fast_bfloat16(cpu: dict) -> bool:
+    """Whether a CPU with these `torch.cpu.get_capabilities()` multiplies bfloat16 matrices faster than fp32 ones.
+
+    On x86 with AMX, or with AMD's AVX-512 BF16. Intel's AVX-512 BF16 without AMX, which virtual machines may hide, is
+    half as fast as fp32, and torch calls every CPU with AVX-512 able, if need be by emulation.
+    """
+    if cpu.get("architecture") == "x86_64":
+        return cpu["amx_bf16"] or cpu["avx512_bf16"] and "Intel" not in cpu["cpu_name"]
+    onednn = torch.backends.mkldnn.is_available()  # not in every build for Macs
+    return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def autocast(device: torch.device, dtype: str):
     """Context of mixed precision: bfloat16 matrix products over fp32 weights, or nothing for the other dtypes."""
     if dtype == "auto":
-        onednn = torch.backends.mkldnn.is_available()  # not in every build for Macs
-        fast = device.type == "cuda" or onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = device.type == "cuda" or fast_bfloat16(torch.cpu.get_capabilities())
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 

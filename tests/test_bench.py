@@ -10,9 +10,10 @@ import torch
 from conftest import run
 from test_train import SHAPE, tiny
 
-from bench import BenchDpo, BenchTrain, our_dpo, our_training, peer_dpo, peer_model, peer_scores, peer_training
+from bench import (BenchDpo, BenchTrain, our_dpo, our_training, peer_batch, peer_dpo, peer_model, peer_scores,
+                   peer_training)
 from eval import pair_nlls
-from train import build
+from train import build, collate, cut
 from units import UnitReader, to_tokens
 
 
@@ -23,19 +24,35 @@ def case(*args) -> list[dict]:
 def test_the_peer_computes_the_same_model(corpus):
     """Trained on the same few utterances, with one learning rate, both sides end at the same weights."""
     cfg = BenchTrain(train=(str(corpus / "val"),), val=("x",), shape=SHAPE, context=64, micro_batch=1, batch_tokens=64,
-                     lr=1e-3, dtype="float32", seed=0)
+                     peer_micro_batch=1, lr=1e-3, dtype="float32", seed=0)
     reader, device = UnitReader(corpus / "val"), torch.device("cpu")
     reader.lengths, reader.n_tokens = reader.lengths[:1], int(reader.lengths[0])  # one utterance: one chunk, one row
     torch.manual_seed(0)
     lm = build(cfg, 20)
     peer, before = peer_training(cfg, reader, lm, device), [p.clone() for p in lm.parameters()]
     ours = our_training(cfg, reader, lm, device)
-    assert ours() == peer() == reader.n_tokens - 1
+    assert ours() == reader.n_tokens - 1
+    assert peer() == (reader.n_tokens - 1) * round(64 / (reader.n_tokens - 1))  # as often as fits our step
     hf = peer.__closure__[[*peer.__code__.co_freevars].index("hf")].cell_contents
     theirs = dict(hf.named_parameters())
     for (name, p), old in zip(lm.named_parameters(), before):
         torch.testing.assert_close(p, theirs[name], atol=2e-5, rtol=1e-3)
         assert not torch.equal(p, old)
+
+
+def test_the_peer_padded_or_packed_has_our_loss(corpus):
+    """On chunks with a border inside an utterance: transformers' loss of the peer's batch, and ours of a full row."""
+    reader, lm = UnitReader(corpus / "val"), tiny().eval()
+    chunks = cut(reader.lengths[:6], 24)
+    assert (chunks[:, 1] > 0).any() and len({*chunks[:, 2]}) > 2
+    n, hf = int(chunks[:, 2].sum()), peer_model(lm).eval()
+    tokens, targets, positions = collate(reader, [chunks], n)
+    ours = lm(tokens, targets, positions)[1].item()
+    padded, packed = (peer_batch(reader, chunks, packed) for packed in (False, True))
+    assert padded["input_ids"].shape == (len(chunks), 25) and packed["input_ids"].shape == (1, n + len(chunks))
+    for batch in (padded, packed):
+        assert (batch["labels"][:, 1:] != -100).sum() == n
+        assert hf(**batch, use_cache=False, num_items_in_batch=n).loss.item() == pytest.approx(ours, rel=1e-5)
 
 
 def test_the_peer_in_dpo_computes_the_same_step():
