@@ -9,33 +9,41 @@ Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json
     python dpo.py pairs config/align_pairs.py        # pairs of the model's own continuations, the better over the worse
 
 The reference is the starting checkpoint; its log-probabilities are computed once and kept beside the pairs, so only one
-model is in memory. A pair is laid out as eval.Fork: the prompt, the chosen completion, and the rejected one, which sees
+model is in memory. A pair is laid out as eval.PrefixPair: the prompt, the chosen completion, and the rejected one, which sees
 the same prompt. So the prompt is computed once, and rows are filled with several pairs.
 """
-import hashlib
-import json
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from config import load_config
-from eval import (Fork, auto_bleu, continuation_scores, continue_units, fork_logps, load_asr, pack, put, score_forks,
-                  speak, transcribe)
-from model import UnitLM, find_checkpoint, weights_sha256
-from optim import make_optimizer, schedule, update
-from speech_tokenizer import SpeechTokenizer, find_codebook
-from train import Epochs, Run, checkpoint_fingerprint, compiled, newest_checkpoint, pick_device, run_problems
-from units import (Fingerprint, UnitReader, read_pairs, require_same, same_units, to_tokens, to_units,
-                   write_pairs)
-from vocoder import vocoder_for
+from model import UnitLM
+from slam.checkpoint import (
+    checkpoint_fingerprint,
+    find_checkpoint,
+    newest_checkpoint,
+    newest_pairs,
+    sha256_of,
+    weights_sha256,
+)
+from slam.device import compiled, pick_device, put
+from slam.metrics import auto_bleu
+from slam.optim import make_optimizer, schedule, update
+from slam.packing import Epochs
+from slam.run import Run, run_problems
+from slam.scoring import PrefixPair, pack, pair_logps, row_logps
+from slam.speech import continue_units, load_asr, speak, transcribe
+from slam.tokenizer import SpeechTokenizer, find_codebook
+from slam.units import Fingerprint, read_pairs, require_same, to_tokens, to_units
+from slam.vocoder import vocoder_for
 
 
 @dataclass
@@ -64,9 +72,9 @@ class Config:
     beta2: float = 0.999  # AdamW
     eps: float = 1e-8  # AdamW
     weight_decay: float = 0.0  # AdamW
-    clip: float = 0.5  # largest gradient norm
+    grad_clip: float = 0.5  # largest gradient norm
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; weights and optimiser are fp32
-    checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, a third more work
+    activation_checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, a third more work
     compile: bool | None = None  # torch.compile; none: on a GPU
     log_every: int = 10  # steps
     eval_every: int = 200  # steps: validation pairs, and what the continuations of their prompts say
@@ -86,7 +94,6 @@ class Config:
 
 
 # ---------------------------------------------------------------- the loss
-
 def dpo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, reference_chosen_logp: Tensor,
              reference_rejected_logp: Tensor, beta: float = 0.1, label_smoothing: float = 0.0, loss: str = "sigmoid",
              lengths: Tensor | None = None, length_normalized: bool = False,
@@ -128,8 +135,7 @@ def preferred(a: Tensor, b: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- pairs, and what the reference thinks of them
-
-def fork(pair: dict, context: int) -> Fork | None:
+def prefix_pair(pair: dict, context: int) -> PrefixPair | None:
     """A pair file's units as `1 prompt`, `chosen 1`, `rejected 1`; None if the completions leave the row no prompt.
 
     A completion that was cut off (`units.write_pairs`) has no EOS: the model did not end there. A unit that prompt and
@@ -142,13 +148,13 @@ def fork(pair: dict, context: int) -> Fork | None:
         tokens = to_tokens(units[1:] if units[0] == prompt[-1] and len(units) > 1 else units)[1:]
         completions.append(tokens if pair.get(f"{side}_ended", True) else tokens[:-1])
     room = context - sum(map(len, completions))
-    return Fork(to_tokens(prompt[-room:])[:-1], *completions) if room > 0 else None
+    return PrefixPair(to_tokens(prompt[-room:])[:-1], *completions) if room > 0 else None
 
 
-def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[Fork]]:
+def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[PrefixPair]]:
     """Fingerprint and pairs of a file, in tokens; pairs too long for a row are left out, and counted."""
     fingerprint, found = read_pairs(path)
-    pairs = [pair for x in found if (pair := fork(x, context))]
+    pairs = [pair for x in found if (pair := prefix_pair(x, context))]
     if len(pairs) < len(found):
         print(f"{path}: {len(found) - len(pairs)} of {len(found)} pairs left out, as their completions fill a row of "
               f"{context} tokens")
@@ -157,23 +163,19 @@ def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[Fork]]:
     return fingerprint, pairs
 
 
-def completion_logps(lm: UnitLM, pairs: list[Fork], cfg: Config, desc: str) -> Tensor:
+def completion_logps(lm: UnitLM, pairs: list[PrefixPair], cfg: Config, desc: str) -> Tensor:
     """Log-probabilities (n, 2) of all pairs' completions given their prompts; on the CPU.
 
     SystemExit if one is not a number, be it that its row did not fit into memory.
     """
-    logps = score_forks(lm.eval(), pairs, cfg.context, cfg.dtype, desc)[:, 1:]
+    logps = pair_logps(lm.eval(), pairs, cfg.context, cfg.dtype, desc)[:, 1:]
     if n := int((~logps.isfinite()).any(1).sum()):
         raise SystemExit(f"{desc}: {n} of {len(pairs)} pairs have no log-probability: not enough memory for a row of "
                          f"{cfg.context} tokens, or a model that has diverged")
     return logps
 
 
-def sha256_of(*what) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[Fork], cfg: Config, digest: str) -> Tensor:
+def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[PrefixPair], cfg: Config, digest: str) -> Tensor:
     """The starting checkpoint's `completion_logps` of a pair file: computed once, and kept beside it.
 
     lm: that checkpoint, if it is at hand; digest: sha256 of its weights.
@@ -193,19 +195,18 @@ def reference_logps(start: str, lm: UnitLM | None, path: str, pairs: list[Fork],
 
 
 # ---------------------------------------------------------------- a step
-
 class Data(NamedTuple):
     """Pairs, the lengths of their completions (n, 2), and the reference's log-probabilities of these (n, 2)."""
-    pairs: list[Fork]
+    pairs: list[PrefixPair]
     lengths: Tensor
     reference: Tensor
 
     @classmethod
-    def of(cls, pairs: list[Fork], reference: Tensor, device: torch.device) -> "Data":
+    def of(cls, pairs: list[PrefixPair], reference: Tensor, device: torch.device) -> "Data":
         return cls(pairs, torch.tensor([pair.lengths[1:] for pair in pairs], device=device), reference.to(device))
 
 
-def step_rows(ids: list[int], pairs: list[Fork], cfg: Config, width: int) -> list[list[int]]:
+def step_rows(ids: list[int], pairs: list[PrefixPair], cfg: Config, width: int) -> list[list[int]]:
     """A step's pairs in rows. Compiled code, of fixed width, wants whole micro-batches: the last rows may be empty."""
     rows = [[ids[i] for i in row] for row in pack([pairs[i] for i in ids], cfg.context)]
     return rows + [[]] * (-len(rows) % cfg.micro_batch if width else 0)
@@ -219,7 +220,7 @@ def backward(forward: Callable, data: Data, rows: list[list[int]], cfg: Config, 
     device, total = data.reference.device, 0.0
     for at in range(0, len(rows), cfg.micro_batch):
         part = rows[at:at + cfg.micro_batch]
-        logps = fork_logps(forward, [[data.pairs[i] for i in row] for row in part], width, device, cfg.dtype)[:, 1:]
+        logps = row_logps(forward, [[data.pairs[i] for i in row] for row in part], width, device, cfg.dtype)[:, 1:]
         ids = put(torch.tensor([i for row in part for i in row]), device)
         lengths = data.lengths[ids]
         loss, chosen, rejected = losses(cfg, logps, data.reference[ids], lengths)
@@ -231,7 +232,6 @@ def backward(forward: Callable, data: Data, rows: list[list[int]], cfg: Config, 
 
 
 # ---------------------------------------------------------------- the loop
-
 STATISTICS = ("loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "chosen_length", "rejected_length")
 
 
@@ -250,19 +250,6 @@ def complete(cfg: Config) -> Config:
             "the paper's recipe (table 5, config/slam_dpo.py): "
         print(f"{how}{', '.join(said)}")
     return full
-
-
-def newest_pairs(checkpoint: str) -> str:
-    """The newest pairs_train.jsonl under out/ of a checkpoint's units, not of a model's own continuations (`pairs`).
-
-    SystemExit if there is none.
-    """
-    fingerprint = checkpoint_fingerprint(find_checkpoint(checkpoint))
-    for path in sorted(Path("out").rglob("pairs_train.jsonl"), key=lambda p: -p.stat().st_mtime):
-        if not path.with_name("candidates.jsonl").exists() and same_units(read_pairs(path)[0], fingerprint):
-            return str(path)
-    raise SystemExit(f"no pairs_train.jsonl under out/ of the units of {checkpoint}; make one (synth_stories.py "
-                     f"config/spoken_swag.py) or name one with --pairs")
 
 
 def main(cfg: Config) -> None:
@@ -286,7 +273,7 @@ def main(cfg: Config) -> None:
     if run.trainer and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
         return
     lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else start).to(device)
-    lm.set_checkpointing(cfg.checkpointing)
+    lm.set_activation_checkpointing(cfg.activation_checkpointing)
     optimizer = make_optimizer(lm, cfg)
     seen: list[Tensor] = []  # of the steps since the last log line: what STATISTICS names
     if run.trainer:
@@ -337,7 +324,7 @@ def main(cfg: Config) -> None:
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
         rows = batch(run.step)
         seen.append(backward(forward, train, rows, cfg, width))
-        norm = update(lm, optimizer, lr, cfg.clip)
+        norm = update(lm, optimizer, lr, cfg.grad_clip)
         run.step += 1
         run.tokens += sum(sum(train.pairs[i].lengths[1:]) for row in rows for i in row)
         run.tick()
@@ -391,148 +378,9 @@ def listener(cfg: Config, fingerprint: Fingerprint) -> Callable | None:
     return listen
 
 
-# ---------------------------------------------------------------- on-policy pairs
-
-@dataclass
-class PairsConfig:
-    """Make preference pairs of a model's own continuations (AlignSLM, Lin et al. 2024, arXiv 2411.01834)."""
-    out: str = "out/align"  # folder: pairs_train.jsonl, pairs_val.jsonl, candidates.jsonl; a killed run goes on in it
-    checkpoint: str = ""  # model that continues; empty: the newest pre-trained under out/
-    prompts: str = ""  # pair file whose prompts are continued, or unit files whose utterances' beginnings are; empty:
-    # the newest pairs_train.jsonl under out/ of the checkpoint's units
-    n_prompts: int = 10_000  # prompts, at most, drawn by the seed
-    n_val: int = 200  # pairs that are held out
-    prompt_units: int = 60  # of an utterance's beginning; 3 s
-    n: int = 8  # continuations of each prompt
-    new_units: int = 100  # of a continuation; 5 s
-    temperature: float = 1.0  # of the continuations
-    top_k: int = 50  # draw from the k most likely units
-    repetition_penalty: float = 1.0  # of the continuations
-    may_end: bool = True  # an EOS ends a continuation
-    asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes them
-    judge: str = "embedded:smollm2-135m"  # text LM whose mean log-probability per token, given the prompt's text, ranks
-    max_auto_bleu: float = 0.1  # what repeats bigrams as often as this is never chosen,
-    min_words: int = 4  # nor what has fewer words
-    min_gap: float = 0.5  # nats per text token between chosen and rejected; closer ones give no pair
-    tokenizer: str = ""  # codebook file; empty: that of the checkpoint's units
-    vocoder: str = ""  # vocoder file; empty: one that speaks them
-    batch: int = 8  # prompts continued together
-    seed: int = 0  # of prompts and continuations
-    overwrite: bool = False  # start anew instead of going on
-
-    def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
-        found = [] if self.n >= 2 else ["n: a pair needs at least 2 continuations"]
-        return found if min(self.batch, self.new_units, self.prompt_units, self.n_prompts) >= 1 else [
-            *found, "batch, new_units, prompt_units and n_prompts must be at least 1"]
-
-
-def choose(candidates: list[dict], cfg: PairsConfig) -> tuple[dict, dict] | None:
-    """The best and the worst of {"text", "score", "auto_bleu"}; None if nothing may be chosen or they are too close.
-
-    score: mean log-probability per text token; None, with which a candidate is out, for one without words.
-    """
-    heard = [c for c in candidates if c["score"] is not None]
-    fine = [c for c in heard if c["auto_bleu"] < cfg.max_auto_bleu and len(c["text"].split()) >= cfg.min_words]
-    if not fine:
-        return None
-    best, worst = max(fine, key=lambda c: c["score"]), min(heard, key=lambda c: c["score"])
-    return (best, worst) if best is not worst and best["score"] - worst["score"] >= cfg.min_gap else None
-
-
-def read_prompts(cfg: PairsConfig, fingerprint: Fingerprint) -> list[dict]:
-    """Prompts {"id", "prompt" (units)} and, where it is known, "prompt_text"; at most n_prompts, drawn by the seed."""
-    if cfg.prompts.endswith(".jsonl"):
-        theirs, pairs = read_pairs(cfg.prompts)
-        found = [{k: p[k] for k in ("id", "prompt", "prompt_text") if k in p} for p in pairs]
-    else:
-        reader = UnitReader(cfg.prompts)
-        theirs, ids = reader.fingerprint, reader.ids()
-        found = [{"id": ids[i], "prompt": reader.units(i)[:cfg.prompt_units].tolist()}
-                 for i in np.flatnonzero(reader.lengths - 2 >= cfg.prompt_units)]
-    require_same(fingerprint, cfg.checkpoint, theirs, cfg.prompts)
-    order = np.random.default_rng(cfg.seed).permutation(len(found))[:cfg.n_prompts]
-    return [found[i] for i in order]
-
-
-def make_pairs(cfg: PairsConfig) -> None:
-    """Continue, hear, score and choose; candidates.jsonl keeps every continuation, its transcript and its score."""
-    checkpoint = cfg.checkpoint or newest_checkpoint("out", "train")
-    cfg = replace(cfg, checkpoint=checkpoint, prompts=cfg.prompts or newest_pairs(checkpoint))
-    start, device, out = find_checkpoint(checkpoint), pick_device(), Path(cfg.out)
-    fingerprint = checkpoint_fingerprint(start)
-    tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(fingerprint), device.type)
-    require_same(fingerprint, checkpoint, tokenizer.fingerprint, "tokenizer")
-    vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
-    prompts = read_prompts(cfg, fingerprint)
-    # What decides the candidates; how one is chosen may change.
-    settings = {k: v for k, v in asdict(cfg).items() if k not in (
-        "out", "overwrite", "n_val", "max_auto_bleu", "min_words", "min_gap")}
-    settings |= {"weights": weights_sha256(start), "drawn": sha256_of(prompts)}
-    path, header = out / "candidates.jsonl", json.dumps(settings)
-    if not path.exists() and any(out.glob("pairs_*.jsonl")):
-        raise SystemExit(f"{out} holds pairs that `dpo.py pairs` has not made; choose another --out")
-    lines = [] if cfg.overwrite or not path.exists() else path.read_text().split("\n")[:-1]  # one may be cut
-    if lines and json.loads(lines[0]) != settings:
-        changed = [f"{k} was {json.loads(lines[0]).get(k)!r}, now {v!r}" for k, v in settings.items()
-                   if json.loads(lines[0]).get(k) != v]
-        raise SystemExit(f"{path} was made with other settings ({'; '.join(changed)}); choose another --out, or "
-                         f"--overwrite")
-    n_done = len(lines[1:]) // cfg.batch  # batches are drawn together, so a part of one is of no use
-    n_done += len(lines) - 1 == len(prompts) and len(prompts) % cfg.batch > 0
-    lines = [header, *lines[1:][:n_done * cfg.batch]]
-    out.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text("".join(line + "\n" for line in lines))
-    os.replace(path.with_suffix(".part"), path)
-    lm = UnitLM.from_pretrained(start).eval().to(device)
-    with open(path, "a") as f, tqdm(total=len(prompts), initial=len(lines) - 1, disable=None, unit="prompt") as bar:
-        for number in range(n_done, -(-len(prompts) // cfg.batch)):
-            part = prompts[number * cfg.batch:][:cfg.batch]
-            f.write("".join(json.dumps(x) + "\n" for x in continuations(cfg, lm, tokenizer, vocoder, part, number)))
-            f.flush()
-            bar.update(len(part))
-    pairs = []
-    for line in path.read_text().splitlines()[1:]:
-        found = json.loads(line)
-        candidates = [{"ended": has_ended(c["units"], cfg)} | c for c in found.pop("candidates")]  # older ones lack it
-        if chosen := choose(candidates, cfg):
-            pairs.append(found | {f"{side}{end}": c[key] for side, c in zip(("chosen", "rejected"), chosen) for end, key
-                                  in (("", "units"), ("_ended", "ended"), ("_text", "text"), ("_score", "score"))})
-    if len(pairs) <= cfg.n_val:
-        raise SystemExit(f"{len(pairs)} pairs from {len(prompts)} prompts, and n_val, {cfg.n_val}, are to be held out; "
-                         f"more prompts, a smaller min_gap or a larger max_auto_bleu give more; {path} is kept")
-    for name, part in (("val", pairs[:cfg.n_val]), ("train", pairs[cfg.n_val:])):
-        write_pairs(out / f"pairs_{name}.jsonl", tokenizer.fingerprint, part)
-    gap = np.mean([p["chosen_score"] - p["rejected_score"] for p in pairs])
-    print(f"{out}: {len(pairs):,} pairs from {len(prompts):,} prompts, {gap:.2f} nats per text token apart; "
-          f"{len(prompts) - len(pairs):,} prompts gave none")
-
-
-def has_ended(units: list[int], cfg: PairsConfig) -> bool:
-    """Whether an EOS ended a continuation; else it was cut off at `new_units` (`UnitLM.generate`)."""
-    return len(units) < cfg.new_units
-
-
-def continuations(cfg: PairsConfig, lm: UnitLM, tokenizer: SpeechTokenizer, vocoder, prompts: list[dict],
-                  number: int) -> list[dict]:
-    """Batch `number` of prompts with their "candidates": {"units", "ended", "text", "score", "auto_bleu"} each."""
-    units = [p["prompt"] for p in prompts for _ in range(cfg.n)]
-    seed = int(np.random.default_rng((cfg.seed, number)).integers(2**31))
-    new = continue_units(lm, units, cfg.new_units, len(units), seed, "", may_end=cfg.may_end,
-                         temperature=cfg.temperature, top_k=cfg.top_k, repetition_penalty=cfg.repetition_penalty)
-    unheard = [p for p in prompts if "prompt_text" not in p]
-    texts = transcribe(speak([p["prompt"] for p in unheard] + new, tokenizer, vocoder), cfg.asr)
-    for p, text in zip(unheard, texts):
-        p["prompt_text"] = text
-    texts = texts[len(unheard):]
-    scores = continuation_scores([p["prompt_text"] for p in prompts for _ in range(cfg.n)], texts, cfg.judge)
-    found = [{"units": u, "ended": has_ended(u, cfg), "text": t, "score": s, "auto_bleu": auto_bleu(t)}
-             for u, t, s in zip(new, texts, scores)]
-    return [p | {"candidates": found[i * cfg.n:][:cfg.n]} for i, p in enumerate(prompts)]
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["pairs"]:
+        from slam.align_pairs import PairsConfig, make_pairs
         make_pairs(load_config(PairsConfig, sys.argv[2:], __doc__))
     else:
         main(load_config(Config, sys.argv[1:], __doc__))

@@ -12,26 +12,22 @@ like any other, and ours become SlamKit's by
     python model.py export out/slam slam_for_slamkit
 """
 import argparse
-import hashlib
 import json
-import pickle
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from embedded import resolve
+from slam.attention import attention_mask, cross_entropy, segment_attention, segments
+from slam.checkpoint import SLAMKIT, fetch, find_checkpoint, read_folder, write_folder
 
-IGNORE = -100  # target that counts for nothing
-SLAMKIT = "speech_language_model"  # model_type of SlamKit's checkpoints
 VOCABULARY = ("model.embed_tokens.weight", "model.decoder.embed_tokens.weight", "gpt_neox.embed_in.weight",
               "lm_head.weight", "embed_out.weight")  # the tables with a row for every token
+
+
 NOT_WEIGHTS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "decoder.version")  # old files' own
 
 
@@ -128,62 +124,6 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype)
 
 
-def visible(positions: Tensor) -> Tensor:
-    """Who may attend to whom, (B, 1, T, T) bool: what `UnitLM.forward` says of positions (B, T)."""
-    place = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    begins = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0), value=True)
-    run, utterance = begins.cumsum(1), (positions == 0).cumsum(1)
-    start = positions - place + torch.where(begins, place, 0).cummax(1).values  # position at which the run begins
-
-    def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:, None, :, None], x[:, None, None, :]
-
-    (run_q, run_k), (utterance_q, utterance_k) = pairs(run), pairs(utterance)
-    return ((run_q == run_k) | (utterance_q == utterance_k) & (positions[:, None, None, :] < pairs(start)[0])).tril()
-
-
-def runs_of(positions: Tensor) -> list[tuple[int, int, int]]:
-    """`visible` in short: runs of consecutive positions, of all rows one after the other, as (length, trunk, shared).
-
-    A run sees itself and, before that, the first `shared` tokens of run number `trunk`.
-    runs_of([[0, 1, 0], [0, 1, 1]]) -> [(2, 0, 0), (1, 1, 0), (2, 2, 0), (1, 2, 1)]
-    """
-    flat, width = positions.flatten(), positions.shape[1]
-    begins = F.pad(flat[1:] != flat[:-1] + 1, (1, 0), value=True)
-    begins[::width] = True
-    edges = begins.nonzero()[:, 0]
-    found, trunk = [], 0
-    lengths = torch.diff(edges, append=edges.new_tensor([len(flat)]))
-    for i, (at, start, length) in enumerate(zip(edges.tolist(), flat[edges].tolist(), lengths.tolist())):
-        trunk = i if start == 0 or at % width == 0 else trunk
-        found.append((length, trunk, start if trunk < i else 0))
-    return found
-
-
-def attend_within(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
-    """Attention as `runs_of` says, (B, H, T, D), run by run: no work on what a mask would hide.
-
-    What a CPU does: there a call costs little, and a row of two utterances half of what a masked one does.
-    """
-    B, _, T, _ = q.shape
-    parts = [x.transpose(1, 2).flatten(0, 1).split([n for n, _, _ in runs]) for x in (q, k, v)]  # (n, H, D) each
-    y = []
-    for i, (n, trunk, shared) in enumerate(runs):
-        qkv, mask = [x[i] for x in parts], None
-        if shared:
-            qkv[1:] = (torch.cat((x[trunk][:shared], x[i])) for x in parts[1:])
-            mask = torch.ones(n, shared + n, dtype=torch.bool).tril(shared)
-        y.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in qkv), attn_mask=mask,
-                                                is_causal=mask is None, enable_gqa=True))
-    return torch.cat(y, 2).transpose(1, 2).view(B, T, *q.shape[1::2]).transpose(1, 2)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Cross-entropy in nats, fp32, of logits (B, T, V) and targets (B, T); reduction mean, sum or none (-> (B, T))."""
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
-    return loss.view(targets.shape) if reduction == "none" else loss
-
-
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and ∓sin (B, 1, T, head_dim) of the rotary position embedding (Su et al. 2021), fp32, for `rotate`."""
     inverse = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
@@ -225,7 +165,7 @@ class Attention(nn.Module):
             # CUDA's fused kernels do not share heads in these cases
             k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         if isinstance(mask, list):
-            y = attend_within(q, k, v, mask)
+            y = segment_attention(q, k, v, mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
             y = y.reshape(B, -1, T, self.head_dim)
@@ -276,7 +216,7 @@ class UnitLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute blocks in the backward pass: less memory, a third more work
+        self.activation_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more work
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -297,9 +237,9 @@ class UnitLM(nn.Module):
         """The config.json that describes this model to transformers."""
         return self.config.to_hf()
 
-    def set_checkpointing(self, on: bool) -> None:
+    def set_activation_checkpointing(self, on: bool) -> None:
         """Keep only each block's input for the backward pass, and compute the rest of it again (Chen et al. 2016)."""
-        self.checkpointing = on
+        self.activation_checkpointing = on
 
     def n_params(self) -> int:
         """Number of parameters, tied ones counted once (paper table 6)."""
@@ -324,13 +264,13 @@ class UnitLM(nn.Module):
             mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
         elif positions is not None:
             eager_cpu = positions.device.type == "cpu" and not torch.compiler.is_compiling()
-            mask = runs_of(positions) if eager_cpu else visible(positions)
+            mask = segments(positions) if eager_cpu else attention_mask(positions)
         else:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)
         for block in self.model.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, cache, positions, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache, positions)
@@ -504,7 +444,7 @@ class HubLM(UnitLM):
         """The config.json that describes this model to transformers."""
         return json.loads(self.config.to_json_string(use_diff=False)) | {"architectures": [type(self.lm).__name__]}
 
-    def set_checkpointing(self, on: bool) -> None:
+    def set_activation_checkpointing(self, on: bool) -> None:
         """As UnitLM's."""
         switch = "enable" if on else "disable"  # the method's older name is deprecated, its newer one not everywhere
         names = (f"{kind}_checkpointing_{switch}" for kind in ("activation", "gradient"))
@@ -534,7 +474,7 @@ class HubLM(UnitLM):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
                 last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
         """As UnitLM's, without a cache."""
-        mask = None if positions is None else visible(positions)
+        mask = None if positions is None else attention_mask(positions)
         logits = self.lm(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
         if last is not None:
             logits = logits[torch.arange(len(logits), device=logits.device), last][:, None]
@@ -609,110 +549,6 @@ def export(name: str, folder: str | Path, base_name: str | None = None) -> None:
     slam = fetch(name) / "slam.json"
     write_folder(folder, config, {f"lm.{k}": v for k, v in lm.state_dict().items()},
                  json.loads(slam.read_text()) if slam.is_file() else None)
-
-
-def read_folder(name: str) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and weights of a model name, SlamKit's layout unwrapped. SystemExit if they are not whole."""
-    folder = fetch(name)
-    try:
-        config, state = json.loads((folder / "config.json").read_text()), read_weights(folder)
-        if config.get("model_type") == SLAMKIT:
-            config = config["base_config"] | {"vocab_size": config["vocab_size"]}
-            state = {k.removeprefix("lm."): v for k, v in state.items()}
-    except (OSError, ValueError, KeyError) as e:
-        raise SystemExit(f"{name}: not a whole checkpoint folder: {e}") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as e:  # of a truncated file
-        raise SystemExit(f"{name}: damaged weights ({e}); copy or train it again") from None
-    return config, state
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder, from one file or shards, safetensors or (read without running code) pickle."""
-    for stem, load in (("model.safetensors", load_file),
-                       ("pytorch_model.bin", lambda path: torch.load(path, map_location="cpu", weights_only=True))):
-        index = folder / f"{stem}.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [stem]
-        if not index.is_file() and not (folder / stem).is_file():
-            continue
-        for name in names:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{name} is missing")
-        return {k: v for name in names for k, v in load(folder / name).items()}
-    raise FileNotFoundError("model.safetensors is missing")
-
-
-def write_folder(folder: str | Path, config: dict, state: dict[str, Tensor], slam: dict | None = None,
-                 trainer: dict | None = None) -> None:
-    """Write a checkpoint folder beside `folder`, then swap it in. OSError if it can't be written; the old one stays."""
-    folder = Path(folder).resolve()
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if slam is not None:
-            (new / "slam.json").write_text(json.dumps(slam, indent=2) + "\n")
-        if trainer is not None:
-            torch.save(trainer, new / "trainer.pt")
-        save_file({k: v.detach().contiguous() for k, v in state.items()}, new / "model.safetensors",
-                  metadata={"format": "pt"})
-    except (OSError, SafetensorError, RuntimeError) as e:  # safetensors and torch.save wrap an OSError in their own
-        shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"{folder}: could not be written ({e})") from e
-    swap_in(new, folder)
-
-
-def swap_in(new: Path, folder: Path) -> None:
-    """Put the finished folder `new` in the place of `folder`; `recover` mends a kill between the two renames."""
-    recover(folder)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(folder: Path) -> None:
-    """After a kill between `swap_in`'s two renames: bring the old checkpoint back."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-
-
-def find_checkpoint(name: str) -> str:
-    """A run folder -> its checkpoint folder; a checkpoint folder or hub id -> itself."""
-    inner = Path(name) / "checkpoint"
-    return str(inner) if inner.is_dir() or inner.with_name("checkpoint.old").is_dir() else name
-
-
-def fetch(name: str) -> Path:
-    """Local folder of a model name; a hub id is downloaded into Hugging Face's own cache first."""
-    folder = Path(name).resolve()
-    old = folder.with_name(folder.name + ".old")
-    if old.is_dir() and not folder.exists():  # killed, or just now, between swap_in's renames; reading mends nothing
-        return old
-    source = resolve(name)
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):  # OPT and MobileLLM were published before that format
-            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
-        return folder
-    except Exception as e:  # huggingface_hub raises a dozen types here; to the user they are one
-        raise SystemExit(f"{name}: no such folder here, and not to be had from the Hugging Face hub "
-                         f"({type(e).__name__}); check the name and the network") from None
-
-
-def weights_sha256(name: str) -> str:
-    """sha256 of a checkpoint folder's weights."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin")):
-        with open(file, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, repetition_penalty: float, seen: Tensor,

@@ -2,12 +2,12 @@
 
 In:  audio: a folder (any libsndfile format, any rate, any number of channels), a tar or tar.gz archive, a parquet file,
      a list of paths; or units in SlamKit's .jsonl, taken for the published mHuBERT's unless --tokenizer says otherwise.
-Out: a folder of unit files (units.py) with a report; or a codebook (.safetensors), the whole definition of a tokeniser.
+Out: a folder of unit files (slam/units.py) with a report; or a codebook (.safetensors), the whole definition of a tokeniser.
 
     python prepare_units.py config/units_embedded.py --input my_speech --out out/my_units
     python prepare_units.py verify out/my_units                    # is it whole? hours, tokens, entropy
     python prepare_units.py fit config/fit_embedded.py --input my_speech --codebook my_codebook.safetensors
-    python prepare_units.py check --tokenizer my_codebook.safetensors --input my_speech   # how steady its units are
+    python dev/check_tokenizer.py --tokenizer my_codebook.safetensors --input my_speech   # how steady its units are
     python prepare_units.py convert --source mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin   # a published k-means
     python prepare_units.py bpe --units out/my_units --out out/my_bpe                     # pieces of several units
 
@@ -15,38 +15,31 @@ One process, or several that share a folder: `--shard=3/8` is the third of eight
 themselves. Killed, the same command goes on, and writes what it would have written. Two cores tokenise more than 100
 times faster than real time with the embedded encoder; an hour of units takes 0.15 MB.
 """
-import io
 import json
-import math
 import os
-import pickle
 import re
-import struct
 import sys
 import threading
 import time
-import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from queue import Full, Queue
-from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, SILENCE, Item, check_extent, check_wave, read_blocks, read_input, split_at_silences
 from config import load_config
-from embedded import TWIST_URL, check_sha256, download, sha256
-from speech_tokenizer import (DTYPES, PUBLISHED_KMEANS, Bpe, HubertFrames, SpeechTokenizer, WhisperFrames, assign,
-                              codebook_fingerprints, load_encoder, read_codebook, windows, write_codebook)
-from units import (Fingerprint, Shard, UnitReader, UnitWriter, dedup, published_fingerprint, require_same, to_bytes,
-                   vocab_size)
+from slam.audio import SAMPLE_RATE, Item, check_extent, read_blocks, read_input, split_at_silences
+from slam.kmeans import ConvertConfig, FitConfig, convert, fit, refuse_existing
+from slam.slamkit import read_features, slamkit_tokenizer
+from slam.tokenizer import DTYPES, Bpe, SpeechTokenizer, codebook_fingerprints, read_codebook, windows, write_codebook
+from slam.units import Shard, UnitReader, UnitWriter, require_same, to_bytes, vocab_size
 
 
 @dataclass
@@ -87,59 +80,6 @@ class Config:
 
 
 @dataclass
-class FitConfig:
-    """Fit a codebook (k-means on an encoder's features)."""
-    input: str = ""  # folder of audio files, or any other input of prepare_units.py
-    codebook: str = "out/codebook.safetensors"  # file to write
-    encoder: str = "embedded:whisper-tiny.en"  # hub id, folder or embedded:NAME of a Whisper or HuBERT model
-    layer: int = 3  # hidden state to cluster (0 = before the first transformer layer)
-    n_units: int = 500  # clusters
-    hours: float = 1.5  # audio to fit on, drawn at random from the folder; its features are held in memory
-    seconds_per_file: float = 60.0  # at most so much of each file, from its beginning
-    iterations: int = 30  # of k-means, at most
-    minibatch: int = 0  # frames per iteration (mini-batch k-means, for many hours); 0: all of them (Lloyd's)
-    seed: int = 0  # of the draw and of the k-means++ start
-    overwrite: bool = False  # replace an existing codebook
-
-    def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
-        found = []
-        if min(self.n_units, self.hours, self.seconds_per_file, self.iterations) <= 0:
-            found.append("n_units, hours, seconds_per_file and iterations are positive")
-        if self.minibatch and self.minibatch < self.n_units:
-            found.append("minibatch: at least n_units frames, or 0")
-        return found
-
-
-@dataclass
-class CheckConfig:
-    """How steady a tokeniser's units are: when a recording is cut, batched, windowed, or computed in half precision."""
-    input: str = ""  # folder of audio files, or any other input of prepare_units.py
-    tokenizer: str = "embedded"  # codebook file
-    minutes: float = 10.0  # audio to look at, drawn at random
-    dtype: str = "auto"  # of the encoder, compared with float32 where it is another
-    window_seconds: float = 0.0  # try windows of this length in place of the encoder's own,
-    hop_seconds: float = 0.0  # and this far apart
-    seed: int = 0  # of the draw
-
-    def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
-        wrong = not 0 <= self.hop_seconds <= self.window_seconds or self.minutes <= 0
-        return ["minutes is positive, and 0 <= hop_seconds <= window_seconds"] if wrong else []
-
-
-@dataclass
-class ConvertConfig:
-    """Make a codebook of a published k-means (scikit-learn's, written by joblib) without running what is in it."""
-    source: str = ""  # the file; empty: the published one of mHuBERT-25hz's 500 units, which is fetched
-    codebook: str = "out/mhubert25.safetensors"  # file to write
-    encoder: str = "slprl/mhubert-base-25hz"  # hub id or folder of the model whose features it clusters
-    layer: int = 11  # hidden state that it clusters
-    unit_rate_hz: float = 25.0  # frames per second of that model
-    overwrite: bool = False  # replace an existing codebook
-
-
-@dataclass
 class BpeConfig:
     """Train a sentencepiece model over units, each a character, and encode unit files with it."""
     units: tuple[str, ...] = ()  # folders of unit files: the first is trained on, all are encoded
@@ -150,287 +90,7 @@ class BpeConfig:
     overwrite: bool = False  # replace what is there
 
 
-# ---------------------------------------------------------------- fitting
-
-def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator,
-           minibatch: int = 0) -> tuple[Tensor, float]:
-    """k-means from a k-means++ start (Arthur & Vassilvitskii 2007): centroids (k, D) and mean inertia.
-
-    Lloyd's algorithm, or with `minibatch` frames an iteration Sculley's (2010): a centroid is the mean of what it was
-    given so far. Clusters left empty are seeded anew with the frames that are served worst.
-    """
-    start = x[torch.randperm(len(x), generator=generator)[:50 * k].to(x.device)]
-    centroids = start[:1]
-    nearest = (start - centroids).square().sum(1)
-    for _ in tqdm(range(k - 1), disable=None, desc="k-means++", leave=False):
-        chosen = start[torch.multinomial(nearest.cpu(), 1, generator=generator).to(x.device)]
-        centroids = torch.cat([centroids, chosen])
-        nearest = torch.minimum(nearest, (start - chosen).square().sum(1))
-    inertia, seen = math.inf, torch.zeros(k, device=x.device)
-    bar = tqdm(range(iterations), disable=None, desc="k-means")
-    for _ in bar:
-        part = x[torch.randint(len(x), (minibatch,), generator=generator).to(x.device)] if minibatch else x
-        labels = assign(part, centroids)
-        distance = (part - centroids[labels]).square().sum(1)
-        previous, inertia = inertia, distance.mean().item()
-        bar.set_postfix(inertia=f"{inertia:.4f}")
-        if not minibatch and previous - inertia < 1e-5 * inertia:
-            break
-        counts = torch.bincount(labels, minlength=k)
-        sums = torch.zeros_like(centroids).index_add_(0, labels, part)
-        if minibatch:
-            seen += counts
-            centroids = centroids + (sums - counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
-            empty = (seen == 0).nonzero()[:, 0]
-        else:
-            centroids = sums / counts.clamp(min=1)[:, None]
-            empty = (counts == 0).nonzero()[:, 0]
-        centroids[empty] = part[distance.topk(len(empty)).indices]
-    if minibatch:
-        inertia = torch.cat([(p - centroids[assign(p, centroids)]).square().sum(1) for p in x.split(1 << 16)]).mean()
-    return centroids, float(inertia)
-
-
-def position_mean(encoder, waves: list[np.ndarray], rng: np.random.Generator) -> Tensor:
-    """Mean feature at each position of the encoder's window, (window, D), smoothed over a second.
-
-    Whisper's features drift with absolute position. The mean is taken over full windows cut anywhere out of the joined
-    corpus: over whole files it would also remove what files tend to begin with.
-    """
-    joined = np.concatenate(waves)
-    size = encoder.window * encoder.samples_per_frame
-    if len(joined) < 2 * size:
-        raise SystemExit(f"{len(joined) / SAMPLE_RATE:.0f} s of audio; fitting a codebook needs minutes at least")
-    n = min(120, len(joined) // size)
-    total = 0
-    for start in tqdm(rng.integers(0, len(joined) - size, n), disable=None, desc="position mean"):
-        total = total + encoder([joined[start:start + size]])[0][0]
-    mean = (total / n).T[None]
-    return F.avg_pool1d(F.pad(mean, (12, 12), mode="replicate"), 25, stride=1)[0].T.contiguous()
-
-
-def crop_agreement(tokenizer: SpeechTokenizer, waves: list[np.ndarray], rng: np.random.Generator, n: int = 20) -> float:
-    """Share of frames that keep their unit when 10 s are cut out of a longer recording (30 s of joined files)."""
-    spf = tokenizer.encoder.samples_per_frame
-    joined, rate = np.concatenate(waves), round(tokenizer.encoder.rate_hz)
-    equal = []
-    for start in rng.integers(0, max(1, len(joined) - 30 * SAMPLE_RATE), n):
-        whole = joined[start:start + 30 * SAMPLE_RATE]
-        offset = int(rng.integers(0, max(1, len(whole) // spf - 10 * rate)))
-        crop = whole[offset * spf:(offset + 10 * rate) * spf]
-        if np.abs(crop).max() < SILENCE:
-            continue
-        a, b = tokenizer.frames([whole])[0], tokenizer.frames([crop])[0]
-        b = b[:len(a) - offset]
-        equal.append((a[offset:offset + len(b)] == b).mean())
-    return float(np.mean(equal)) if equal else math.nan
-
-
-def draw(input: str, seconds: float, seconds_per_file: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Waves of recordings drawn at random, `seconds` in all; an archive's are taken as they come. Names what is bad."""
-    total, items = read_input(input)
-    if total is None:
-        print(f"{input}: an archive is read from its beginning, not at random", file=sys.stderr)
-    else:
-        found = list(items)
-        items = (found[i] for i in rng.permutation(total))
-    waves, missing = [], seconds
-    bar = tqdm(total=round(seconds / 3600, 2), disable=None, desc="reading", unit="h")
-    for item in items:
-        try:
-            if item.problem:
-                raise ValueError(f"{item.id}: {item.problem}")
-            parts, n = [], 0
-            for block in read_blocks(item.source, item.id):
-                parts.append(block)
-                n += len(block)
-                if n >= seconds_per_file * SAMPLE_RATE:
-                    break
-            wave = np.concatenate([np.zeros(0, np.float32), *parts])[:round(seconds_per_file * SAMPLE_RATE)]
-            check_wave(wave, item.id)
-        except ValueError as e:
-            print(f"skipped {e}", file=sys.stderr)
-            continue
-        waves.append(wave)
-        missing -= len(wave) / SAMPLE_RATE
-        bar.update(len(wave) / SAMPLE_RATE / 3600)
-        if missing <= 0:
-            break
-    bar.close()
-    if not waves:
-        raise SystemExit(f"{input}: not one usable recording")
-    return waves
-
-
-def fit(cfg: FitConfig) -> None:
-    """Fit a codebook and write it with what it was fitted on and how well it does."""
-    out = Path(cfg.codebook)
-    refuse_existing(out, cfg.overwrite)
-    encoder = load_encoder(cfg.encoder, cfg.layer, "cuda" if torch.cuda.is_available() else "cpu", "float32")
-    rng = np.random.default_rng(cfg.seed)
-    waves = draw(cfg.input, cfg.hours * 3600, cfg.seconds_per_file, rng)
-    mean = position_mean(encoder, waves, rng) if isinstance(encoder, WhisperFrames) else None
-    x = []
-    for wave in tqdm(waves, disable=None, desc="features"):
-        for piece, first, last in windows([wave], encoder):
-            (features, positions), = encoder([piece])
-            x.append((features if mean is None else features - mean[positions])[first:last])
-    x = torch.cat(x)
-    if len(x) < 10 * cfg.n_units:
-        raise SystemExit(f"{cfg.input}: {len(x)} frames are too few for {cfg.n_units} units")
-    centroids, inertia = kmeans(x, cfg.n_units, cfg.iterations, torch.Generator().manual_seed(cfg.seed), cfg.minibatch)
-    tensors = {"centroids": centroids.half()} | ({} if mean is None else {"position_mean": mean.half()})
-    meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": encoder.rate_hz, "n_units": cfg.n_units}
-    tokenizer = SpeechTokenizer(encoder, tensors["centroids"].float(), None if mean is None else
-                                tensors["position_mean"].float(), codebook_fingerprints(tensors, meta)[0])
-    agreement = crop_agreement(tokenizer, waves, rng)
-    units_per_second = np.mean([len(dedup(f)[0]) / (len(f) / encoder.rate_hz) for f in tokenizer.frames(waves[:20])])
-    meta |= {"hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3), "inertia": round(inertia, 4),
-             "crop_agreement": round(agreement, 4), "units_per_second": round(float(units_per_second), 2),
-             "seed": cfg.seed}
-    write_codebook(out, tensors, meta)
-    print(json.dumps(meta))
-    print(f"wrote {out}")
-
-
-def check(cfg: CheckConfig) -> None:
-    """Print, as one JSON line, the shares of frames that keep their unit whatever is done to the recording."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = SpeechTokenizer.load(cfg.tokenizer, device, cfg.dtype).base
-    encoder, rng = tokenizer.encoder, np.random.default_rng(cfg.seed)
-    if cfg.window_seconds and not isinstance(encoder, HubertFrames):
-        raise SystemExit("--window_seconds: Whisper's windows are part of its tokeniser")
-    if cfg.window_seconds:
-        encoder.window = round(cfg.window_seconds * encoder.rate_hz)
-        encoder.hop = round((cfg.hop_seconds or cfg.window_seconds * 5 / 6) * encoder.rate_hz)
-    waves = draw(cfg.input, cfg.minutes * 60, 60.0, rng)
-    alone = [tokenizer.frames([wave])[0] for wave in tqdm(waves, disable=None, desc="alone")]
-    report = {"tokenizer": cfg.tokenizer, "encoder": f"{tokenizer.fingerprint}", "dtype": str(encoder.dtype)[6:],
-              "hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3),
-              "units_per_second": encoder.rate_hz * sum(len(dedup(f)[0]) for f in alone) / sum(map(len, alone)),
-              "crop_agreement": crop_agreement(tokenizer, waves, rng, max(5, round(2 * cfg.minutes))),
-              "batch_agreement": float(np.mean(np.concatenate(alone) == np.concatenate(tokenizer.frames(waves))))}
-    if encoder.dtype != torch.float32:
-        exact = SpeechTokenizer.load(cfg.tokenizer, device, "float32").base
-        report["float32_agreement"] = float(np.mean(np.concatenate(alone) == np.concatenate(
-            [exact.frames([wave])[0] for wave in waves])))
-    if isinstance(encoder, HubertFrames):  # it can read a recording whole
-        whole = np.concatenate(waves)[:round(240 * SAMPLE_RATE)]
-        read = tokenizer.frames([whole])[0]
-        kept = [last - first for _, first, last in windows([whole], encoder) if last]
-        at_seam = np.zeros(len(read), bool)
-        for seam in np.cumsum(kept):
-            at_seam[max(0, seam - round(encoder.rate_hz)):seam + round(encoder.rate_hz)] = True
-        equal = read == assign(tokenizer.features([whole])[0], tokenizer.centroids).cpu().numpy()
-        report |= {"window_seconds": encoder.window / encoder.rate_hz, "hop_seconds": encoder.hop / encoder.rate_hz,
-                   "seams": len(kept)}
-        report |= {"window_agreement_at_seams": float(equal[at_seam].mean()),
-                   "window_agreement_elsewhere": float(equal[~at_seam].mean())} if kept else {}
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}))
-
-
-# ---------------------------------------------------------------- a published k-means
-
-# What a pickled k-means is made of. Its names lead to inert stand-ins, and all others are refused, so nothing is run.
-EXPECTED = {"sklearn": {"KMeans", "MiniBatchKMeans"}, "joblib": {"NumpyArrayWrapper"},
-            "numpy": {"ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar", "MT19937", "__RandomState_ctor",
-                      "__randomstate_ctor", "__bit_generator_ctor"},
-            "copyreg": {"_reconstructor"}, "builtins": {"object"}, "__builtin__": {"object"}}
-
-
-class Inert:
-    """Stands for an object of a pickle: holds its arguments and its state, and does nothing."""
-    args, state = (), None
-
-    def __init__(self, *args, **_):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class KMeansUnpickler(pickle._Unpickler):  # the one in Python, as joblib puts arrays between the opcodes
-    """Reads a k-means that scikit-learn and joblib wrote, as `Inert` objects and numpy arrays."""
-    dispatch = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.file = file
-
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("_codecs", "encode"):  # how bytes are written in old protocols
-            return lambda text, encoding: text.encode("latin1")
-        if name not in EXPECTED.get(module.partition(".")[0], ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no k-means needs; nothing was run")
-        return type(name, (Inert,), {})
-
-    def load_build(self):
-        super().load_build()
-        wrapper = self.stack[-1]
-        if type(wrapper).__name__ == "NumpyArrayWrapper":  # the array's bytes follow, after some padding
-            if wrapper.state.get("numpy_array_alignment_bytes") is not None:
-                self.file.read(self.file.read(1)[0])
-            shape, order = wrapper.state["shape"], wrapper.state["order"]
-            dtype = plain_dtype(wrapper.state["dtype"])
-            content = self.file.read(math.prod(shape) * dtype.itemsize)
-            self.stack[-1] = np.frombuffer(content, dtype).reshape(shape, order=order)
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-
-def plain_dtype(pickled: Inert) -> np.dtype:
-    """A pickled dtype, if it is of plain numbers."""
-    code = str(pickled.args[0])
-    if not re.fullmatch(r"[biuf][1248]", code):
-        raise pickle.UnpicklingError(f"an array of {code!r}, not of numbers")
-    return np.dtype((pickled.state[1] if pickled.state and pickled.state[1] in "<>" else "") + code)
-
-
-def read_kmeans(path: Path) -> np.ndarray:
-    """Centroids (K, D) float32 of a k-means pickled by joblib or pickle, be it compressed. SystemExit if it is none."""
-    content = path.read_bytes()
-    try:
-        if content[:2] in (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda", b"\x1f\x8b"):
-            content = zlib.decompress(content, 47)  # zlib's or gzip's header
-        centroids = KMeansUnpickler(io.BytesIO(content)).load().state["cluster_centers_"]
-        if type(centroids).__name__ == "_frombuffer":  # pickle's protocol 5
-            data, dtype, shape, order = centroids.args
-            centroids = np.frombuffer(data, plain_dtype(dtype)).reshape(shape, order=order)
-        elif isinstance(centroids, Inert):  # its older ones: (version, shape, dtype, Fortran's order?, bytes)
-            _, shape, dtype, fortran, data = centroids.state
-            centroids = np.frombuffer(data, plain_dtype(dtype)).reshape(shape, order="F" if fortran else "C")
-        if centroids.ndim != 2 or not np.isfinite(centroids).all():
-            raise ValueError(f"centroids of shape {centroids.shape}")
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, struct.error,
-            zlib.error, AssertionError) as e:
-        raise SystemExit(f"{path}: not a k-means of scikit-learn ({type(e).__name__}: {e})") from None
-    return np.ascontiguousarray(centroids, dtype=np.float32)
-
-
-def convert(cfg: ConvertConfig) -> None:
-    """A published k-means as a codebook."""
-    out = Path(cfg.codebook)
-    refuse_existing(out, cfg.overwrite)
-    published, *digits = PUBLISHED_KMEANS
-    source = Path(cfg.source) if cfg.source else download(TWIST_URL + published, *digits)
-    if not source.is_file():
-        raise SystemExit(f"--source={cfg.source}: no such file")
-    if source.name == published:
-        check_sha256(source, *digits)
-    tensors = {"centroids": torch.from_numpy(read_kmeans(source))}
-    meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
-            "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": sha256(source)}
-    write_codebook(out, tensors, meta)
-    print(f"wrote {out}: {codebook_fingerprints(tensors, meta)[0]}, {tensors['centroids'].shape[1]} dimensions")
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise SystemExit(f"{path} exists; --overwrite replaces it")
-
-
 # ---------------------------------------------------------------- a corpus
-
 @dataclass
 class Utterance:
     """What will be one entry of a unit file."""
@@ -629,7 +289,7 @@ class Tally:
               f"already; {len(self.skipped)} skipped" + f" (listed in {self.report_file})" * bool(self.skipped))
 
 
-def claim(cfg: Config, prefix: str = "") -> Path:
+def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
     """The folder to write in. SystemExit if it holds what other settings made."""
     out = Path(cfg.out)
     made_by = out / "config.json"
@@ -720,7 +380,7 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
     index, n_parts = part_of(cfg.shard)
     prefix = f"part{index + 1:03d}of{n_parts:03d}-" if n_parts > 1 else ""
     total, items = read_input(cfg.input, cfg.text, cfg.audio_column, (index, n_parts))
-    out = claim(cfg, prefix)
+    out = prepare_output_dir(cfg, prefix)
     tally = Tally(out / f"{prefix}report.json", cfg.max_bad_share)
     bar = tqdm(total=total, disable=None, desc="units", unit="file", smoothing=0)
 
@@ -778,7 +438,7 @@ def import_units(cfg: Config) -> None:
     if part_of(cfg.shard)[1] > 1:
         raise SystemExit(f"{cfg.input}: units are imported by one process")
     fingerprint, base, bpe = slamkit_tokenizer(cfg.input, cfg.tokenizer)
-    out = claim(cfg)
+    out = prepare_output_dir(cfg)
     tally, started = Tally(out / "report.json", cfg.max_bad_share), time.perf_counter()
     with (open(cfg.input, encoding="utf-8", errors="replace") as lines,
           UnitWriter(out, fingerprint, cfg.input, cfg.durations, cfg.shard_tokens) as writer):
@@ -802,51 +462,7 @@ def import_units(cfg: Config) -> None:
     tally.close(started)
 
 
-def slamkit_tokenizer(path: str, tokenizer: str) -> tuple[Fingerprint, Fingerprint, Bpe | None]:
-    """Whose units a file of SlamKit's holds: fingerprint of what to write, fingerprint of the units, BPE between them.
-
-    The file does not say. A codebook file does, if named by `tokenizer`; else SlamKit's default, the published mHuBERT,
-    is assumed, and a line on stderr says so.
-    """
-    if tokenizer:
-        tensors, meta = read_codebook(tokenizer)
-        return *codebook_fingerprints(tensors, meta), Bpe.of(tensors)
-    published = published_fingerprint(vocab_size(500))
-    print(f"{path} does not name its tokeniser; its units are taken to be of {published}. If they are of another, name "
-          f"its codebook: --tokenizer", file=sys.stderr)
-    return published, published, None
-
-
-def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """A line of SlamKit's features.jsonl or tokens.jsonl: id, units and, in features, durations; runs are merged.
-
-    read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500) -> "a", [3, 49], None
-    """
-    record = json.loads(line)
-    return str(record["file_name"]), *slamkit_units(record, n_units)
-
-
-def slamkit_units(record: dict, n_units: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Units and, if they are there, durations of what SlamKit writes of a recording. ValueError if it is none."""
-    found = record.get("audio_repr", record)
-    if isinstance(found, str):
-        if re.sub(r"<Un\d+>", "", found):
-            raise ValueError(f"{found[:40]!r} is not <Un3><Un49>…")
-        found = {"units": [int(u) for u in re.findall(r"<Un(\d+)>", found)]}
-    units, durations = np.array(found["units"]), found.get("duration")
-    if units.ndim != 1 or units.dtype.kind != "i" or not len(units) or units.min() < 0 or units.max() >= n_units:
-        raise ValueError(f"expected a list of units below {n_units}")
-    merged, runs = dedup(units)
-    if durations is not None:
-        durations = np.array(durations, dtype=np.int64)
-        if durations.shape != units.shape or durations.min() < 1:
-            raise ValueError(f"{durations.shape} durations for {units.shape} units, each at least 1")
-        durations = np.add.reduceat(durations, np.cumsum(runs) - runs)
-    return merged, durations
-
-
 # ---------------------------------------------------------------- what is there
-
 def verify(folders: list[str]) -> None:
     """Read whole corpora; print what is in them. SystemExit listing everything that is wrong."""
     if not folders or "--help" in folders:
@@ -915,7 +531,6 @@ def unfinished(folder: Path, stems: list[str]) -> list[str]:
 
 
 # ---------------------------------------------------------------- BPE
-
 def bpe(cfg: BpeConfig) -> None:
     """Fit pieces on the first folder, encode all; a tokeniser that gives pieces is written beside them."""
     out = Path(cfg.out)
@@ -956,8 +571,7 @@ def bpe(cfg: BpeConfig) -> None:
 
 
 if __name__ == "__main__":
-    commands = {"fit": (FitConfig, fit), "check": (CheckConfig, check), "convert": (ConvertConfig, convert),
-                "bpe": (BpeConfig, bpe)}
+    commands = {"fit": (FitConfig, fit), "convert": (ConvertConfig, convert), "bpe": (BpeConfig, bpe)}
     if sys.argv[1:2] == ["verify"]:
         verify(sys.argv[2:])
     else:

@@ -15,31 +15,26 @@ The tokeniser and the vocoder are those of the checkpoint's units. Seconds on tw
 import contextlib
 import json
 import math
-import queue
-import shutil
-import struct
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Iterator
 
 import numpy as np
 import soundfile
-import torch
 
-from audio import SAMPLE_RATE, check_wave, is_audio, load_audio, resample, walk
 from config import load_config
-from eval import continue_units, transcribe
-from listen import Clip, Row, page
-from model import UnitLM, find_checkpoint
-from speech_tokenizer import SpeechTokenizer, find_codebook
-from train import checkpoint_fingerprint, newest_checkpoint, pick_device
-from units import require_same, to_units
-from vocoder import vocoder_for
+from model import UnitLM
+from slam.audio import SAMPLE_RATE, check_wave, is_audio, load_audio, resample, walk
+from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, newest_checkpoint
+from slam.device import pick_device
+from slam.listen import Clip, Row, page
+from slam.speech import continue_units, transcribe
+from slam.stream import loudspeaker, stream
+from slam.tokenizer import SpeechTokenizer, find_codebook
+from slam.units import require_same
+from slam.vocoder import vocoder_for
 
 
 @dataclass
@@ -52,7 +47,7 @@ class Config:
     prompt_seconds: float = 10.0  # at most so much of a prompt is used: its end,
     from_start: bool = False  # or, with this, its beginning
     continuation_seconds: float = 8.0  # so much speech is added, to a unit
-    may_end: bool = False  # let the model end a continuation early, even at once after a prompt that sounds complete
+    allow_eos: bool = False  # let the model end a continuation early, even at once after a prompt that sounds complete
     temperature: float = 0.8  # 0 takes the most likely unit each time
     top_k: int = 25  # draw from the k most likely units; 0: from all
     top_p: float = 1.0  # draw from the most likely units that make up so much probability
@@ -87,7 +82,6 @@ class Config:
 
 
 # ---------------------------------------------------------------- what is asked for
-
 def read_prompts(cfg: Config) -> dict[str, np.ndarray]:
     """{file: wave at 16 kHz, cut as the settings say}. SystemExit for a file that holds nothing to continue."""
     files, waves = [], {}
@@ -168,7 +162,7 @@ class Speaker:
             print(f"{self.name}: knows {known} tokens in a row; prompt and continuation may have "
                   f"{max(map(len, prompts)) + n + 1}", file=sys.stderr)
         try:
-            return continue_units(self.lm, prompts, n, 32, cfg.seed, f"continuing, {self.label}", may_end=cfg.may_end,
+            return continue_units(self.lm, prompts, n, 32, cfg.seed, f"continuing, {self.label}", allow_eos=cfg.allow_eos,
                                   temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                                   repetition_penalty=cfg.repetition_penalty, **more)
         except ValueError as e:  # OPT has no more positions than it has learned
@@ -185,76 +179,7 @@ class Speaker:
         return self.vocoder.synthesize(units[:n], durations[:n])[0] if n else np.zeros(0, np.float32), ends[before]
 
 
-# ---------------------------------------------------------------- aloud, while it is being made
-
-def stream(cfg: Config, speaker: Speaker, prompt: list[int], sink: BinaryIO) -> tuple[list[int], np.ndarray, float]:
-    """Speak prompt and continuation into `sink` as 16-bit PCM, each piece as soon as it is settled.
-
-    The language model draws in a thread of its own. Returns what `draw` and `say` would: tokens, wave, seconds.
-    """
-    parts, enough, drawn, failed = queue.Queue(), threading.Event(), [], []
-
-    def progress(new: torch.Tensor) -> bool:
-        row = to_units(new[0].tolist())
-        parts.put(speaker.tokenizer.to_units(row[len(drawn):]))
-        drawn.extend(row[len(drawn):])
-        return enough.is_set()
-
-    def draw() -> None:
-        try:
-            speaker.draw(cfg, [prompt], progress=progress)
-        except BaseException as e:  # of any kind: it is raised again where somebody sees it
-            failed.append(e)
-        parts.put(None)
-
-    thread = threading.Thread(target=draw, daemon=True)
-    thread.start()
-    vocoder, before = speaker.vocoder, speaker.tokenizer.to_units(prompt)
-    began = vocoder.predict_durations(before).sum() * vocoder.hop if before else 0  # about
-    limit = began + round(cfg.continuation_seconds * vocoder.sample_rate)
-    pieces, n = [np.zeros(0, np.float32)], 0
-    try:
-        for wave in vocoder.stream(chain([before], iter(parts.get, None))):
-            wave = wave[:limit - n]
-            pieces, n = [*pieces, wave], n + len(wave)
-            sink.write((wave * 32767).round().astype("<i2").tobytes())
-            sink.flush()
-            if n >= limit:
-                break
-    except (BrokenPipeError, KeyboardInterrupt):
-        print("nobody listens any more; what was said is kept", file=sys.stderr)
-    finally:
-        enough.set()
-        thread.join()
-    if failed:
-        raise failed[0]
-    starts = vocoder.predict_durations(before + speaker.tokenizer.to_units(drawn))[:len(before)].sum() if before else 0
-    return list(drawn), np.concatenate(pieces), float(starts) * vocoder.hop / vocoder.sample_rate
-
-
-PLAYERS = (["aplay", "-q", "-"], ["ffplay", "-nodisp", "-autoexit", "-loglevel", "quiet", "-"],
-           ["mpv", "--really-quiet", "-"], ["play", "-q", "-t", "wav", "-"])  # each reads a wav from its input
-
-
-@contextlib.contextmanager
-def loudspeaker(sample_rate: int) -> Iterator[BinaryIO]:
-    """Something to write 16-bit PCM to that plays it. SystemExit if there is no player."""
-    command = next((c for c in PLAYERS if shutil.which(c[0])), None)
-    if not command:
-        raise SystemExit(f"--play needs one of {', '.join(c[0] for c in PLAYERS)}; there is also --stdout")
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as player:
-        unknown = 0x7FFFFFFF  # the length of a wav that is still being made
-        player.stdin.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", unknown, b"WAVEfmt ", 16, 1, 1, sample_rate,
-                                       2 * sample_rate, 2, 16, b"data", unknown - 36))
-        with contextlib.suppress(BrokenPipeError):
-            yield player.stdin
-            player.stdin.close()
-    if player.returncode:
-        print(f"{command[0]} ended with {player.returncode}: is there a sound device?", file=sys.stderr)
-
-
 # ---------------------------------------------------------------- all together
-
 def say_again(cfg: Config, waves: dict[str, np.ndarray], out: Path) -> tuple[list[dict], list[str], list[Row]]:
     """Each wave as its units sound, with the durations that they had; the transcripts of both."""
     name = cfg.tokenizer or "embedded"
@@ -351,7 +276,7 @@ def main(cfg: Config) -> None:
         raise SystemExit(f"play and stdout speak one continuation; --prompt names {len(waves)} files")
     records, columns, rows = (say_again if cfg.resynth else continue_all)(cfg, waves, out)
     (out / "samples.json").write_text(json.dumps({"config": asdict(cfg), "samples": records}, indent=1))
-    shown = ("temperature", "top_k", "top_p", "repetition_penalty", "may_end", "prompt_seconds", "seed")
+    shown = ("temperature", "top_k", "top_p", "repetition_penalty", "allow_eos", "prompt_seconds", "seed")
     settings = {} if cfg.resynth else {k.replace("_", " "): getattr(cfg, k) for k in shown}
     settings |= {"heard by": cfg.asr if cfg.transcribe else "nobody", "made": time.strftime("%Y-%m-%d %H:%M")}
     title = "Speech from its units" if cfg.resynth else "Spoken prompts, continued"

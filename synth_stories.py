@@ -14,37 +14,31 @@ Out: one folder:  stories.jsonl · units/train, units/val (unit files) · pairs_
 Three minutes on two CPU cores for the demo's 250 stories (1.6 h of speech), pairs and benchmarks. The same seed
 on the same machine gives the same files. Killed, it goes on where it was when started again.
 """
-import contextlib
-import csv
-import functools
 import json
-import math
-import multiprocessing
 import os
 import re
 import shutil
 import sys
-import zlib
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
-import soundfile
 import torch
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, check_wave, load_audio, read_parquet, resample
 from config import load_config
-from embedded import resolve
-from eval import auto_bleu, continuation_scores
 from model import UnitLM
-from prepare_units import slamkit_tokenizer, slamkit_units
-from speech_tokenizer import SpeechTokenizer
-from train import pick_device
-from units import UnitReader, UnitWriter, write_pairs
+from slam.audio import SAMPLE_RATE
+from slam.device import pick_device
+from slam.embedded import resolve
+from slam.pair_data import SIDES, is_sound, parquet_files, read_slamkit_pairs, read_spoken_swag, read_swag, stored_waves
+from slam.slamkit import slamkit_tokenizer
+from slam.spoken_pairs import NAMES, exchange, make_sblimp, make_sstorycloze, make_tstorycloze
+from slam.tokenizer import SpeechTokenizer
+from slam.tts import TTS, kind_of, speakers, spoken, write_audio
+from slam.units import UnitReader, UnitWriter, write_pairs
 
 
 @dataclass
@@ -89,21 +83,23 @@ class Config:
         return found
 
 
-# ---------------------------------------------------------------- writing
-
-# A story opens with two or three sentences drawn from these lists and is continued by the text LM: an opening keeps a
-# small LM on its rails, and the product of the lists keeps the openings from repeating.
-NAMES = """Lily Tom Mia Ben Sue Max Anna Jack Lucy Sam Ella Tim Rosie Leo Amy Finn Zoe Pip Daisy Oscar Nora Bobby Grace
-Henry Ruby Charlie Molly George Kitty Peter Sally Rex Bella Toby Clara Milo Polly Hugo Ivy Felix""".split()
 HEROES = """girl|boy|rabbit|bear|fox|cat|dog|mouse|duck|frog|squirrel|lion|elephant|bird|turtle|pig|pony|owl|penguin|
 hedgehog|monkey|kitten|puppy|lamb""".replace("\n", "").split("|")
+
+
 TRAITS = "little kind brave happy curious shy clever funny gentle lonely hungry sleepy small quiet busy silly".split()
+
+
 PLACES = """a small house by the sea|a big green forest|a quiet village|an old farm|a cave near the river|a tall tree|
 a little town|a warm nest|a house on the hill|a garden full of flowers|a snowy valley|a tiny cottage
 """.replace("\n", "").split("|")
+
+
 LOVES = """to play in the park|to sing songs|to look at the stars|to eat apples|to run in the rain|to read books|
 to paint pictures|to swim in the lake|to help his friends|to bake bread|to climb trees|to dance|to collect shells|
 to fly a kite|to plant flowers|to build towers""".replace("\n", "").split("|")
+
+
 EVENTS = """found a shiny key|heard a strange noise|lost a red ball|met a new friend|saw a big rainbow|found a map|
 woke up very early|got lost in the woods|found a small egg|saw a bird that could not fly|wanted to go on a trip|
 heard someone crying|saw dark clouds in the sky|found an old box|fell into the mud|got a letter|saw a boat on the water|
@@ -178,104 +174,7 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
     return stories[:n]
 
 
-# ---------------------------------------------------------------- speaking
-
-def load_hibari():
-    """hibari (Apache-2.0): one American English voice; (text, seed, voice) -> float32 at 24 kHz."""
-    try:
-        from hibari import Hibari
-    except ImportError:
-        raise SystemExit("hibari-tts is not installed: pip install --no-deps -r requirements-embedded.txt") from None
-    voice = Hibari(threads=1)
-    return lambda text, seed, _: (voice(text, seed=seed), voice.sample_rate)
-
-
-def load_kokoro():
-    """Kokoro-82M (Apache-2.0) by its package, which fetches it from the hub: SpokenSwag's four voices, 24 kHz."""
-    try:
-        from kokoro import KPipeline
-    except ImportError:
-        raise SystemExit("kokoro is not installed: pip install kokoro") from None
-    pipeline = functools.cache(lambda language: KPipeline(lang_code=language))  # a: American, b: British
-    return lambda text, seed, voice: (np.concatenate(
-        [np.zeros(0, np.float32)] + [np.asarray(audio) for *_, audio in pipeline(voice[0])(text, voice=voice)]), 24_000)
-
-
-def load_fastspeech2():
-    """FastSpeech2Conformer with HiFi-GAN (ESPnet, LJSpeech) from the hub, by transformers; needs g2p_en; 22.05 kHz."""
-    from transformers import FastSpeech2ConformerTokenizer, FastSpeech2ConformerWithHifiGan
-    try:
-        tokenizer = FastSpeech2ConformerTokenizer.from_pretrained("espnet/fastspeech2_conformer")
-        model = FastSpeech2ConformerWithHifiGan.from_pretrained("espnet/fastspeech2_conformer_with_hifigan").eval()
-    except (OSError, ImportError) as e:
-        raise SystemExit(f"fastspeech2 can't be loaded: {e}") from None
-
-    @torch.inference_mode()
-    def speak(text: str, seed: int, voice: str) -> tuple[np.ndarray, int]:
-        return model(tokenizer(text, return_tensors="pt")["input_ids"]).waveform[0].numpy(), 22_050
-
-    return speak
-
-
-SIDES = ("prompt", "chosen", "rejected")
-# name -> (() -> (text, seed, voice) -> (wave, sample rate), voices)
-TTS = {"hibari": (load_hibari, ("american",)),
-       "kokoro": (load_kokoro, ("af_heart", "am_fenrir", "bf_emma", "bm_george")),
-       "fastspeech2": (load_fastspeech2, ("ljspeech",))}
-_speak = None  # a worker process's voice
-
-
-def _start_worker(tts: str) -> None:
-    global _speak
-    _speak = TTS[tts][0]()
-
-
-def speak(job: tuple[list[str], int, str]) -> list[np.ndarray]:
-    """Sentences -> waves at 16 kHz, each padded to whole frames (40 ms) so that sentence borders are frame borders."""
-    sentences, seed, voice = job
-    waves = []
-    for i, sentence in enumerate(sentences):
-        wave = resample(*(_speak(sentence, seed + i, voice)), SAMPLE_RATE)
-        waves.append(np.pad(wave, (0, -len(wave) % 640)).astype(np.float32))
-    return waves
-
-
-@contextlib.contextmanager
-def speakers(cfg: Config):
-    """A pool of processes that speak; None where all has been said already. SystemExit if the TTS can't be loaded."""
-    if kind_of(cfg.swag) in ("parquet", "jsonl"):
-        yield None
-        return
-    TTS[cfg.tts][0]()  # what it lacks is said here, and once
-    # spawn, not fork: a forked child of a process that has run torch's threads may hang
-    with multiprocessing.get_context("spawn").Pool(cfg.workers, _start_worker, (cfg.tts,)) as pool:
-        yield pool
-
-
-def spoken(cfg: Config, pool, texts: dict[str, list[str]], desc: str, voices: dict[str, str] | None = None):
-    """Yield (id, sentence waves) of each text in order, spoken by the pool's processes; seeded by (seed, id).
-
-    voices: {id: voice}; without, all are in the first.
-    """
-    first = (cfg.voices or TTS[cfg.tts][1])[0]
-    jobs = [(sentences, zlib.crc32(f"{cfg.seed} {id}".encode()), voices[id] if voices else first)
-            for id, sentences in texts.items()]
-    parts = (jobs[at:at + 512] for at in range(0, len(jobs), 512))  # lest waves pile up that nobody takes
-    waves = (wave for part in parts for wave in pool.imap(speak, part, chunksize=2))
-    waves = tqdm(waves, total=len(jobs), disable=None, desc=desc, unit="text")
-    yield from ((id, w) for w, id in zip(waves, texts))  # in this order zip exhausts the bar
-
-
-def write_audio(path: Path, wave: np.ndarray) -> None:
-    """Write a wave (T,) at 16 kHz; a file that has its name is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    soundfile.write(temporary, wave, SAMPLE_RATE, format=path.suffix[1:].upper())
-    os.replace(temporary, path)
-
-
 # ---------------------------------------------------------------- units, pairs, benchmarks
-
 def speak_stories(cfg: Config, pool, stories: list[dict], split: str, tokenizer: SpeechTokenizer | None) -> None:
     """Stories -> units/<split>, and audio/ if asked for; a story already there is not spoken again."""
     audio = Path(cfg.out) / "audio"
@@ -317,125 +216,6 @@ def make_pairs(cfg: Config, pool, stories: list[dict], split: str, tokenizer: Sp
     write_pairs(path, tokenizer.fingerprint, pairs)
 
 
-def read_swag(path: str, cfg: Config) -> tuple[list[dict], Counter]:
-    """SWAG's original CSV -> texts of preference pairs, as SpokenSwag has them, and the rows skipped, by reason.
-
-    Of gold rows, prompt is sent1, chosen sent2 with the right ending, rejected sent2 with a wrong one drawn by (seed,
-    row). A pair stays if the bigram auto-BLEU of "prompt chosen" is below `max_auto_bleu`. SystemExit if it is no such
-    file.
-    """
-    columns = ["sent1", "sent2", "gold-source", "ending0", "ending1", "ending2", "ending3", "label"]
-    pairs, skipped = [], Counter()
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = csv.DictReader(f, strict=True)
-            if missing := [c for c in columns if c not in (rows.fieldnames or ())]:
-                raise SystemExit(f"{path}: no column {', '.join(missing)}; it wants SWAG's full train.csv or val.csv")
-            for number, row in enumerate(rows):
-                prompt, start, source, *endings, label = (" ".join((row[c] or "").split()) for c in columns)
-                if source != "gold":
-                    skipped["not gold"] += 1
-                    continue
-                if not (prompt and start and all(endings)) or label not in ("0", "1", "2", "3") or None in row:
-                    skipped["malformed"] += 1
-                    continue
-                rng = np.random.default_rng((cfg.seed, number))
-                right, (*wrong,) = endings[int(label)], (e for i, e in enumerate(endings) if i != int(label))
-                chosen, rejected = f"{start} {right}", f"{start} {wrong[rng.integers(3)]}"
-                if chosen == rejected:
-                    skipped["with a wrong ending that is the right one"] += 1
-                    continue
-                if auto_bleu(f"{prompt} {chosen}") >= cfg.max_auto_bleu:
-                    skipped["repetitive"] += 1
-                    continue
-                voice = str(rng.choice(cfg.voices or TTS[cfg.tts][1]))
-                pairs.append({"id": f"swag{number:06d}", "speaker": voice, "prompt_text": prompt, "chosen_text": chosen,
-                              "rejected_text": rejected})
-    except OSError as e:
-        raise SystemExit(f"--swag={path}: not readable ({e.strerror})") from None
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise SystemExit(f"{path}: row {len(pairs) + skipped.total() + 2}: not CSV ({e})") from None
-    return pairs, skipped
-
-
-def read_spoken_swag(input: str, cfg: Config) -> tuple[list[dict], Counter]:
-    """Hugging Face's slprl/SpokenSwag, a folder of its parquet files or one: texts of pairs, and the rows skipped.
-
-    A pair's "split" is that of its file's name or folder. It stays if its `auto_bleu2`, or where it has none that of
-    "prompt chosen", is below `max_auto_bleu`. SystemExit if it is no such file, or pyarrow is not there.
-    """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise SystemExit(f"{input}: reading parquet needs pyarrow: pip install pyarrow") from None
-    pairs, skipped = [], Counter()
-    for path, name in parquet_files(input):
-        try:
-            names = parquet.read_schema(path).names
-            if missing := {x for side in SIDES for x in (side, f"{side}_text")} - set(names):
-                raise SystemExit(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(names)}")
-            columns = [f"{side}_text" for side in SIDES] + [x for x in ("speaker", "auto_bleu2") if x in names]
-            rows = parquet.read_table(path, columns=columns).to_pylist()
-        except (OSError, ValueError) as e:  # pyarrow's own are of these
-            raise SystemExit(f"{path}: not a whole parquet file ({str(e).splitlines()[0]})") from None
-        split = "val" if re.search(r"\b(val|test|dev)", name) else "train"
-        for number, row in enumerate(rows):
-            value = row.pop("auto_bleu2", None)
-            if value is None:
-                value = auto_bleu(f"{row['prompt_text']} {row['chosen_text']}")
-            if value >= cfg.max_auto_bleu:
-                skipped["repetitive"] += 1
-            else:
-                pairs.append({"id": f"{name}/{number:07d}", "split": split} | row)
-    return pairs, skipped
-
-
-def parquet_files(input: str) -> list[tuple[Path, str]]:
-    """Parquet files of a folder, or one, each with what it is called there: default/train/0000."""
-    if not Path(input).is_dir():
-        return [(Path(input), Path(input).stem)]
-    return [(p, p.relative_to(input).with_suffix("").as_posix()) for p in sorted(Path(input).rglob("*.parquet"))]
-
-
-def read_slamkit_pairs(path: str, cfg: Config, n_units: int) -> tuple[list[dict], Counter]:
-    """SlamKit's preference features, JSON lines of prompt, chosen and rejected with their units: pairs, rows skipped.
-
-    {"prompt": {"units", "duration"}, "chosen": …, "rejected": …, "prompt_text", …}; also with "audio_repr" around the
-    units, as its documentation has it.
-    """
-    pairs, skipped = [], Counter()
-    try:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f):
-                row = json.loads(line)
-                texts = {k: row[k] for side in SIDES if (k := f"{side}_text") in row}
-                if auto_bleu(f"{texts.get('prompt_text', '')} {texts.get('chosen_text', '')}") >= cfg.max_auto_bleu:
-                    skipped["repetitive"] += 1
-                    continue
-                units = {side: slamkit_units(row[side], n_units)[0].tolist() for side in SIDES}
-                pairs.append({"id": f"{Path(path).stem}/{number:07d}"} | units | texts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SystemExit(f"{path}: line {len(pairs) + skipped.total() + 1}: not a pair with units ({e!r}), as "
-                         f"SlamKit's preference_alignment_feature_extractor writes them") from None
-    return pairs, skipped
-
-
-def stored_waves(files: list[tuple[Path, str]], wanted: dict[str, dict]):
-    """Yield (id and side, [wave]) of parquet files' rows; a wave of no samples for one that can't be read."""
-    for path, name in files:
-        prefix = f"{name}/"
-        columns = [read_parquet(str(path), prefix, False, side, lambda id: id[:len(prefix) + 7] in wanted)
-                   for side in SIDES]
-        for items in zip(*columns):
-            for side, item in zip(SIDES, items):
-                if item.fatal:
-                    raise SystemExit(f"{path}: {item.problem}")
-                with contextlib.suppress(ValueError):
-                    yield f"{item.id[:len(prefix) + 7]} {side}", [load_audio(item.source, item.id)]
-                    continue
-                yield f"{item.id[:len(prefix) + 7]} {side}", [np.zeros(0, np.float32)]
-
-
 def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, say: Callable) -> int:
     """Write a pair file: what `say(todo)`, todo {id: pair}, yields as (id and side, [wave]), each tokenised by itself.
 
@@ -463,18 +243,6 @@ def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, sa
     write_pairs(path, tokenizer.fingerprint, whole)
     kept.unlink()
     return len(found) - len(whole)
-
-
-def is_sound(wave: np.ndarray) -> bool:
-    with contextlib.suppress(ValueError):
-        check_wave(wave)
-        return True
-    return False
-
-
-def kind_of(swag: str) -> str:
-    """parquet (audio), jsonl (units) or csv (text); empty for nothing."""
-    return "parquet" if swag and Path(swag).is_dir() else Path(swag).suffix[1:]
 
 
 def make_swag_pairs(cfg: Config, pool, tokenizer: SpeechTokenizer | None) -> None:
@@ -521,146 +289,6 @@ def make_swag_pairs(cfg: Config, pool, tokenizer: SpeechTokenizer | None) -> Non
         print(f"{path}: {len(part) - silent:,} pairs; {silent} gave no sound")
     print(f"{cfg.swag}: {len(pairs) + skipped.total():,} rows, of which were skipped: "
           + (", ".join(f"{n:,} {why}" for why, n in skipped.items()) or "none"))
-
-
-def exchange(items: list, seed: int) -> list:
-    """A seeded permutation in which nothing stays in its place."""
-    order = np.random.default_rng(seed).permutation(len(items))
-    out = [None] * len(items)
-    for i, j in zip(order, np.roll(order, 1)):
-        out[i] = items[j]
-    return out
-
-
-def write_benchmark(cfg: Config, pool, name: str, pairs: list[dict], texts: dict[str, list[str]], recipe) -> None:
-    """Speak `texts`, write each pair's two wavs (`recipe(pair, side)` -> ids of texts to join) and manifest.jsonl."""
-    folder = Path(cfg.out) / name
-    if (folder / "manifest.jsonl").exists():
-        return
-    waves = dict(spoken(cfg, pool, texts, f"speaking {name}"))
-    lines = []
-    for pair in pairs:
-        for side in ("positive", "negative"):
-            pair[side] = f"{pair['id']}_{side}.wav"
-            write_audio(folder / pair[side], np.concatenate([w for id in recipe(pair, side) for w in waves[id]]))
-        lines.append(json.dumps(pair) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)  # of no pairs nothing was written
-    (folder / "manifest.part").write_text("".join(lines))
-    os.replace(folder / "manifest.part", folder / "manifest.jsonl")
-
-
-def make_tstorycloze(cfg: Config, pool, stories: list[dict]) -> None:
-    """tStoryCloze-style pairs: four sentences and their true fifth, against the fifth of another story."""
-    texts, pairs = {}, []
-    for story, other in zip(stories, exchange(stories, cfg.seed)):
-        id, (*beginning, ending) = story["id"], story["sentences"][:5]
-        texts |= {f"{id} beginning": beginning, f"{id} ending": [ending]}
-        pairs.append({"id": id, "other": other["id"], "positive_text": " ".join(story["sentences"][:5]),
-                      "negative_text": " ".join([*beginning, other["sentences"][4]])})
-    write_benchmark(cfg, pool, "tstorycloze", pairs, texts, lambda pair, side: [
-        f"{pair['id']} beginning", f"{pair['id'] if side == 'positive' else pair['other']} ending"])
-
-
-def things(text: str) -> set[str]:
-    """Words that say what a text is about, roughly: the longer ones, names aside."""
-    return {word.lower() for word in re.findall(r"\w{4,}", text) if word not in NAMES}
-
-
-def pronouns(text: str) -> set[str]:
-    """Of which sexes the third persons of a text are."""
-    return {sex for sex in ("he|him|his", "she|her|hers") if re.search(rf"\b({sex})\b", text, re.IGNORECASE)}
-
-
-def make_sstorycloze(cfg: Config, pool, stories: list[dict], n_candidates: int = 6, min_gap: float = 0.3) -> None:
-    """sStoryCloze-style pairs: four sentences and their true fifth, against a close one that fits less.
-
-    The wrong ending is another story's, with this one's name and no other pronouns in it, that shares the rarest words
-    with this story and that the writer finds at least `min_gap` nats per token less likely here. None is used twice; a
-    story for which there is none is left out.
-    """
-    if (Path(cfg.out) / "sstorycloze" / "manifest.jsonl").exists():
-        return
-    beginnings, endings = [" ".join(s["sentences"][:4]) for s in stories], [s["sentences"][4] for s in stories]
-    about, said = list(map(things, beginnings)), list(map(things, endings))
-    found_in = Counter(word for words in about for word in words)
-    todo, offered = [], Counter()  # of each story: endings that are close to it, the closest first
-    for i, beginning in enumerate(beginnings):
-        name = next((word for word in re.findall(r"\w+", beginning) if word in NAMES), None)
-        shared = [sum(math.log(len(stories) / found_in[word]) for word in about[i] & words) for words in said]
-        fine = [j for j, ending in enumerate(endings) if name and ending != endings[i] and shared[j] > 0
-                and offered[j] < n_candidates and pronouns(ending) <= pronouns(f"{beginning} {endings[i]}")]
-        fine = sorted(fine, key=lambda j: -shared[j])[:n_candidates]
-        offered.update(fine)  # the same ones suit many stories; enough must be left for the last
-        todo.append([(j, re.sub(r"\w+", lambda m: name if m[0] in NAMES else m[0], endings[j])) for j in fine])
-    asked = [(beginnings[i], x) for i, others in enumerate(todo) for x in (endings[i], *(x for _, x in others))]
-    scores = iter(continuation_scores(*map(list, zip(*asked)), cfg.writer))
-    texts, pairs, used = {}, [], set()
-    for story, beginning, ending, others in zip(stories, beginnings, endings, todo):
-        true, *theirs = [next(scores) for _ in range(1 + len(others))]
-        wrong = next((x for x, score in zip(others, theirs) if score <= true - min_gap and x[0] not in used), None)
-        if wrong:
-            id, (j, worse) = story["id"], wrong
-            used.add(j)
-            texts |= {f"{id} beginning": story["sentences"][:4], f"{id} positive": [ending], f"{id} negative": [worse]}
-            pairs.append({"id": id, "positive_text": f"{beginning} {ending}", "negative_text": f"{beginning} {worse}"})
-    print(f"sstorycloze: {len(pairs)} pairs; {len(stories) - len(pairs)} stories have no close ending that fits less")
-    write_benchmark(cfg, pool, "sstorycloze", pairs, texts, lambda pair, side: [
-        f"{pair['id']} beginning", f"{pair['id']} {side}"])
-
-
-def grammar_pair(kind: str, i: int, rng: np.random.Generator) -> tuple[str, str]:
-    """A grammatical and an ungrammatical sentence of the same words' kinds; i alternates what is right.
-
-    grammar_pair("subject_verb_agreement", 0, rng) -> ("The dog near the tree is sleeping.", "… are sleeping.")
-    """
-    def pick(words):
-        return str(rng.choice(words.split()))
-
-    noun, verb = pick("dog cat bird boy girl teacher farmer rabbit horse king"), pick(
-        "sleeping singing running eating playing waiting smiling")
-    where = str(rng.choice(["in the garden", "near the tree", "by the house", "at the school", "on the hill"]))
-    if kind == "subject_verb_agreement":
-        subject = f"The {noun}{'s' * (i % 2)} {where if rng.random() < 0.5 else ''}".strip()
-        verbs = [("is", "are"), ("was", "were"), ("has been", "have been")][int(rng.integers(3))]
-        good, bad = verbs[i % 2], verbs[1 - i % 2]
-        return f"{subject} {good} {verb}.", f"{subject} {bad} {verb}."
-    if kind == "determiner_noun_agreement":
-        singular, plural = [("this", "these"), ("that", "those"), ("a", "many"), ("every", "several")][i // 2 % 4]
-        determiner, right, wrong = (singular, noun, noun + "s") if i % 2 else (plural, noun + "s", noun)
-        name, saw = pick("Tom Mia Anna Ben Lucy Sam"), pick("saw found liked heard met")
-        return f"{name} {saw} {determiner} {right} {where}.", f"{name} {saw} {determiner} {wrong} {where}."
-    if kind == "reflexive":
-        who = [("boy king man grandfather brother", "himself"), ("girl queen woman grandmother sister", "herself"),
-               ("boys girls children friends kings", "themselves")]
-        (subjects, right), (_, wrong) = who[i % 3], who[(i + 1 + i // 3 % 2) % 3]
-        start = f"The {pick(subjects)} {pick('saw hurt helped washed liked')}"
-        return f"{start} {right} {where}.", f"{start} {wrong} {where}."
-    assert kind == "word_order"
-    name, adjective, thing = pick("Tom Mia Anna Ben"), pick("red big old small shiny"), pick("apple ball box kite hat")
-    return [(f"{name} found the {adjective} {thing} {where}.", f"{name} found the {thing} {adjective} {where}."),
-            (f"The {noun} will not be {verb} {where}.", f"The {noun} not will be {verb} {where}."),
-            (f"{name} put the {adjective} {thing} on the table.", f"{name} put {adjective} the {thing} on the table."),
-            (f"The {noun} is {verb} {where}.", f"The {noun} {verb} is {where}.")][i % 4]
-
-
-GRAMMAR = "subject_verb_agreement determiner_noun_agreement reflexive word_order".split()
-
-
-def make_sblimp(cfg: Config, pool) -> None:
-    """sBLIMP-style pairs: a grammatical and an ungrammatical sentence, by templates, the four kinds in equal shares."""
-    rng, pairs, seen = np.random.default_rng((cfg.seed, 1)), [], set()
-    for i in range(cfg.n_sblimp):
-        kind = GRAMMAR[i % len(GRAMMAR)]
-        for _ in range(1000):
-            positive, negative = grammar_pair(kind, i // len(GRAMMAR), rng)
-            if (positive, negative) not in seen:
-                break
-        else:
-            raise SystemExit(f"n_sblimp: the templates give some {len(pairs):,} different pairs, not {cfg.n_sblimp:,}")
-        seen.add((positive, negative))
-        pairs.append({"id": f"{i:05d}", "type": kind, "positive_text": positive, "negative_text": negative})
-    texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in pairs for side in ("positive", "negative")}
-    write_benchmark(cfg, pool, "sblimp", pairs, texts, lambda pair, side: [f"{pair['id']} {side}"])
 
 
 def main(cfg: Config) -> None:

@@ -1,6 +1,6 @@
 """24 GB (A5000, 3090, 4090): micro-batch 8. Given after a recipe: python train.py config/slam.py config/gpu_24gb.py
 
-Presets change how a step is computed, not what it computes. Memory by `python bench.py memory config/slam.py
+Presets change how a step is computed, not what it computes. Memory by `python dev/bench.py memory config/slam.py
 config/gpu_24gb.py`, which counts weights, gradients, optimiser and what is kept for the backward pass, and does not
 need a GPU; the allocator and the kernels come on top, torch.compile takes off. Not measured on these cards.
 

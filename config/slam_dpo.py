@@ -17,5 +17,5 @@ beta1 = 0.9
 beta2 = 0.999
 eps = 1e-8
 weight_decay = 0.0
-clip = 0.5
+grad_clip = 0.5
 dtype = "bfloat16"

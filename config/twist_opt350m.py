@@ -4,7 +4,7 @@ OPT-350M, speech of people only, inverse square root schedule. What Slam's paper
 51.52, sStoryCloze 53.65, tStoryCloze 68.80); batch, learning rate and warm-up are TWIST's (Hassid et al. 2023) as we
 remember them and have not been checked against it: 64 rows of up to 25 s, lr 1e-4, 100 warm-up steps. Length: the day,
 so that it ends when Slam's does, whatever the GPU; by FLOPs at the paper's speed, 1.6B tokens in 48,000 steps. 305.7M
-parameters: 12 % fewer FLOPs per token than slam.py. Peak memory: 8.9 GB counted by `bench.py memory`, as in
+parameters: 12 % fewer FLOPs per token than slam.py. Peak memory: 8.9 GB counted by `dev/bench.py memory`, as in
 gpu_24gb.py.
 """
 from config.slam import *

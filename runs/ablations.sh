@@ -9,7 +9,7 @@
 #   bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none   # flags for every run
 #
 # Finished runs are skipped, killed ones go on. Every run has slam.py's 1.4B tokens. Hours on an A5000: the paper's 23.5
-# for Qwen2.5-0.5B, others by their FLOPs. GB: what `python bench.py memory config/slam.py --base=...` counts.
+# for Qwen2.5-0.5B, others by their FLOPs. GB: what `python dev/bench.py memory config/slam.py --base=...` counts.
 #
 #                    parameters  hours    GB                        parameters  hours    GB
 #     Qwen2.5-0.5B         358M   23.5  15.3      SmolLM2-360M            315M   22.1  14.9

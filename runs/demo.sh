@@ -16,7 +16,7 @@ stage() {  # stage NAME COMMAND...: run it and note its minutes
 
 : > "$out/seconds.tsv"
 printf 'set-up\t%s\n' "$((SECONDS - started))" >> "$out/seconds.tsv"
-stage "embedded models" python embedded.py
+stage "embedded models" python -m slam.embedded
 stage "stories, speech, units" python synth_stories.py config/demo_stories.py
 stage "untrained model" python train.py config/demo_train.py --out $out/untrained --time_budget_hours none --steps 0 --resume
 stage "training" python train.py config/demo_train.py --resume
@@ -26,4 +26,4 @@ stage "evaluation" python eval.py config/demo_eval.py
 prompt=$(python -c "import json; print(json.loads(open('$out/data/tstorycloze/manifest.jsonl').readline())['positive'])")
 stage "a prompt continued" python sample.py --prompt "$out/data/tstorycloze/$prompt" --checkpoint $out/lm \
     --checkpoint $out/dpo --out $out/samples --from_start --prompt_seconds 6 --n 2 --overwrite
-python runs/demo_report.py "$((SECONDS - started))"
+python dev/demo_report.py "$((SECONDS - started))"

@@ -27,4 +27,4 @@ for share in $minutes; do
     fi
     python eval.py $evaluate --checkpoint="$run" "$@"
 done
-python runs/dpo_share_report.py "$out" $minutes
+python dev/dpo_share_report.py "$out" $minutes

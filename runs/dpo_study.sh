@@ -15,12 +15,12 @@ out=out/study/dpo
 score() {  # score RUN SEED [FLAGS]
     grep -qs '"gen_ppl"' "$1/results.json" || python eval.py --checkpoint="$1" --val=out/study/data/units/val \
         --train=out/study/data/units/train --manifest=out/study/stories/tstorycloze,out/study/stories/sblimp \
-        --generate_from=out/study/stories/tstorycloze --n_generate=50 --may_end=false --seed="${@:2}"
+        --generate_from=out/study/stories/tstorycloze --n_generate=50 --allow_eos=false --seed="${@:2}"
 }
 
 unpenalised() {  # unpenalised RUN SEED [FLAGS]: generated once more, without the penalty
     grep -qs '"gen_ppl_free"' "$1/results.json" || python eval.py --checkpoint="$1" --generate_from=out/study/stories/tstorycloze \
-        --n_generate=50 --may_end=false --repetition_penalty=1 --suffix=_free --seed="${@:2}"
+        --n_generate=50 --allow_eos=false --repetition_penalty=1 --suffix=_free --seed="${@:2}"
 }
 
 tune() {  # tune NAME PAIRS STEPS SEED
@@ -34,7 +34,7 @@ python train.py config/slam_fast.py config/study.py --train=out/study/data/units
 score $out/lm_0 0 --n_seeds=3
 unpenalised $out/lm_0 0 --n_seeds=3
 python dpo.py pairs --checkpoint=$out/lm_0 --prompts=out/study/stories/pairs_train.jsonl --n_prompts=160 --n=4 \
-    --n_val=20 --new_units=100 --may_end=false --temperature=0.9 --min_gap=0.3 --out=$out/own_0
+    --n_val=20 --new_units=100 --allow_eos=false --temperature=0.9 --min_gap=0.3 --out=$out/own_0
 for seed in 0 1 2; do
     tune stories out/study/stories 60 $seed
     tune own_dpo $out/own_0 15 $seed
@@ -42,4 +42,4 @@ for seed in 0 1 2; do
     tune own_long $out/own_0 60 $seed
     unpenalised $out/own_long_$seed $seed
 done
-python runs/dpo_study_report.py $out
+python dev/dpo_study_report.py $out

@@ -12,4 +12,4 @@ for seed in 0 1 2; do
             --tokens=$tokens --resume
     done
 done
-python runs/fast_report.py
+python dev/fast_report.py

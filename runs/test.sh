@@ -17,5 +17,5 @@ if missing; then
          "\`python -m pip install -r requirements-test.txt\` installs them" >&2
     python -c "import xdist" 2> /dev/null || workers=()
 fi
-python embedded.py > /dev/null
+python -m slam.embedded > /dev/null
 python -m pytest -q --durations=10 "${workers[@]}" "$@"

@@ -10,9 +10,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from filelock import FileLock
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # share the cores; child processes inherit this
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_workers)))
-from units import Fingerprint, UnitWriter  # noqa: E402
+from slam.units import Fingerprint, UnitWriter  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 N_UNITS = 20
@@ -142,7 +142,7 @@ def in_process(*args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, code, out.buffer.getvalue(), err.buffer.getvalue())
 
 
-STAGES = {f"{s}.py" for s in ("prepare_units", "synth_stories", "model", "vocoder", "train", "dpo", "eval", "sample")}
+STAGES = {f"{s}.py" for s in ("prepare_units", "synth_stories", "model", "train", "dpo", "eval", "sample")}
 
 
 def run(*args, check=True, text=True, process=False, **kwargs) -> subprocess.CompletedProcess:
@@ -224,8 +224,8 @@ def stories(tmp_path_factory):
 @pytest.fixture(scope="session")
 def voice():
     """hibari: text -> wave at 16 kHz."""
-    from audio import resample
-    from synth_stories import load_hibari
+    from slam.audio import resample
+    from slam.tts import load_hibari
     speak = load_hibari()
     return lambda text: resample(*speak(text, 0, "american"), 16_000)
 

@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import soundfile
 
-from audio import (SAMPLE_RATE, check_wave, load_audio, read_blocks, read_input, resample, resample_blocks,
-                   split_at_silences, walk)
+from slam.audio import (
+    SAMPLE_RATE,
+    check_wave,
+    load_audio,
+    read_blocks,
+    read_input,
+    resample,
+    resample_blocks,
+    split_at_silences,
+    walk,
+)
 
 
 def tone(rate: int, hz: float = 440.0, seconds: float = 1.0) -> np.ndarray:

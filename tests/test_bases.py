@@ -13,8 +13,10 @@ from test_model import hf_model, our_model, random_tokens, randomise
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
 from model import HubLM, UnitLM, from_config, twisted
-from train import accumulate, checkpoint_fingerprint, n_graphs
-from units import UnitWriter, write_pairs
+from slam.checkpoint import checkpoint_fingerprint
+from slam.device import n_graphs
+from slam.units import UnitWriter, write_pairs
+from train import accumulate
 
 # The shapes in the hub's config.json files, less what has no part in the shape.
 LLAMA = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 1e4, "hidden_act": "silu"}
@@ -174,11 +176,11 @@ def test_its_twist(hub, init):
 
 
 def test_training_runs_on_it_and_resumes(hub, corpus, tmp_path):
-    """train.py, with gradient checkpointing: the loss falls; stopped half-way and resumed, it is the same run."""
+    """train.py, with activation checkpointing: the loss falls; stopped half-way and resumed, it is the same run."""
     folder, *_ = hub
     flags = [f"--base={folder}", f"--train={corpus / 'train'}", f"--val={corpus / 'val'}", "--context=64",
              "--micro_batch=2", "--batch_tokens=256", "--lr=1e-2", "--dtype=float32", "--log_every=3",
-             "--checkpointing", "--init=random", "--schedule=constant", "--warmup=0"]
+             "--activation_checkpointing", "--init=random", "--schedule=constant", "--warmup=0"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("train.py", *flags, f"--out={whole}", "--steps=8")
     run("train.py", *flags, f"--out={parts}", "--steps=4")
@@ -296,7 +298,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, tmp_path):
     x, positions = random_tokens(2, 20), torch.cat([torch.arange(8), torch.arange(12)]).expand(2, 20)
     gradients, saved = [], []
     for on in (False, True):
-        lm.set_checkpointing(on)
+        lm.set_activation_checkpointing(on)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             loss = lm(x, x.roll(-1, 1), positions)[1]
@@ -319,7 +321,7 @@ def test_training_compiles_to_one_graph(kind, checkpointing, tmp_path):
     else:
         hub_model(kind).save_pretrained(tmp_path)
         lm = UnitLM.from_pretrained(str(tmp_path))
-    lm.train().set_checkpointing(checkpointing)
+    lm.train().set_activation_checkpointing(checkpointing)
     forward, before = torch.compile(lm, backend="aot_eager"), n_graphs()
     x = random_tokens(2, 24)
     for seed, cuts in enumerate(([24], [5, 19], [3, 3, 18])):

@@ -10,15 +10,25 @@ import torch
 from conftest import run
 from test_train import SHAPE, tiny
 
-from bench import (BenchDpo, BenchTrain, our_dpo, our_training, peer_batch, peer_dpo, peer_model, peer_scores,
-                   peer_training)
-from eval import pair_nlls
-from train import build, collate, cut
-from units import UnitReader, to_tokens
+from dev.bench import (
+    BenchDpo,
+    BenchTrain,
+    our_dpo,
+    our_training,
+    peer_batch,
+    peer_dpo,
+    peer_model,
+    peer_scores,
+    peer_training,
+)
+from slam.packing import collate, cut
+from slam.scoring import pair_nlls
+from slam.units import UnitReader, to_tokens
+from train import build
 
 
 def case(*args) -> list[dict]:
-    return [json.loads(line) for line in run("bench.py", *args).stdout.splitlines()]
+    return [json.loads(line) for line in run("dev/bench.py", *args).stdout.splitlines()]
 
 
 def test_the_peer_computes_the_same_model(corpus):
@@ -112,7 +122,7 @@ def test_memory_is_counted():
     assert plain["weights_and_gradients_gb"] == pytest.approx(8 * n / 1e9, abs=0.01)
     assert plain["optimizer_gb"] == pytest.approx(8 * n / 1e9, abs=0.01)
     saved, = case("memory", f"--shape={json.dumps(shape)}", "--context=64", "--micro_batch=2", "--batch_tokens=128",
-                  "--checkpointing", "--dtype=pure_bfloat16")
+                  "--activation_checkpointing", "--dtype=pure_bfloat16")
     assert saved["weights_and_gradients_gb"] == pytest.approx(4 * n / 1e9, abs=0.01)
     assert 0 < saved["activations_gb_per_row"] < plain["activations_gb_per_row"]
 
@@ -120,10 +130,11 @@ def test_memory_is_counted():
 def test_units_are_the_peers(stories, tmp_path):
     """From one file at a time both sides get the same units; in a padded batch the peer does not."""
     pytest.importorskip("sklearn")
-    from audio import load_audio
-    from bench import peer_units
-    from speech_tokenizer import SpeechTokenizer, load_encoder, write_codebook
     from test_speech_tokenizer import hubert
+
+    from dev.bench import peer_units
+    from slam.audio import load_audio
+    from slam.tokenizer import SpeechTokenizer, load_encoder, write_codebook
     hubert(tmp_path / "hubert")
     paths = sorted((stories / "audio").glob("*.flac"))[:3]
     features, _ = load_encoder(str(tmp_path / "hubert"), 3)([load_audio(paths[0])])[0]

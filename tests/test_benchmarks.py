@@ -8,9 +8,9 @@ import pytest
 import soundfile
 from conftest import refused, run
 
-from audio import load_audio
-from benchmarks import SALMON_PARTS, read_benchmark, read_manifest
-from embedded import cache_dir
+from slam.audio import load_audio
+from slam.benchmarks import SALMON_PARTS, read_benchmark, read_manifest
+from slam.embedded import cache_dir
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,14 @@ from conftest import N_UNITS, ROOT, Process, markov, refused, run
 from test_train import flags, tiny
 
 from config import load_config
-from dpo import (Config, Data, PairsConfig, backward, choose, completion_logps, dpo_loss, fork, has_ended, losses,
-                 make_pairs, reference_logps, step_rows)
-from eval import Fork, auto_bleu, continue_units, fork_logps, load_judge, pack
+from dpo import Config, Data, backward, completion_logps, dpo_loss, losses, prefix_pair, reference_logps, step_rows
 from model import UnitLM
-from speech_tokenizer import SpeechTokenizer
-from units import read_pairs, to_units, write_pairs
+from slam.align_pairs import PairsConfig, choose, has_ended, make_pairs
+from slam.metrics import auto_bleu
+from slam.scoring import PrefixPair, pack, row_logps
+from slam.speech import continue_units, load_judge
+from slam.tokenizer import SpeechTokenizer
+from slam.units import read_pairs, to_units, write_pairs
 
 
 def test_loss_closed_forms():
@@ -81,23 +83,23 @@ def test_gradient_by_finite_differences(how):
 
 
 def test_a_pair_in_tokens():
-    pair = fork({"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}, 1024)
+    pair = prefix_pair({"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}, 1024)
     assert pair == ([1, 7, 8], [11, 1], [6, 1])  # a unit at the joint stands once
     assert pair.lengths == (2, 2, 2) and pair.n_inputs == 6
     assert pair.row() == ([1, 7, 8, 11, 8, 6], [7, 8, 11, 1, 6, 1], [0, 1, 2, 3, 2, 3], [0, 0, 1, 1, 2, 2])
     only = {"prompt": [1, 2, 3, 4], "chosen": [9, 8], "rejected": [7]}
-    assert fork(only, 7).prefix == [1, 5, 6] and fork(only, 7).n_inputs == 7  # a long one loses its beginning
-    assert fork(only, 5) is None
-    assert fork({"prompt": [5], "chosen": [5], "rejected": [6]}, 9).first == [7, 1]  # nothing else would be left
+    assert prefix_pair(only, 7).prefix == [1, 5, 6] and prefix_pair(only, 7).n_inputs == 7  # a long one loses its beginning
+    assert prefix_pair(only, 5) is None
+    assert prefix_pair({"prompt": [5], "chosen": [5], "rejected": [6]}, 9).first == [7, 1]  # nothing else would be left
 
 
 def test_a_completion_that_was_cut_has_no_eos(tmp_path):
     """An EOS there would teach the model a token that it did not, and perhaps could not, draw."""
     units = {"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}
-    assert fork(units | {"chosen_ended": True, "rejected_ended": True}, 1024) == fork(units, 1024)
-    pair = fork(units | {"chosen_ended": False}, 1024)
+    assert prefix_pair(units | {"chosen_ended": True, "rejected_ended": True}, 1024) == prefix_pair(units, 1024)
+    pair = prefix_pair(units | {"chosen_ended": False}, 1024)
     assert pair == ([1, 7, 8], [11], [6, 1]) and pair.lengths == (2, 1, 2)
-    both = fork(units | {"chosen_ended": False, "rejected_ended": False}, 4)
+    both = prefix_pair(units | {"chosen_ended": False, "rejected_ended": False}, 4)
     assert both == ([1, 7, 8], [11], [6]) and both.n_inputs == 4  # fits without the two EOS
     assert both.row() == ([1, 7, 8, 8], [7, 8, 11, 6], [0, 1, 2, 2], [0, 0, 1, 2])
     # What follows from the tokens: log-probabilities, lengths, and another place for the reference's.
@@ -106,7 +108,7 @@ def test_a_completion_that_was_cut_has_no_eos(tmp_path):
     expected = [[logp_alone(lm, p.prefix, end) for end in (p.first, p.second)] for p in (pair, both)]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
     assert Data.of([pair, both], found, torch.device("cpu")).lengths.tolist() == [[1, 2], [1, 1]]
-    whole = fork(units, 1024)
+    whole = prefix_pair(units, 1024)
     for n, pairs in enumerate(([whole], [pair], [both], [whole]), 1):
         kept = reference_logps("", lm, str(tmp_path / "x.jsonl"), pairs, cfg, "digest")
         torch.testing.assert_close(kept, completion_logps(lm, pairs, cfg, "x"), atol=1e-6, rtol=1e-6)
@@ -127,13 +129,13 @@ def test_whether_a_continuation_has_ended(n):
                           generator=torch.Generator().manual_seed(3))
         assert [ended[i] for i in order] == [1 in row for row in raw]
         assert [units[i] for i in order] == [to_units(row[:(row + [1]).index(1)]) for row in raw]
-    never = continue_units(lm, [to_units(p) for p in prompts], n, 64, 3, "", temperature=2.0, may_end=False)
+    never = continue_units(lm, [to_units(p) for p in prompts], n, 64, 3, "", temperature=2.0, allow_eos=False)
     assert not any(has_ended(u, cfg) for u in never)
 
 
-def some_pairs(n: int, seed: int = 0) -> list[Fork]:
+def some_pairs(n: int, seed: int = 0) -> list[PrefixPair]:
     rng = np.random.default_rng(seed)
-    return [fork({k: rng.integers(0, N_UNITS, rng.integers(1, 20)).tolist() for k in ("prompt", "chosen", "rejected")},
+    return [prefix_pair({k: rng.integers(0, N_UNITS, rng.integers(1, 20)).tolist() for k in ("prompt", "chosen", "rejected")},
                  64) for _ in range(n)]
 
 
@@ -154,7 +156,7 @@ def test_logps_are_those_of_each_completion_by_itself(device):
         order = np.concatenate(pack(pairs, 64))
         assert max(map(len, rows)) > 1 and len(rows) > 1
         for forward, layout, width in ((lm, rows, 0), (lm, rows, 80), (lm, [pairs], 0), (lm, [[p] for p in pairs], 0)):
-            found = fork_logps(forward, layout, width, torch.device(device), "float32").cpu()[:, 1:]
+            found = row_logps(forward, layout, width, torch.device(device), "float32").cpu()[:, 1:]
             torch.testing.assert_close(found, expected[order if layout is rows else range(9)], atol=1e-4, rtol=1e-4)
         found = completion_logps(lm, pairs, Config(context=64, dtype="float32"), "x")
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -248,7 +250,7 @@ def test_the_reference_is_computed_once(start, pairs, tmp_path):
     (folder / "val.jsonl").write_text("".join((folder / "val.jsonl").read_text().splitlines(keepends=True)[:-1]))
     run("dpo.py", *dpo_flags(start, folder, tmp_path / "d", steps=1))
     assert first.items() < kept().items() and len(kept()) == 5  # c's two, and d's of the changed file
-    pairs_of = [fork(x, 1024) for x in read_pairs(folder / "train.jsonl")[1]]
+    pairs_of = [prefix_pair(x, 1024) for x in read_pairs(folder / "train.jsonl")[1]]
     name, = (p for p in first if p.startswith("train"))
     expected = completion_logps(UnitLM.from_pretrained(str(start)), pairs_of, Config(dtype="float32"), "x")
     torch.testing.assert_close(torch.from_numpy(np.load(folder / name)), expected, atol=1e-4, rtol=1e-5)
@@ -319,7 +321,7 @@ def test_on_policy_pairs(runs, stories, tmp_path, capsys):
         return str(e.value)
 
     flags = [f"--out={out}", f"--checkpoint={runs}/lm", f"--prompts={stories}/pairs_train.jsonl",
-             "--n_prompts=4", "--n_val=1", "--n=3", "--new_units=40", "--batch=2", "--may_end=false", "--top_k=5",
+             "--n_prompts=4", "--n_val=1", "--n=3", "--new_units=40", "--batch=2", "--allow_eos=false", "--top_k=5",
              "--temperature=0.7", "--min_gap=0", "--max_auto_bleu=2", "--min_words=0"]
     pairs()
     lines = (out / "candidates.jsonl").read_text().splitlines(keepends=True)
@@ -335,7 +337,7 @@ def test_on_policy_pairs(runs, stories, tmp_path, capsys):
         scores = [c["score"] for c in candidates if c["score"] is not None]
         assert (pair["chosen_score"], pair["rejected_score"]) == (max(scores), min(scores))
         assert pair["chosen_ended"] is pair["rejected_ended"] is False
-        assert 1 not in fork(pair, 1024).first + fork(pair, 1024).second  # the EOS that it was forbidden to draw
+        assert 1 not in prefix_pair(pair, 1024).first + prefix_pair(pair, 1024).second  # the EOS that it was forbidden to draw
         assert {"units": pair["chosen"], "ended": False, "text": pair["chosen_text"], "score": pair["chosen_score"],
                 "auto_bleu": auto_bleu(pair["chosen_text"])} in candidates
     # The score is the text LM's, of the continuation's tokens alone.

@@ -11,10 +11,9 @@ import pytest
 import scipy.signal
 import torch
 from conftest import run
-from transformers import (AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor,
-                          WhisperForConditionalGeneration)
+from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-import embedded
+from slam import embedded
 
 STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, "
          "she went to the park with her mom. They saw a big tree and a little bird. The bird was sad because it could "
@@ -141,7 +140,7 @@ def test_an_altered_cache_is_noticed_and_rebuilt(empty_cache, capsys):
 def test_check_builds_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("SLAM_CACHE", str(tmp_path / "cache"))
     result = run("embedded.py", "--check", check=False)
-    assert result.returncode == 1 and "not built yet; `python embedded.py` builds it" in result.stderr
+    assert result.returncode == 1 and "not built yet; `python -m slam.embedded` builds it" in result.stderr
     assert not (tmp_path / "cache").exists()
 
 

@@ -13,15 +13,16 @@ import torch
 from conftest import N_UNITS, markov
 from test_train import tiny
 
-from audio import load_audio
-from benchmarks import Benchmark
-from embedded import resolve
-from eval import (Config, Fork, auto_bleu, load_judge, ngram_loss, ngram_nlls, ngrams, pair_accuracy, pair_nlls,
-                  perplexity, score_pairs, table, text_losses, text_nlls, tokenize_pairs, transcribe, units_cache,
-                  word_error_rate, words)
-from speech_tokenizer import SpeechTokenizer, read_codebook, write_codebook
-from train import merge_results
-from units import Fingerprint, to_tokens
+from eval import Config, perplexity, table
+from slam.audio import load_audio
+from slam.benchmarks import Benchmark, tokenize_pairs, units_cache
+from slam.embedded import resolve
+from slam.metrics import auto_bleu, pair_accuracy, score_pairs, word_error_rate, words
+from slam.run import merge_results
+from slam.scoring import PrefixPair, ngram_loss, ngram_nlls, ngrams, pair_nlls
+from slam.speech import load_judge, text_losses, text_nlls, transcribe
+from slam.tokenizer import SpeechTokenizer, read_codebook, write_codebook
+from slam.units import Fingerprint, to_tokens
 
 
 def test_pair_accuracy():
@@ -59,14 +60,14 @@ def test_nlls_are_those_of_each_utterance_by_itself():
     found, sums = pair_nlls(lm, pairs, 128), pair_nlls(lm, pairs, 128, "sum")
     ends = pair_nlls(lm, pairs, 128, score_prompt=False)
     for i, both in enumerate(pairs):
-        shared = len(Fork.of(*both).prefix) - 1
+        shared = len(PrefixPair.of(*both).prefix) - 1
         for side, tokens in enumerate(both):
             assert found[i, side] == pytest.approx(nlls(tokens).mean(), rel=1e-5)
             assert sums[i, side] == pytest.approx(nlls(tokens).sum(), rel=1e-5)
             if i != 2:
                 assert ends[i, side] == pytest.approx(nlls(tokens)[shared:].mean(), rel=1e-5)
     assert found[2, 0] == found[2, 1]  # a tie
-    assert Fork.of(*pairs[1]).prefix == c[:7] and Fork.of(d, d).n_inputs == len(d) - 1
+    assert PrefixPair.of(*pairs[1]).prefix == c[:7] and PrefixPair.of(d, d).n_inputs == len(d) - 1
     assert pair_nlls(lm, pairs[1:2], 16) == pytest.approx(found[1:2], rel=1e-5)  # longer than a row
 
 

@@ -9,11 +9,19 @@ import pytest
 import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM,
-                          RepetitionPenaltyLogitsProcessor)
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+)
 
-import embedded
-from model import KVCache, ModelConfig, UnitLM, fetch, recover, runs_of, sample, swap_in, visible
+from model import KVCache, ModelConfig, UnitLM, sample
+from slam import embedded
+from slam.attention import attention_mask, segments
+from slam.checkpoint import fetch, recover, swap_in
 
 V = 60
 HF = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -241,14 +249,14 @@ def test_several_continuations_of_one_beginning(lm):
     expected = torch.cat([lm(wholes[0])[0], *(lm(x)[0][:, 5:] for x in wholes[1:]), lm(other)[0]], 1)
     torch.testing.assert_close(lm(tokens, positions=positions)[0], expected, rtol=1e-5, atol=1e-5)
     both = torch.cat([positions, torch.arange(positions.shape[1])[None]])  # a second row is one utterance
-    assert runs_of(both) == [(11, 0, 0), (1, 0, 5), (4, 0, 5), (7, 3, 0), (23, 4, 0)]
+    assert segments(both) == [(11, 0, 0), (1, 0, 5), (4, 0, 5), (7, 3, 0), (23, 4, 0)]
     mask, at = torch.zeros(2, 23, 23, dtype=torch.bool), 0
-    for row, runs in ((0, runs_of(positions)), (1, [(23, 0, 0)])):
+    for row, runs in ((0, segments(positions)), (1, [(23, 0, 0)])):
         starts = [sum(n for n, _, _ in runs[:i]) for i in range(len(runs))]
         for at, (n, trunk_run, shared) in zip(starts, runs):
             mask[row, at:at + n, at:at + n] = torch.ones(n, n).tril()
             mask[row, at:at + n, starts[trunk_run]:starts[trunk_run] + shared] = True
-    assert torch.equal(visible(both)[:, 0], mask)
+    assert torch.equal(attention_mask(both)[:, 0], mask)
 
 
 def test_no_gradient_crosses_an_utterance_border(lm):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import ModelConfig, UnitLM
-from optim import AdaLomo, AdEMAMix, make_optimizer, schedule, update
+from slam.optim import AdaLomo, AdEMAMix, make_optimizer, schedule, update
 
 KINDS = "adamw", "ademamix", "adalomo", "muon"
 SHAPE = dict(vocab_size=22, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -9,7 +9,7 @@ from conftest import refused, run
 
 import eval
 from config import load_config
-from units import UnitReader
+from slam.units import UnitReader
 
 
 def test_evaluation(runs, stories, tmp_path):
@@ -62,7 +62,7 @@ def test_a_model_of_pieces(stories, voice, tmp_path):
     assert json.loads((tmp_path / "lm" / "checkpoint" / "config.json").read_text())["vocab_size"] == 602
     model, prompt = f"--checkpoint={tmp_path}/lm", tmp_path / "p.wav"
     run("eval.py", model, val, tokenizer, f"--manifest={stories}/sblimp", f"--generate_from={stories}/tstorycloze",
-        "--n_generate=2", "--new_units=20", "--may_end=false", "--keep_audio")
+        "--n_generate=2", "--new_units=20", "--allow_eos=false", "--keep_audio")
     results = json.loads((tmp_path / "lm" / "results.json").read_text())
     hours, n = UnitReader(tmp_path / "bpe" / "val").hours, results["val_loss"]["n"]
     assert results["val_bits_per_second"]["value"] == pytest.approx(

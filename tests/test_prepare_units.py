@@ -16,10 +16,12 @@ from conftest import ROOT, refused, run, start
 from test_audio import bad, librispeech, pack, tone  # noqa: F401
 
 from config import load_config
-from prepare_units import (END, CheckConfig, Config, FitConfig, Piece, ReadAhead, Utterance, check, draw, groups,
-                           kmeans, main, read_features, read_kmeans, verify)
-from speech_tokenizer import SpeechTokenizer, assign
-from units import UnitReader, UnitWriter, published_fingerprint
+from dev.check_tokenizer import CheckConfig, check
+from prepare_units import END, Config, Piece, ReadAhead, Utterance, groups, main, verify
+from slam.kmeans import FitConfig, draw, kmeans, read_kmeans
+from slam.slamkit import read_features
+from slam.tokenizer import SpeechTokenizer, assign
+from slam.units import UnitReader, UnitWriter, published_fingerprint
 
 
 def said(folder) -> dict[str, list[int]]:
@@ -433,7 +435,7 @@ def test_fit_makes_a_tokeniser(stories, tmp_path):
 
 
 def test_check_reports_how_steady_a_tokeniser_is(recordings, tmp_path):
-    done = run("prepare_units.py", "check", f"--input={recordings}", "--minutes=0.5", "--dtype=bfloat16")
+    done = run("dev/check_tokenizer.py", f"--input={recordings}", "--minutes=0.5", "--dtype=bfloat16")
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["batch_agreement"] > 0.99 and report["float32_agreement"] > 0.97
     assert 0.7 < report["crop_agreement"] < 0.95 and 15 < report["units_per_second"] < 25
@@ -441,7 +443,7 @@ def test_check_reports_how_steady_a_tokeniser_is(recordings, tmp_path):
     hubert(tmp_path / "hubert")
     run("prepare_units.py", "fit", f"--input={recordings}", f"--codebook={tmp_path}/h.safetensors", "--n_units=40",
         f"--encoder={tmp_path}/hubert", "--layer=3", "--hours=0.05", "--minibatch=500")
-    done = run("prepare_units.py", "check", f"--input={recordings}", f"--tokenizer={tmp_path}/h.safetensors",
+    done = run("dev/check_tokenizer.py", f"--input={recordings}", f"--tokenizer={tmp_path}/h.safetensors",
                "--minutes=1.5", "--window_seconds=10", "--hop_seconds=8")
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["seams"] > 5 and report["window_seconds"] == 10 and report["batch_agreement"] >= 0.999

@@ -1,80 +1,105 @@
-"""Every command in README and in the stages' docstrings names files and settings that exist."""
-import importlib
+"""Every command in README, docs/, runs/, configs and docstrings names files and settings that exist."""
+import importlib.util
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT, run
 
 from config import load_config
 
-STAGES = ["prepare_units", "synth_stories", "vocoder", "model", "train", "dpo", "eval", "sample", "bench"]
-SUBCOMMANDS = {("prepare_units", "fit"): "FitConfig", ("prepare_units", "check"): "CheckConfig",
-               ("prepare_units", "convert"): "ConvertConfig", ("prepare_units", "bpe"): "BpeConfig",
-               ("vocoder", "train"): "Config", ("bench", "train"): "BenchTrain", ("bench", "generate"): "BenchGenerate",
-               ("dpo", "pairs"): "PairsConfig", ("eval", "plot"): "PlotConfig", ("bench", "dpo"): "BenchDpo",
-               ("bench", "eval"): "BenchEval",
-               ("bench", "memory"): "BenchMemory", ("bench", "units"): "BenchUnits",
-               ("bench", "vocoder"): "BenchVocoder"}
+# script -> the dataclass of its settings, or {subcommand: dataclass}
+SETTINGS = {"prepare_units.py": {"": "Config", "fit": "slam.kmeans.FitConfig", "convert": "slam.kmeans.ConvertConfig",
+                                 "bpe": "BpeConfig"},
+            "synth_stories.py": {"": "Config"}, "train.py": {"": "Config"}, "eval.py": {"": "Config"},
+            "sample.py": {"": "Config"}, "dpo.py": {"": "Config", "pairs": "slam.align_pairs.PairsConfig"},
+            "-m slam.train_vocoder": {"": "Config"}, "dev/check_tokenizer.py": {"": "CheckConfig"},
+            "dev/plot.py": {"": "PlotConfig"},
+            "dev/bench.py": {"train": "BenchTrain", "dpo": "BenchDpo", "generate": "BenchGenerate", "eval": "BenchEval",
+                             "memory": "BenchMemory", "units": "BenchUnits", "vocoder": "BenchVocoder"}}
+WITHOUT = {"model.py", "-m slam.embedded"}  # their arguments are argparse's
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
 def commands() -> list[str]:
-    texts = [(ROOT / "README.md").read_text(), *((ROOT / f"{s}.py").read_text().split('"""')[1] for s in STAGES),
+    code = [p for pattern in ("*.py", "slam/*.py", "dev/*.py") for p in ROOT.glob(pattern)]
+    texts = [*(p.read_text() for p in PAGES), *("".join(p.read_text().split('"""')[1:2]) for p in code),
              *(p.read_text() for folder in ("runs", "config") for p in (ROOT / folder).glob("[!_]*.*"))]
     joined = "\n".join(texts).replace("\\\n", " ")
     joined = re.sub(r'"\$(@|\{\w+\[@\]\})"|(?<=\s)\$\w+(?=\s)', "", joined)  # a script's own arguments
-    found = re.findall(r"(?:python|--nproc_per_node=\d) (\w+\.py[^#\n`;|)]*)", joined)
-    return sorted({re.sub(r"\$\w+|\"\$[^\"]*\"", "1", c).strip() for c in found})
+    found = re.findall(r"(?:python|--nproc_per_node=\d) ((?:-m slam\.\w+|[\w/]+\.py)[^#\n`;|)]*)", joined)
+    return sorted({re.sub(r"\$\w+|\"\$[^\"]*\"|\"\$\(\(.*", "1", c).strip().rstrip(".,") for c in found})
+
+
+def settings(script: str, name: str) -> type:
+    """The dataclass of a script's settings, by its name there or in a module of slam."""
+    module, _, name = name.rpartition(".")
+    file = ROOT / (module or script.removeprefix("-m ").removesuffix(".py")).replace(".", "/")
+    spec = importlib.util.spec_from_file_location(f"settings_of_{file.stem}", file.with_suffix(".py"))
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # dataclasses look there for their annotations
+    spec.loader.exec_module(loaded)
+    return getattr(loaded, name)
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    words = shlex.split(command)
+    return (" ".join(words[:2]), words[2:]) if words[0] == "-m" else (words[0], words[1:])
 
 
 def test_there_are_commands():
-    assert len(commands()) > 15 and {c.split(".py")[0] for c in commands()} >= set(STAGES)
+    assert len(commands()) > 40 and {split(c)[0] for c in commands()} >= {*SETTINGS, *WITHOUT}
 
 
 @pytest.mark.parametrize("command", commands())
 def test_command(command):
-    script, *arguments = shlex.split(command)
-    assert (ROOT / script).is_file()
-    stage = script.removesuffix(".py")
-    if stage == "embedded":
+    script, arguments = split(command)
+    assert script.startswith("-m") or (ROOT / script).is_file()
+    if script.startswith("dev/") and script.endswith("_report.py") or arguments[:1] == ["verify"]:  # folders alone
         return
-    if stage == "model":  # no config, as it is no stage
-        assert arguments[0] in run(script, "--help").stdout
+    if script in WITHOUT:
+        assert "usage:" in run(*script.split(), "--help").stdout
         return
-    if arguments[:1] == ["verify"]:  # takes folders
+    kinds = SETTINGS[script]
+    if "" not in kinds and not arguments:  # the script itself is named, with no case of it
         return
-    name = "Config"
-    if arguments and (stage, arguments[0]) in SUBCOMMANDS:
-        name = SUBCOMMANDS[stage, arguments.pop(0)]
+    name = kinds[arguments.pop(0) if arguments and arguments[0] in kinds else ""]
     if "--help" in arguments:
-        assert "usage:" in run(script, "--help").stdout
+        assert "usage:" in run(*script.split(), "--help").stdout
         return
     try:
-        load_config(getattr(importlib.import_module(stage), name), arguments)
+        load_config(settings(script, name), arguments)
     except SystemExit as e:  # what a command says of its own accord may be refused for want of data, not for a name
         assert "no such setting" not in str(e) and "no such config file" not in str(e) and "expected" not in str(e), e
 
 
 def test_every_config_file_is_a_whole_config():
     on_top = {"study": "slam", "gpu_24gb": "slam", "gpu_16gb": "slam", "gpu_12gb": "slam", "gpu_8gb": "slam"}
-    stages = {"fit_embedded": ("prepare_units", "FitConfig"), "units_embedded": ("prepare_units", "Config"),
-              "corpus_units": ("prepare_units", "Config"), "units_mhubert25": ("prepare_units", "Config"),
-              "vocoder_embedded": ("vocoder", "Config"), "vocoder_gpu": ("vocoder", "Config"),
-              **{name: ("train", "Config") for name in (
-                  "slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories",
-                  "demo_train", *on_top)}, "slam_dpo": ("dpo", "Config"),
-              "slam_scaled_dpo": ("dpo", "Config"), "align_pairs": ("dpo", "PairsConfig"),
-              "study_stories": ("synth_stories", "Config"),
-              "demo_dpo": ("dpo", "Config"), "demo_eval": ("eval", "Config"), "eval_slam": ("eval", "Config"),
-              "demo_stories": ("synth_stories", "Config"), "corpus_stories": ("synth_stories", "Config"),
-              "spoken_swag": ("synth_stories", "Config")}
-    assert set(stages) == {p.stem for p in (ROOT / "config").glob("*.py")} - {"__init__"}
-    for name, (stage, kind) in stages.items():
+    training = ("slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories", "demo_train",
+                *on_top)
+    scripts = {"fit_embedded": ("prepare_units.py", "fit"), "align_pairs": ("dpo.py", "pairs"),
+               **dict.fromkeys(("units_embedded", "corpus_units", "units_mhubert25"), ("prepare_units.py", "")),
+               **dict.fromkeys(("vocoder_embedded", "vocoder_gpu"), ("-m slam.train_vocoder", "")),
+               **dict.fromkeys(training, ("train.py", "")),
+               **dict.fromkeys(("slam_dpo", "slam_scaled_dpo", "demo_dpo"), ("dpo.py", "")),
+               **dict.fromkeys(("demo_eval", "eval_slam"), ("eval.py", "")),
+               **dict.fromkeys(("study_stories", "demo_stories", "corpus_stories", "spoken_swag"),
+                               ("synth_stories.py", ""))}
+    assert set(scripts) == {p.stem for p in (ROOT / "config").glob("*.py")} - {"__init__"}
+    for name, (script, command) in scripts.items():
         files = [str(ROOT / "config" / f"{x}.py") for x in (on_top.get(name), name) if x]
-        load_config(getattr(importlib.import_module(stage), kind), files)
+        load_config(settings(script, SETTINGS[script][command]), files)
 
 
-def test_what_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"`((?:config|runs|assets|tests)/[\w./]+|\w+\.py)`", text):
-        assert (ROOT / path).exists(), path
+def test_what_the_pages_name_exists():
+    for page in PAGES:
+        text = page.read_text()
+        for path in re.findall(r"`((?:config|runs|assets|tests|slam|dev|docs)/[\w./]+|\w+\.py)`", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+        for path in re.findall(r"\]\(((?!http)[\w./]+)\)", text):
+            assert (page.parent / path).exists(), f"{page.name}: {path}"
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200

@@ -18,10 +18,10 @@ from conftest import Process, refused, run, start
 
 import sample
 from config import load_config
-from listen import Clip, Row, page
-from speech_tokenizer import EMBEDDED_TOKENIZER, PUBLISHED_KMEANS, find_codebook, write_codebook
-from units import Fingerprint, published_fingerprint
-from vocoder import EMBEDDED_VOCODER, Vocoder, Vocos, find_vocoder
+from slam.listen import Clip, Row, page
+from slam.tokenizer import EMBEDDED_TOKENIZER, PUBLISHED_KMEANS, find_codebook, write_codebook
+from slam.units import Fingerprint, published_fingerprint
+from slam.vocoder import EMBEDDED_VOCODER, Vocoder, Vocos, find_vocoder
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_codebook_and_vocoder_are_found_by_fingerprint(tmp_path):
     for name in ("x", "y"):
         centroids = torch.full((7, 4), float(ord(name)))
         write_codebook(tmp_path / "deep" / f"{name}.safetensors", {"centroids": centroids}, meta)
-    from speech_tokenizer import codebook_fingerprints, read_codebook
+    from slam.tokenizer import codebook_fingerprints, read_codebook
     path = str(tmp_path / "deep" / "y.safetensors")
     other, _ = codebook_fingerprints(*read_codebook(path))
     assert find_codebook(other, str(tmp_path)) == path

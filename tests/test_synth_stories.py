@@ -12,14 +12,17 @@ import pytest
 import soundfile
 from conftest import SYNTH, refused, run, start
 
-from audio import load_audio
-from benchmarks import read_manifest
-from eval import auto_bleu, continuation_scores, transcribe, word_error_rate
-from speech_tokenizer import SpeechTokenizer
-from synth_stories import (GRAMMAR, NAMES, SIDES, Config, _start_worker, exchange, grammar_pair, make_sblimp,
-                           make_sstorycloze, opening, read_swag, split_sentences, tidy)
-from units import UnitReader, published_fingerprint, read_pairs
-from vocoder import Vocoder
+from slam.audio import load_audio
+from slam.benchmarks import read_manifest
+from slam.metrics import auto_bleu, word_error_rate
+from slam.pair_data import SIDES, read_swag
+from slam.speech import continuation_scores, transcribe
+from slam.spoken_pairs import GRAMMAR, NAMES, exchange, grammar_pair, make_sblimp, make_sstorycloze
+from slam.tokenizer import SpeechTokenizer
+from slam.tts import _start_worker
+from slam.units import UnitReader, published_fingerprint, read_pairs
+from slam.vocoder import Vocoder
+from synth_stories import Config, opening, split_sentences, tidy
 
 
 def test_split_and_tidy():

@@ -15,10 +15,13 @@ import pytest
 import torch
 from conftest import N_UNITS, refused, run, start
 
-from model import IGNORE, ModelConfig, UnitLM
-from optim import make_optimizer, schedule, update
-from train import Config, Loader, Packed, Rows, accumulate, autocast, collate, cut, fast_bfloat16, validation_loss
-from units import UnitReader, UnitWriter
+from model import ModelConfig, UnitLM
+from slam.device import autocast, fast_bfloat16
+from slam.optim import make_optimizer, schedule, update
+from slam.packing import Loader, Packed, Rows, collate, cut
+from slam.scoring import validation_loss
+from slam.units import IGNORE, UnitReader, UnitWriter
+from train import Config, accumulate
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8)

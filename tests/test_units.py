@@ -5,8 +5,18 @@ from itertools import groupby
 import numpy as np
 import pytest
 
-from units import (Fingerprint, UnitReader, UnitWriter, dedup, read_pairs, require_same, to_tokens, to_units,
-                   vocab_size, write_pairs)
+from slam.units import (
+    Fingerprint,
+    UnitReader,
+    UnitWriter,
+    dedup,
+    read_pairs,
+    require_same,
+    to_tokens,
+    to_units,
+    vocab_size,
+    write_pairs,
+)
 
 
 def test_vocabulary():

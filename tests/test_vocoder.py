@@ -11,15 +11,17 @@ import soundfile
 import torch
 from conftest import refused, run, start
 
-import embedded
 import prepare_units
-from audio import load_audio
 from config import load_config
-from eval import transcribe, word_error_rate
-from speech_tokenizer import SpeechTokenizer
-from units import Fingerprint, UnitReader
-from vocoder import (EMBEDDED_VOCODER, Config, HifiGan, SpectralLoss, Vocoder, Vocos, cepstral_distance, crops,
-                     discriminators, load_corpus, log_mel, mel_cepstral_distance, png, spectrogram)
+from slam import embedded
+from slam.audio import load_audio
+from slam.mel import cepstral_distance, log_mel, mel_cepstral_distance, png, spectrogram
+from slam.metrics import word_error_rate
+from slam.speech import transcribe
+from slam.tokenizer import SpeechTokenizer
+from slam.train_vocoder import Config, SpectralLoss, crops, discriminators, load_corpus
+from slam.units import Fingerprint, UnitReader
+from slam.vocoder import EMBEDDED_VOCODER, HifiGan, Vocoder, Vocos
 
 HELD_OUT = [
     "Once upon a time, there was a clever duck who lived near a wide river. One day, the duck found a golden ring.",
@@ -277,7 +279,7 @@ def test_spectral_loss_and_distance(voice):
     assert len(log_mel(torch.zeros(320))) > 0  # shorter than a window
     # Brute force: one frame's log-mels by hand.
     n = np.fft.rfft(np.hanning(1025)[:-1] * np.pad(wave, 512, mode="reflect")[1600:2624])
-    from vocoder import mel_filters
+    from slam.mel import mel_filters
     by_hand = np.log(np.maximum(mel_filters(1024, 80).numpy() @ np.abs(n), 1e-4))
     np.testing.assert_allclose(log_mel(torch.from_numpy(wave))[10], by_hand, atol=2e-3)
 
@@ -336,7 +338,7 @@ def test_utterances_cut_out_of_a_recording(voice, tmp_path, capsys):
 
 def test_discriminators_can_tell():
     """Trained on noise against tones, they tell these apart."""
-    from vocoder import adversarial_loss, discriminator_loss
+    from slam.train_vocoder import adversarial_loss, discriminator_loss
     torch.manual_seed(0)
     discs = discriminators(4)
     real, ours = torch.sin(torch.arange(3000) * torch.rand(2, 1)), torch.randn(2, 3000)
@@ -366,7 +368,7 @@ def test_training_learns_resumes_and_saves(stories, tmp_path):
              "--ema=0.9", "--lr=1e-2"]
 
     def command(out, *more):
-        return ["vocoder.py", "train", *flags, f"--out={tmp_path / out}", "--steps=24", "--save_every=8", *more]
+        return ["-m", "slam.train_vocoder", *flags, f"--out={tmp_path / out}", "--steps=24", "--save_every=8", *more]
 
     def log(out):
         return [json.loads(x) for x in (tmp_path / out / "log.jsonl").read_text().splitlines()]

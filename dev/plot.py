@@ -1,15 +1,22 @@
 """Pictures of runs: the paper's figure 1 (tStoryCloze against training compute) and loss against compute.
 
-    python eval.py plot --run out/slam --run out/slam_dpo      # out/plots/tstorycloze.png, .svg, loss.png, .svg
+    python dev/plot.py --run out/slam --run out/slam_dpo      # out/plots/tstorycloze.png, .svg, loss.png, .svg
 
 The larger a circle, the larger the model. Published rows are those whose parameters and tokens are published; a run's
 compute is 6 N D (Kaplan et al. 2020), that of the run it started from included. Readable in grey. Needs matplotlib.
 """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import contextlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from config import load_config
 
 # name, parameters, tokens (None: one A5000 day, 3.0e18 FLOPs), tStoryCloze; the paper's tables 1 to 3
 PUBLISHED = [("GSLM", 100e6, 1e9, 66.6), ("TWIST-7B", 7e9, 36e9, 74.1),
@@ -17,6 +24,8 @@ PUBLISHED = [("GSLM", 100e6, 1e9, 66.6), ("TWIST-7B", 7e9, 36e9, 74.1),
              ("Cuervo & Marxer, one day", 78e6, None, 70.49), ("Slam -DPO", 358e6, 1.4e9, 78.01),
              ("Slam", 358e6, 1.4e9, 82.04), ("Slam (scaled) -DPO", 358e6, 16.7e9, 80.71),
              ("Slam (scaled)", 358e6, 16.7e9, 84.18), ("Slam (large)", 1.3e9, 6.1e9, 85.30)]
+
+
 DAY = 3.0e18
 
 
@@ -116,3 +125,7 @@ def plot(cfg: PlotConfig) -> None:
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
         save(figure, "loss")
+
+
+if __name__ == "__main__":
+    plot(load_config(PlotConfig, sys.argv[1:], __doc__))

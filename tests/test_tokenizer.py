@@ -6,9 +6,19 @@ import pytest
 import soundfile
 import torch
 
-from audio import load_audio, resample
-from speech_tokenizer import (EMBEDDED_TOKENIZER, Bpe, HubertFrames, SpeechTokenizer, WhisperFrames,
-                              codebook_fingerprints, load_encoder, read_codebook, windows, write_codebook)
+from slam.audio import load_audio, resample
+from slam.tokenizer import (
+    EMBEDDED_TOKENIZER,
+    Bpe,
+    HubertFrames,
+    SpeechTokenizer,
+    WhisperFrames,
+    codebook_fingerprints,
+    load_encoder,
+    read_codebook,
+    windows,
+    write_codebook,
+)
 
 TEXT = "The little bear lived in a big forest. One day, he found a shiny key under a tree."
 
@@ -26,7 +36,7 @@ def wave(voice):
 def test_log_mel_is_whispers(tokenizer, wave):
     from transformers import WhisperFeatureExtractor
 
-    from embedded import resolve
+    from slam.embedded import resolve
     extractor = WhisperFeatureExtractor.from_pretrained(resolve("embedded:whisper-tiny.en"))
     x = wave[:len(wave) // 640 * 640]
     theirs = extractor(x, sampling_rate=16_000, padding="do_not_pad", return_tensors="np").input_features[0]
@@ -38,7 +48,7 @@ def test_features_are_whispers_hidden_states(tokenizer, voice):
     """On a full 30 s window transformers' own encoder gives the same features."""
     from transformers import WhisperModel
 
-    from embedded import resolve
+    from slam.embedded import resolve
     wave = np.tile(voice(TEXT), 8)[:30 * 16_000]
     mel = tokenizer.encoder.log_mel(torch.from_numpy(wave))
     model = WhisperModel.from_pretrained(resolve("embedded:whisper-tiny.en")).encoder.eval()

@@ -1,6 +1,6 @@
 """What each share of the budget reached: a table of all metrics and, with matplotlib, curves over the minutes of DPO.
 
-    python runs/dpo_share_report.py out/dpo_share/demo 0 0.25 0.5 1 2
+    python dev/dpo_share_report.py out/dpo_share/demo 0 0.25 0.5 1 2
 """
 import json
 import sys

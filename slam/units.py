@@ -18,16 +18,27 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2
+
+
 VERSION = 2
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Write a file under another name, then rename it into place: a file that has its name is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+    os.replace(part, path)
 
 
 def vocab_size(n_units: int) -> int:
@@ -123,7 +134,6 @@ def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str, tensor:
 
 
 # ---------------------------------------------------------------- unit files
-
 class UnitWriter:
     """Write a corpus as numbered shards: `with UnitWriter(folder, fingerprint) as w: w.add(id, units)`.
 
@@ -327,7 +337,6 @@ class UnitReader:
 
 
 # ---------------------------------------------------------------- pair files
-
 def write_pairs(path: str | Path, fingerprint: Fingerprint, pairs: Iterable[dict]) -> int:
     """Write preference pairs as JSON lines, the first one the fingerprint; the number of pairs.
 
@@ -366,3 +375,6 @@ def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
     except (ValueError, KeyError, TypeError) as e:
         raise SystemExit(f"{path}: pair {len(pairs) + 1}: not a preference pair ({type(e).__name__}: {e})") from None
     return fingerprint, pairs
+
+
+IGNORE = -100  # target that counts for nothing

@@ -9,10 +9,10 @@ import hashlib
 import io
 import math
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -21,17 +21,18 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from audio import SAMPLE_RATE, check_wave, resample
-from embedded import resolve
-from units import Fingerprint, dedup, find_speaking
+from slam.audio import SAMPLE_RATE, check_wave, resample
+from slam.embedded import resolve
+from slam.units import Fingerprint, dedup, find_speaking
 
-EMBEDDED_TOKENIZER = Path(__file__).parent / "assets" / "codebook.safetensors"
+EMBEDDED_TOKENIZER = Path(__file__).parent.parent / "assets" / "codebook.safetensors"
+
+
 # The k-means of mHuBERT-25hz, and how its sha256 begins and ends.
 PUBLISHED_KMEANS = "mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin", "03cc04a9", "28ad"
 
 
 # ---------------------------------------------------------------- encoders
-
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -206,7 +207,6 @@ def windows(blocks: Iterable[np.ndarray], encoder) -> Iterator[tuple[np.ndarray,
 
 
 # ---------------------------------------------------------------- tokeniser
-
 class Bpe:
     """Pieces of several units, by sentencepiece's byte-pair encoding of units as characters (Sennrich et al. 2016).
 
@@ -353,7 +353,6 @@ def assign(x: Tensor, centroids: Tensor, chunk: int = 1 << 16) -> Tensor:
 
 
 # ---------------------------------------------------------------- codebook files
-
 def read_codebook(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a codebook file, or of `embedded`. SystemExit if it is missing or not a codebook."""
     path = EMBEDDED_TOKENIZER if name == "embedded" else Path(name)

@@ -20,17 +20,26 @@ import numpy as np
 import soundfile
 
 SAMPLE_RATE = 16_000  # of every encoder here
+
+
 # What libsndfile reads, and last what it does not: such files are to be missed in the report, not in silence.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf",
                   ".sph", ".w64", ".rf64", ".m4a", ".aac", ".wma", ".webm", ".mp4")
+
+
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
 LIST_SUFFIXES = (".txt", ".lst", ".list")
+
+
 SILENCE = 1e-4  # peak of a silent recording, -80 dB
+
+
 MIN_SAMPLES = SAMPLE_RATE // 25  # one unit
 
 
 # ---------------------------------------------------------------- samples
-
 def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
     """Polyphase resampling of (T,) float32 from `rate` to `to` Hz, with scipy's anti-aliasing filter."""
     if rate == to:
@@ -159,7 +168,6 @@ def split_at_silences(blocks: Iterable[np.ndarray], max_seconds: float) -> Itera
 
 
 # ---------------------------------------------------------------- where it comes from
-
 @dataclass
 class Item:
     """One recording of an input."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import soundfile
 
-from vocoder import png, spectrogram
+from slam.mel import png, spectrogram
 
 
 @dataclass

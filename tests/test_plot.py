@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import refused, run
 
-from figures import read_run
+from dev.plot import read_run
 
 pytest.importorskip("matplotlib")
 

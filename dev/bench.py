@@ -1,16 +1,21 @@
 """Speed and memory of the stages, beside the peer's way of doing the same, in one process.
 
-    python bench.py train config/slam.py                 # tokens/s of training: ours, and as SlamKit trains
-    python bench.py dpo --checkpoint out/demo/lm         # pairs/s of DPO: ours, as SlamKit tunes, and TRL if installed
-    python bench.py generate --checkpoint out/demo/lm    # tokens/s of sampling: ours, and transformers' generate
-    python bench.py eval --checkpoint out/demo/lm        # pairs/s of scoring: ours, and SlamKit's loop
-    python bench.py memory config/slam.py                # GPU memory of a training run, counted without a GPU
-    python bench.py units --input out/study/data/audio   # hours per hour of speech to units, and each stage of it
-    python bench.py vocoder                              # seconds of speech per second: ours, and a unit HiFi-GAN
+    python dev/bench.py train config/slam.py                 # tokens/s of training: ours, and as SlamKit trains
+    python dev/bench.py dpo --checkpoint out/demo/lm         # pairs/s of DPO: ours, as SlamKit tunes, and TRL if installed
+    python dev/bench.py generate --checkpoint out/demo/lm    # tokens/s of sampling: ours, and transformers' generate
+    python dev/bench.py eval --checkpoint out/demo/lm        # pairs/s of scoring: ours, and SlamKit's loop
+    python dev/bench.py memory config/slam.py                # GPU memory of a training run, counted without a GPU
+    python dev/bench.py units --input out/study/data/audio   # hours per hour of speech to units, and each stage of it
+    python dev/bench.py vocoder                              # seconds of speech per second: ours, and a unit HiFi-GAN
 
 Each case is one JSON line: ours, peer, their ratio, the shape, the device and the versions. On a CPU the two sides take
 turns, since other work on the machine slows whoever runs; on a GPU each has the memory to itself.
 """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import contextlib
 import copy
 import importlib.util
@@ -24,10 +29,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -35,21 +41,26 @@ import torch
 import transformers
 from torch import Tensor
 
-from audio import SAMPLE_RATE, load_audio
-from benchmarks import read_manifest
 from config import load_config
-from dpo import (Config as DpoConfig, Data, backward, complete as complete_dpo, completion_logps, dpo_loss, load_pairs,
-                 step_rows)
-from embedded import cache_dir, resolve
-from eval import Fork, pair_nlls, tokenize_pairs, units_cache
-from model import IGNORE, ModelConfig, UnitLM, fetch, find_checkpoint, from_config, twisted
-from optim import make_optimizer, update
-from prepare_units import Config as UnitsConfig, extract
-from speech_tokenizer import SpeechTokenizer, WhisperFrames, assign, find_codebook, write_codebook
-from train import (Config as TrainConfig, Epochs, Loader, Rows, accumulate, autocast, build, compiled, cut,
-                   checkpoint_fingerprint, flops_per_token, peak_flops, pick_device)
-from units import UnitReader, UnitWriter, to_tokens
-from vocoder import HifiGan, Vocoder
+from dpo import Config as DpoConfig
+from dpo import Data, backward, completion_logps, dpo_loss, load_pairs, step_rows
+from dpo import complete as complete_dpo
+from model import ModelConfig, UnitLM, from_config, twisted
+from prepare_units import Config as UnitsConfig
+from prepare_units import extract
+from slam.audio import SAMPLE_RATE, load_audio
+from slam.benchmarks import read_manifest, tokenize_pairs, units_cache
+from slam.checkpoint import checkpoint_fingerprint, fetch, find_checkpoint
+from slam.device import autocast, compiled, flops_per_token, peak_flops, pick_device
+from slam.embedded import cache_dir, resolve
+from slam.optim import make_optimizer, update
+from slam.packing import Epochs, Loader, Rows, cut
+from slam.scoring import PrefixPair, pair_nlls
+from slam.tokenizer import SpeechTokenizer, WhisperFrames, assign, find_codebook, write_codebook
+from slam.units import IGNORE, UnitReader, UnitWriter, to_tokens
+from slam.vocoder import HifiGan, Vocoder
+from train import Config as TrainConfig
+from train import accumulate, build
 
 
 def report(case: str, ours: float, peer: float, unit: str, **more) -> None:
@@ -102,7 +113,6 @@ def peer_model(lm: UnitLM, attention: str = "sdpa") -> torch.nn.Module:
 
 
 # ---------------------------------------------------------------- training
-
 @dataclass
 class BenchTrain(TrainConfig):
     """Training steps, ours and the peer's; the settings are those of train.py."""
@@ -149,7 +159,7 @@ def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch
             batch = {k: x.to(device) for k, x in peer_batch(reader, micro, packed).items()}
             with autocast(device, cfg.dtype):
                 hf(**batch, use_cache=False, num_items_in_batch=n).loss.backward()
-        torch.nn.utils.clip_grad_norm_(hf.parameters(), cfg.clip)
+        torch.nn.utils.clip_grad_norm_(hf.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         return n
@@ -160,7 +170,7 @@ def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch
 def our_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch.device) -> Callable[[], int]:
     """train.py's step: filled rows, prefetched; compiled on a GPU."""
     lm.to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
-    lm.set_checkpointing(cfg.checkpointing)
+    lm.set_activation_checkpointing(cfg.activation_checkpointing)
     forward = compiled(lm, cfg.compile)
     optimizer, done = make_optimizer(lm, cfg), 0
     loader = Loader(reader, Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed),
@@ -170,7 +180,7 @@ def our_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch.
         nonlocal done
         micro, n = loader.step(done)
         accumulate(forward, micro, n, device, cfg.dtype)
-        update(lm, optimizer, cfg.lr, cfg.clip)
+        update(lm, optimizer, cfg.lr, cfg.grad_clip)
         done += 1
         return n
 
@@ -198,7 +208,6 @@ def bench_train(cfg: BenchTrain) -> None:
 
 
 # ---------------------------------------------------------------- preference tuning
-
 @dataclass
 class BenchDpo(DpoConfig):
     """Steps of DPO, ours and the peer's; the settings are those of dpo.py."""
@@ -207,7 +216,7 @@ class BenchDpo(DpoConfig):
     rounds: int = 3  # steps timed of each side, after one more
 
 
-def our_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork], first_epoch: bool) -> Callable[[], int]:
+def our_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[PrefixPair], first_epoch: bool) -> Callable[[], int]:
     """dpo.py's step. first_epoch: with the reference's log-probabilities of its pairs, which are computed just once."""
     device, order, done = pick_device(), Epochs(len(pairs), cfg.seed), 0
     lm = copy.deepcopy(lm).to(device).train()
@@ -221,20 +230,20 @@ def our_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork], first_epoch: bool) -> 
         if first_epoch:
             data.reference[ids] = completion_logps(lm, [pairs[i] for i in ids], cfg, "").to(device)
         backward(forward, data, step_rows(ids, pairs, cfg, width), cfg, width)
-        update(lm, optimizer, cfg.lr, cfg.clip)
+        update(lm, optimizer, cfg.lr, cfg.grad_clip)
         return cfg.batch_pairs
 
     return step
 
 
-def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork]) -> Callable[[], int]:
+def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[PrefixPair]) -> Callable[[], int]:
     """What SlamKit runs, by TRL: chosen and rejected sequences, prompt and all, padded on the right in one batch,
     through the policy and a frozen copy of the starting model."""
     device, order, done = pick_device(), Epochs(len(pairs), cfg.seed), 0
     policy, reference = peer_model(lm).to(device).train(), peer_model(lm).to(device).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
-    def logps(hf: torch.nn.Module, batch: list[Fork]) -> Tensor:
+    def logps(hf: torch.nn.Module, batch: list[PrefixPair]) -> Tensor:
         both = [(p.prefix, p.first) for p in batch] + [(p.prefix, p.second) for p in batch]
         tokens, mask, completion = torch.zeros(3, len(both), max(len(a) + len(b) for a, b in both), dtype=torch.long)
         for row, (a, b) in enumerate(both):
@@ -255,7 +264,7 @@ def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork]) -> Callable[[], int]:
                 frozen = logps(reference, batch)
             loss = dpo_loss(*logps(policy, batch), *frozen, cfg.beta)[0]
             (loss * len(batch) / cfg.batch_pairs).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         return cfg.batch_pairs
@@ -263,7 +272,7 @@ def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork]) -> Callable[[], int]:
     return step
 
 
-def trl_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork]) -> float | None:
+def trl_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[PrefixPair]) -> float | None:
     """Pairs per second of TRL's DPOTrainer, the median of `rounds` steps after one; None if it is not installed."""
     if importlib.util.find_spec("trl") is None:
         return None
@@ -294,7 +303,7 @@ def trl_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[Fork]) -> float | None:
             folder, per_device_train_batch_size=cfg.peer_micro_batch, beta=cfg.beta, learning_rate=cfg.lr,
             gradient_accumulation_steps=cfg.batch_pairs // cfg.peer_micro_batch, max_steps=1 + cfg.rounds, bf16=bf16,
             max_length=cfg.context, gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True,
-            logging_strategy="no", use_cpu=pick_device().type == "cpu", max_grad_norm=cfg.clip, seed=cfg.seed)
+            logging_strategy="no", use_cpu=pick_device().type == "cpu", max_grad_norm=cfg.grad_clip, seed=cfg.seed)
         DPOTrainer(peer_model(lm), peer_model(lm), arguments, train_dataset=Dataset.from_list(rows),
                    processing_class=tokenizer, callbacks=[Clock()]).train()
     return cfg.batch_pairs / statistics.median(times[1:])
@@ -314,7 +323,7 @@ def dpo_memory(cfg: BenchDpo, side: str) -> float:
     return status("VmHWM") - before
 
 
-def dpo_case(cfg: BenchDpo) -> tuple[UnitLM, list[Fork]]:
+def dpo_case(cfg: BenchDpo) -> tuple[UnitLM, list[PrefixPair]]:
     return UnitLM.from_pretrained(find_checkpoint(cfg.checkpoint)), load_pairs(cfg.pairs, cfg.context)[1]
 
 
@@ -341,7 +350,6 @@ def bench_dpo(cfg: BenchDpo) -> None:
 
 
 # ---------------------------------------------------------------- generation
-
 @dataclass
 class BenchGenerate:
     """Sampling, ours and transformers' `generate`, with the same settings."""
@@ -384,7 +392,6 @@ def bench_generate(cfg: BenchGenerate) -> None:
 
 
 # ---------------------------------------------------------------- scoring of pairs
-
 @dataclass
 class BenchEval:
     """Scores of a benchmark's pairs, ours and the peer's: from units, and from audio the first time and later."""
@@ -452,7 +459,6 @@ def bench_eval(cfg: BenchEval) -> None:
 
 
 # ---------------------------------------------------------------- memory
-
 @dataclass
 class BenchMemory(TrainConfig):
     """Memory of a training run, counted on a CPU; the settings are those of train.py."""
@@ -475,7 +481,7 @@ def bench_memory(cfg: BenchMemory) -> None:
         lm = from_config(twisted(config, 502, cfg.n_layers, cfg.rope_theta, cfg.context))
     pure = cfg.dtype == "pure_bfloat16"
     lm = lm.to(torch.bfloat16 if pure else torch.float32).train()
-    lm.set_checkpointing(cfg.checkpointing)
+    lm.set_activation_checkpointing(cfg.activation_checkpointing)
 
     def kept_for_backward(rows: int) -> int:
         """Bytes of the storages that autograd holds on to after a forward pass, parameters not counted."""
@@ -490,8 +496,8 @@ def bench_memory(cfg: BenchMemory) -> None:
 
     one, two = kept_for_backward(1), kept_for_backward(2)
     row, fixed = two - one, 2 * one - two  # fixed: bf16 copies of the weights, under autocast
-    if cfg.checkpointing:  # and what of one block is computed again
-        lm.set_checkpointing(False)
+    if cfg.activation_checkpointing:  # and what of one block is computed again
+        lm.set_activation_checkpointing(False)
         row += (kept_for_backward(2) - kept_for_backward(1) - row) // lm.config.num_hidden_layers
     weights = sum(p.numel() * p.element_size() for p in lm.parameters())
     for p in lm.parameters():
@@ -506,11 +512,10 @@ def bench_memory(cfg: BenchMemory) -> None:
         "case": "memory", "parameters": lm.n_params(), "weights_and_gradients_gb": round(2 * weights / gb, 2),
         "optimizer_gb": round(state / gb, 2), "activations_gb_per_row": round(row / gb, 3),
         "activations_gb_fixed": round(fixed / gb, 2), "micro_batch": cfg.micro_batch, "total_gb": round(total / gb, 1),
-        "optimizer": cfg.optimizer, "dtype": cfg.dtype, "checkpointing": cfg.checkpointing, "context": cfg.context}))
+        "optimizer": cfg.optimizer, "dtype": cfg.dtype, "activation_checkpointing": cfg.activation_checkpointing, "context": cfg.context}))
 
 
 # ---------------------------------------------------------------- speech to units
-
 @dataclass
 class BenchUnits:
     """Speech to units, ours and the peer's, on the same files and encoder."""
@@ -635,7 +640,7 @@ def bench_units(cfg: BenchUnits) -> None:
             done = subprocess.run([sys.executable, "-c", code, f"--input={folder}/hour.wav", f"--out={folder}/hour",
                                    f"--tokenizer={name}", f"--dtype={cfg.dtype}",
                                    f"--batch_seconds={cfg.batch_seconds}"],
-                                  check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+                                  check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
             hour = {"one_hour_file_minutes": round((time.perf_counter() - started) / 60, 2), "one_hour_file_peak_gb":
                     round(int(re.search(r"VmHWM:\s+(\d+)", done.stdout)[1]) / 1e6, 2)}
         memory = {"our_gb": round(found["ours"][1], 2), "peer_gb": round(found["peer"][1], 2)} if any(
@@ -646,7 +651,6 @@ def bench_units(cfg: BenchUnits) -> None:
 
 
 # ---------------------------------------------------------------- units to speech
-
 @dataclass
 class BenchVocoder:
     """Units to speech, ours and HiFi-GAN V1 (Kong et al. 2020) over units, at the same sample rate."""
@@ -686,6 +690,6 @@ if __name__ == "__main__":
              "generate": (BenchGenerate, bench_generate), "memory": (BenchMemory, bench_memory),
              "units": (BenchUnits, bench_units), "vocoder": (BenchVocoder, bench_vocoder)}
     if len(sys.argv) < 2 or sys.argv[1] not in cases:
-        raise SystemExit(f"{__doc__.strip()}\n\nusage: python bench.py {'|'.join(cases)} [CONFIG.py ...] [--key=value]")
+        raise SystemExit(f"{__doc__.strip()}\n\nusage: python dev/bench.py {'|'.join(cases)} [CONFIG.py ...] [--key=value]")
     Config, run = cases[sys.argv[1]]
     run(load_config(Config, sys.argv[2:], __doc__))

@@ -10,16 +10,32 @@ A manifest is JSON lines of such pairs, its paths absolute or relative to its fo
 `subtype`, `part`, `frequency` (results are also given for each of their values), `voice` and `item` (pairs of one item
 in several voices are not independent), `positive_text` and `negative_text` (a text LM judges them beside).
 """
+import contextlib
 import csv
+import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import soundfile
+import torch
+from tqdm import tqdm
+
+from slam.audio import load_audio
+from slam.embedded import cache_dir, sha256
+from slam.tokenizer import SpeechTokenizer
+from slam.units import to_tokens
+
 SUBSETS = ("type", "subtype", "part", "frequency")  # fields whose values have a result of their own
+
+
 SALMON_PARTS = ("bg_alignment", "bg_all_consistency", "bg_domain_consistency", "gender_consistency", "rir_consistency",
                 "sentiment_alignment", "sentiment_consistency", "speaker_consistency")
+
+
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")
 
 
@@ -220,3 +236,54 @@ def read_manifest(path: str) -> Benchmark:
     if not found.pairs:
         raise SystemExit(f"{file}: no pairs in it")
     return found
+
+
+def disk_cache(name: str, keys: list[str], compute: Callable[[list[int]], list], batch: int = 64) -> list:
+    """Values of keys out of a file of the cache; those not in it are computed, by their numbers, and kept."""
+    path, known = cache_dir() / f"{name}.jsonl", {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # cut short by a kill
+            known |= json.loads(line)
+    todo = list({key: i for i, key in enumerate(keys) if key not in known}.values())
+    with open(path, "a") as f, tqdm(total=len(todo), disable=None, desc=path.stem) as bar:
+        for at in range(0, len(todo), batch):
+            part = todo[at:at + batch]
+            new = dict(zip((keys[i] for i in part), compute(part)))
+            known |= new
+            f.write("\n" + json.dumps(new) + "\n")
+            f.flush()
+            bar.update(len(part))
+    return [known[key] for key in keys]
+
+
+def units_cache(tokenizer: SpeechTokenizer, benchmark: str) -> str:
+    """`remembered`'s name for a benchmark's units: of all that decides them but the files themselves."""
+    encoder = tokenizer.encoder
+    made = json.dumps([tokenizer.fingerprint.to_dict(), str(encoder.dtype), torch.device(encoder.device).type])
+    return f"units/{benchmark}-{hashlib.sha256(made.encode()).hexdigest()[:16]}"
+
+
+def tokenize_pairs(tokenizer: SpeechTokenizer, benchmark: Benchmark) -> list[tuple[list[int], list[int]]]:
+    """Both files of each pair -> utterances `1 units 1`; remembered by sha256 of the file, in `units_cache`.
+
+    SystemExit naming a file that holds no usable audio. Says so if the files' sample rates differ.
+    """
+    paths, rates = [p[side] for side in ("positive", "negative") for p in benchmark.pairs], Counter()
+    for path in paths:
+        with contextlib.suppress(soundfile.SoundFileError):  # which is said where it is read
+            rates[soundfile.info(path).samplerate] += 1
+
+    def encode(part: list[int]) -> list[list[int]]:
+        try:
+            waves = [load_audio(paths[i]) for i in part]
+        except ValueError as e:
+            raise SystemExit(str(e)) from None
+        return [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
+
+    units = disk_cache(units_cache(tokenizer, benchmark.name), [sha256(Path(path)) for path in paths], encode)
+    if len(rates) > 1:
+        print(f"{benchmark.name}: files of different sample rates ("
+              + ", ".join(f"{n:,} of {rate:,} Hz" for rate, n in rates.most_common()) + "); all resampled to 16 kHz")
+    utterances = list(map(to_tokens, units))
+    return list(zip(utterances[:len(benchmark.pairs)], utterances[len(benchmark.pairs):]))

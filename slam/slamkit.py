@@ -1,0 +1,52 @@
+"""slam.slamkit."""
+import json
+import re
+import sys
+
+import numpy as np
+
+from slam.tokenizer import Bpe, codebook_fingerprints, read_codebook
+from slam.units import Fingerprint, dedup, published_fingerprint, vocab_size
+
+
+def slamkit_tokenizer(path: str, tokenizer: str) -> tuple[Fingerprint, Fingerprint, Bpe | None]:
+    """Whose units a file of SlamKit's holds: fingerprint of what to write, fingerprint of the units, BPE between them.
+
+    The file does not say. A codebook file does, if named by `tokenizer`; else SlamKit's default, the published mHuBERT,
+    is assumed, and a line on stderr says so.
+    """
+    if tokenizer:
+        tensors, meta = read_codebook(tokenizer)
+        return *codebook_fingerprints(tensors, meta), Bpe.of(tensors)
+    published = published_fingerprint(vocab_size(500))
+    print(f"{path} does not name its tokeniser; its units are taken to be of {published}. If they are of another, name "
+          f"its codebook: --tokenizer", file=sys.stderr)
+    return published, published, None
+
+
+def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray | None]:
+    """A line of SlamKit's features.jsonl or tokens.jsonl: id, units and, in features, durations; runs are merged.
+
+    read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500) -> "a", [3, 49], None
+    """
+    record = json.loads(line)
+    return str(record["file_name"]), *slamkit_units(record, n_units)
+
+
+def slamkit_units(record: dict, n_units: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Units and, if they are there, durations of what SlamKit writes of a recording. ValueError if it is none."""
+    found = record.get("audio_repr", record)
+    if isinstance(found, str):
+        if re.sub(r"<Un\d+>", "", found):
+            raise ValueError(f"{found[:40]!r} is not <Un3><Un49>…")
+        found = {"units": [int(u) for u in re.findall(r"<Un(\d+)>", found)]}
+    units, durations = np.array(found["units"]), found.get("duration")
+    if units.ndim != 1 or units.dtype.kind != "i" or not len(units) or units.min() < 0 or units.max() >= n_units:
+        raise ValueError(f"expected a list of units below {n_units}")
+    merged, runs = dedup(units)
+    if durations is not None:
+        durations = np.array(durations, dtype=np.int64)
+        if durations.shape != units.shape or durations.min() < 1:
+            raise ValueError(f"{durations.shape} durations for {units.shape} units, each at least 1")
+        durations = np.add.reduceat(durations, np.cumsum(runs) - runs)
+    return merged, durations

@@ -1,0 +1,159 @@
+"""slam.spoken_pairs."""
+import json
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from slam.speech import continuation_scores
+from slam.tts import spoken, write_audio
+
+# ---------------------------------------------------------------- writing
+
+# A story opens with two or three sentences drawn from these lists and is continued by the text LM: an opening keeps a
+# small LM on its rails, and the product of the lists keeps the openings from repeating.
+NAMES = """Lily Tom Mia Ben Sue Max Anna Jack Lucy Sam Ella Tim Rosie Leo Amy Finn Zoe Pip Daisy Oscar Nora Bobby Grace
+Henry Ruby Charlie Molly George Kitty Peter Sally Rex Bella Toby Clara Milo Polly Hugo Ivy Felix""".split()
+
+
+def exchange(items: list, seed: int) -> list:
+    """A seeded permutation in which nothing stays in its place."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    out = [None] * len(items)
+    for i, j in zip(order, np.roll(order, 1)):
+        out[i] = items[j]
+    return out
+
+
+def write_benchmark(cfg, pool, name: str, pairs: list[dict], texts: dict[str, list[str]], recipe) -> None:
+    """Speak `texts`, write each pair's two wavs (`recipe(pair, side)` -> ids of texts to join) and manifest.jsonl."""
+    folder = Path(cfg.out) / name
+    if (folder / "manifest.jsonl").exists():
+        return
+    waves = dict(spoken(cfg, pool, texts, f"speaking {name}"))
+    lines = []
+    for pair in pairs:
+        for side in ("positive", "negative"):
+            pair[side] = f"{pair['id']}_{side}.wav"
+            write_audio(folder / pair[side], np.concatenate([w for id in recipe(pair, side) for w in waves[id]]))
+        lines.append(json.dumps(pair) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)  # of no pairs nothing was written
+    (folder / "manifest.part").write_text("".join(lines))
+    os.replace(folder / "manifest.part", folder / "manifest.jsonl")
+
+
+def make_tstorycloze(cfg, pool, stories: list[dict]) -> None:
+    """tStoryCloze-style pairs: four sentences and their true fifth, against the fifth of another story."""
+    texts, pairs = {}, []
+    for story, other in zip(stories, exchange(stories, cfg.seed)):
+        id, (*beginning, ending) = story["id"], story["sentences"][:5]
+        texts |= {f"{id} beginning": beginning, f"{id} ending": [ending]}
+        pairs.append({"id": id, "other": other["id"], "positive_text": " ".join(story["sentences"][:5]),
+                      "negative_text": " ".join([*beginning, other["sentences"][4]])})
+    write_benchmark(cfg, pool, "tstorycloze", pairs, texts, lambda pair, side: [
+        f"{pair['id']} beginning", f"{pair['id'] if side == 'positive' else pair['other']} ending"])
+
+
+def things(text: str) -> set[str]:
+    """Words that say what a text is about, roughly: the longer ones, names aside."""
+    return {word.lower() for word in re.findall(r"\w{4,}", text) if word not in NAMES}
+
+
+def pronouns(text: str) -> set[str]:
+    """Of which sexes the third persons of a text are."""
+    return {sex for sex in ("he|him|his", "she|her|hers") if re.search(rf"\b({sex})\b", text, re.IGNORECASE)}
+
+
+def make_sstorycloze(cfg, pool, stories: list[dict], n_candidates: int = 6, min_gap: float = 0.3) -> None:
+    """sStoryCloze-style pairs: four sentences and their true fifth, against a close one that fits less.
+
+    The wrong ending is another story's, with this one's name and no other pronouns in it, that shares the rarest words
+    with this story and that the writer finds at least `min_gap` nats per token less likely here. None is used twice; a
+    story for which there is none is left out.
+    """
+    if (Path(cfg.out) / "sstorycloze" / "manifest.jsonl").exists():
+        return
+    beginnings, endings = [" ".join(s["sentences"][:4]) for s in stories], [s["sentences"][4] for s in stories]
+    about, said = list(map(things, beginnings)), list(map(things, endings))
+    found_in = Counter(word for words in about for word in words)
+    todo, offered = [], Counter()  # of each story: endings that are close to it, the closest first
+    for i, beginning in enumerate(beginnings):
+        name = next((word for word in re.findall(r"\w+", beginning) if word in NAMES), None)
+        shared = [sum(math.log(len(stories) / found_in[word]) for word in about[i] & words) for words in said]
+        fine = [j for j, ending in enumerate(endings) if name and ending != endings[i] and shared[j] > 0
+                and offered[j] < n_candidates and pronouns(ending) <= pronouns(f"{beginning} {endings[i]}")]
+        fine = sorted(fine, key=lambda j: -shared[j])[:n_candidates]
+        offered.update(fine)  # the same ones suit many stories; enough must be left for the last
+        todo.append([(j, re.sub(r"\w+", lambda m: name if m[0] in NAMES else m[0], endings[j])) for j in fine])
+    asked = [(beginnings[i], x) for i, others in enumerate(todo) for x in (endings[i], *(x for _, x in others))]
+    scores = iter(continuation_scores(*map(list, zip(*asked)), cfg.writer))
+    texts, pairs, used = {}, [], set()
+    for story, beginning, ending, others in zip(stories, beginnings, endings, todo):
+        true, *theirs = [next(scores) for _ in range(1 + len(others))]
+        wrong = next((x for x, score in zip(others, theirs) if score <= true - min_gap and x[0] not in used), None)
+        if wrong:
+            id, (j, worse) = story["id"], wrong
+            used.add(j)
+            texts |= {f"{id} beginning": story["sentences"][:4], f"{id} positive": [ending], f"{id} negative": [worse]}
+            pairs.append({"id": id, "positive_text": f"{beginning} {ending}", "negative_text": f"{beginning} {worse}"})
+    print(f"sstorycloze: {len(pairs)} pairs; {len(stories) - len(pairs)} stories have no close ending that fits less")
+    write_benchmark(cfg, pool, "sstorycloze", pairs, texts, lambda pair, side: [
+        f"{pair['id']} beginning", f"{pair['id']} {side}"])
+
+
+def grammar_pair(kind: str, i: int, rng: np.random.Generator) -> tuple[str, str]:
+    """A grammatical and an ungrammatical sentence of the same words' kinds; i alternates what is right.
+
+    grammar_pair("subject_verb_agreement", 0, rng) -> ("The dog near the tree is sleeping.", "… are sleeping.")
+    """
+    def pick(words):
+        return str(rng.choice(words.split()))
+
+    noun, verb = pick("dog cat bird boy girl teacher farmer rabbit horse king"), pick(
+        "sleeping singing running eating playing waiting smiling")
+    where = str(rng.choice(["in the garden", "near the tree", "by the house", "at the school", "on the hill"]))
+    if kind == "subject_verb_agreement":
+        subject = f"The {noun}{'s' * (i % 2)} {where if rng.random() < 0.5 else ''}".strip()
+        verbs = [("is", "are"), ("was", "were"), ("has been", "have been")][int(rng.integers(3))]
+        good, bad = verbs[i % 2], verbs[1 - i % 2]
+        return f"{subject} {good} {verb}.", f"{subject} {bad} {verb}."
+    if kind == "determiner_noun_agreement":
+        singular, plural = [("this", "these"), ("that", "those"), ("a", "many"), ("every", "several")][i // 2 % 4]
+        determiner, right, wrong = (singular, noun, noun + "s") if i % 2 else (plural, noun + "s", noun)
+        name, saw = pick("Tom Mia Anna Ben Lucy Sam"), pick("saw found liked heard met")
+        return f"{name} {saw} {determiner} {right} {where}.", f"{name} {saw} {determiner} {wrong} {where}."
+    if kind == "reflexive":
+        who = [("boy king man grandfather brother", "himself"), ("girl queen woman grandmother sister", "herself"),
+               ("boys girls children friends kings", "themselves")]
+        (subjects, right), (_, wrong) = who[i % 3], who[(i + 1 + i // 3 % 2) % 3]
+        start = f"The {pick(subjects)} {pick('saw hurt helped washed liked')}"
+        return f"{start} {right} {where}.", f"{start} {wrong} {where}."
+    assert kind == "word_order"
+    name, adjective, thing = pick("Tom Mia Anna Ben"), pick("red big old small shiny"), pick("apple ball box kite hat")
+    return [(f"{name} found the {adjective} {thing} {where}.", f"{name} found the {thing} {adjective} {where}."),
+            (f"The {noun} will not be {verb} {where}.", f"The {noun} not will be {verb} {where}."),
+            (f"{name} put the {adjective} {thing} on the table.", f"{name} put {adjective} the {thing} on the table."),
+            (f"The {noun} is {verb} {where}.", f"The {noun} {verb} is {where}.")][i % 4]
+
+
+GRAMMAR = "subject_verb_agreement determiner_noun_agreement reflexive word_order".split()
+
+
+def make_sblimp(cfg, pool) -> None:
+    """sBLIMP-style pairs: a grammatical and an ungrammatical sentence, by templates, the four kinds in equal shares."""
+    rng, pairs, seen = np.random.default_rng((cfg.seed, 1)), [], set()
+    for i in range(cfg.n_sblimp):
+        kind = GRAMMAR[i % len(GRAMMAR)]
+        for _ in range(1000):
+            positive, negative = grammar_pair(kind, i // len(GRAMMAR), rng)
+            if (positive, negative) not in seen:
+                break
+        else:
+            raise SystemExit(f"n_sblimp: the templates give some {len(pairs):,} different pairs, not {cfg.n_sblimp:,}")
+        seen.add((positive, negative))
+        pairs.append({"id": f"{i:05d}", "type": kind, "positive_text": positive, "negative_text": negative})
+    texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in pairs for side in ("positive", "negative")}
+    write_benchmark(cfg, pool, "sblimp", pairs, texts, lambda pair, side: [f"{pair['id']} {side}"])
