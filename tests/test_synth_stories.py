@@ -17,7 +17,7 @@ from slam.benchmarks import read_manifest
 from slam.metrics import auto_bleu, word_error_rate
 from slam.pair_data import SIDES, read_swag
 from slam.speech import continuation_scores, transcribe
-from slam.spoken_pairs import GRAMMAR, NAMES, exchange, grammar_pair, make_sblimp, make_sstorycloze
+from slam.spoken_pairs import GRAMMAR, NAMES, exchange, grammar_pair, make_sblimp, make_sstorycloze, write_benchmark
 from slam.tokenizer import SpeechTokenizer
 from slam.tts import _start_worker
 from slam.units import UnitReader, published_fingerprint, read_pairs
@@ -316,3 +316,8 @@ def test_hard_negatives(tmp_path, capsys):
 def test_too_many_sentences_for_the_templates(stories, tmp_path):
     with pytest.raises(SystemExit, match="different pairs, not 9,000"):
         make_sblimp(Config(n_sblimp=9_000, out=str(tmp_path)), None)
+
+
+def test_a_benchmark_without_pairs_is_an_empty_manifest(tmp_path):
+    write_benchmark(Config(out=str(tmp_path / "new")), None, "sstorycloze", [], {}, None)
+    assert (tmp_path / "new" / "sstorycloze" / "manifest.jsonl").read_text() == ""
