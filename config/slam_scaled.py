@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node=2 train.py config/slam_scaled.py
 
-On an A5000 it would be 12 days: its tokens are 12 times slam.py's. Peak memory of a GPU: 27.7 GB counted by `dev/bench.py
-memory`, as in gpu_24gb.py. A signal to torchrun leaves 30 s for the step and the save; killed, --resume goes on.
+On an A5000 it would take 12 days: it has 12 times slam.py's tokens. Peak memory of a GPU: 27.7 GB, counted by
+`dev/bench.py memory` as in gpu_24gb.py. After a signal, torchrun leaves 30 s for the step and the save; if it kills the
+run, --resume continues from the last save.
 """
 from config.slam import *
 
