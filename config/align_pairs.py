@@ -1,9 +1,9 @@
-"""On-policy preference pairs (AlignSLM): what Slam says itself, the better continuations over the worse.
+"""On-policy preference pairs (AlignSLM): Slam's own continuations, the better ones over the worse.
 
     python dpo.py pairs config/align_pairs.py
     python dpo.py config/slam_dpo.py --pairs out/align/pairs_train.jsonl --val_pairs= --out out/slam_align
 
-Whisper-large-v3-turbo and Llama-3.2-1B, which GenPPL is measured with, are left out of it.
+The ASR and the judge are not those of the evaluation (Whisper-large-v3-turbo, Llama-3.2-1B).
 """
 out = "out/align"
 checkpoint = "out/slam"

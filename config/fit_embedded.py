@@ -1,4 +1,4 @@
-"""The embedded tokeniser's codebook, as shipped in assets/ (README, "Assets")."""
+"""The embedded tokeniser's codebook, as shipped in assets/ (docs/embedded.md)."""
 input = "out/corpus/audio"
 codebook = "assets/codebook.safetensors"
 encoder = "embedded:whisper-tiny.en"

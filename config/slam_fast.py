@@ -2,7 +2,7 @@
 
 What is different from slam.py: weights and optimiser in fp32 (in pure bf16 most of the small steps at the schedule's
 end are lost), Muon for the blocks' matrices, three times the learning rate, beta2 0.95, and a schedule that stays at
-the peak until its last fifth. Chosen at a small scale (README, "Fewer tokens"; runs/fast_study.sh), not yet run at this
+the peak until its last fifth. Chosen at a small scale (docs/speed.md; runs/fast_study.sh), not yet run at this
 one.
 
 1.4B tokens at most; by FLOPs as long per token as slam.py. --time_budget_hours=12 --tokens=none makes it half a day.

@@ -1,4 +1,4 @@
-"""The embedded vocoder, as shipped in assets/ (README, "Assets")."""
+"""The embedded vocoder, as shipped in assets/ (docs/embedded.md)."""
 units = "out/corpus_units"
 audio = "out/corpus/audio"
 out = "out/vocoder"

@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 missing() {
-    ! python -c "import pytest_timeout, xdist, sklearn, pyarrow, matplotlib" 2> /dev/null
+    ! python -c "import pytest_timeout, xdist, sklearn, pyarrow, matplotlib, nltk, ruff" 2> /dev/null
 }
 if [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] && missing; then
     python -m pip install -q --disable-pip-version-check -r requirements-test.txt
