@@ -1,67 +1,85 @@
-"""slam.metrics."""
+"""Metrics on numbers and texts: pair accuracy with its error, auto-BLEU, word error rate. No model, no audio.
+
+    pair_accuracy(np.array([1.0, 2.0]), np.array([1.5, 2.0])) -> {"value": 75.0, "se": 25.0, "n": 2, "ties": 1}
+    auto_bleu("a b a b") -> 2/3
+"""
 import math
 import re
 from collections import defaultdict
 
 import numpy as np
 
-from slam.benchmarks import SUBSETS
+SUBSETS = ("type", "subtype", "part", "frequency", "voice")  # manifest fields whose values get results of their own
+
+
+def mean_and_error(x: np.ndarray) -> tuple[float, float]:
+    """Mean of x (n,) and its standard error; nan where there are too few values."""
+    return (float(x.mean()) if len(x) else math.nan,
+            float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan)
 
 
 def pair_accuracy(positive: np.ndarray, negative: np.ndarray, items: list[str] | None = None) -> dict:
-    """Share (%) of pairs whose positive has the lower NLL, a tie counting half, with its standard error.
+    """Share (%) of pairs whose positive has the lower NLL, with its standard error; a tie counts half.
 
-    items: what each pair is about; pairs of one item (in several voices) are not independent: the standard error is
-    then that of the items' means, weighted by their pairs, and a 95 % bootstrap interval over items is given, too.
-    Pairs that have no NLL are left out and counted.
-    pair_accuracy([1.0, 2.0], [1.5, 2.0]) -> {"value": 75.0, "se": 25.0, "n": 2, "ties": 1}
+    positive, negative: NLLs (n,); a pair with a non-finite NLL is left out and counted as failed.
+    items: the item of each pair. The same item in several voices is not independent data: then the standard error and
+        a 95 % interval come from a bootstrap over items.
     """
     known = np.isfinite(positive) & np.isfinite(negative)
-    correct = np.where(positive == negative, 0.5, positive < negative)[known]
-    n = len(correct)
-    if not n:
-        return {"value": math.nan, "se": math.nan, "n": 0, "ties": 0, "failed": int((~known).sum())}
-    result = {"value": 100 * correct.mean(), "se": 100 * correct.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan,
-              "n": n, "ties": int((positive == negative)[known].sum())}
+    correct = 100 * np.where(positive == negative, 0.5, positive < negative)[known]
+    value, se = mean_and_error(correct)
+    result = {"value": value, "se": se, "n": len(correct), "ties": int((positive == negative)[known].sum())}
     if not known.all():
         result["failed"] = int((~known).sum())
     _, item = np.unique(np.array(items or range(len(known)))[known], return_inverse=True)
-    if (n_items := item.max() + 1) < n:
-        sums, sizes = np.bincount(item, correct), np.bincount(item)
+    sums, sizes = np.bincount(item, correct), np.bincount(item)
+    if (n_items := len(sizes)) < len(correct):
         draws = np.random.default_rng(0).multinomial(n_items, np.full(n_items, 1 / n_items), 1000)
-        means = 100 * (draws @ sums) / (draws @ sizes)
-        if n_items == 1:
-            return result | {"se": math.nan, "items": 1}
-        se = means.std() * math.sqrt(n_items / (n_items - 1))
-        result |= {"se": se, "interval": np.percentile(means, (2.5, 97.5)).tolist(), "items": int(n_items)}
+        means = (draws @ sums) / (draws @ sizes)
+        result |= {"items": n_items, "se": math.nan}
+        if n_items > 1:
+            result |= {"se": float(means.std() * math.sqrt(n_items / (n_items - 1))),
+                       "interval": np.percentile(means, (2.5, 97.5)).tolist()}
     return result
 
 
 def score_pairs(nll: np.ndarray, pairs: list[dict]) -> dict:
-    """`pair_accuracy` of NLLs (n, 2) over all pairs (micro, as SlamKit), and "by" each subset of the manifest's fields.
+    """`pair_accuracy` over all pairs of a manifest (SlamKit's average), and "by" each value of its SUBSETS.
 
-    macro: mean over items of the mean over an item's voices, as ZeroSpeech has it.
+    nll: (n, 2), of each pair's positive and negative. "macro": the mean over items of an item's mean over its voices
+    (ZeroSpeech's average).
     """
     items = [p.get("item") or p["id"] for p in pairs]
     result, by = pair_accuracy(*nll.T, items), {}
-    for name in (*SUBSETS, "voice"):
+    for name in SUBSETS:
         values = [p.get(name) for p in pairs]
-        if any(values):
-            by[name] = {v: pair_accuracy(*nll[rows := [i for i, u in enumerate(values) if u == v]].T,
-                                         [items[i] for i in rows]) for v in sorted(set(filter(None, values)))}
+        for value in sorted({v for v in values if v}):
+            rows = [i for i, v in enumerate(values) if v == value]
+            by.setdefault(name, {})[value] = pair_accuracy(*nll[rows].T, [items[i] for i in rows])
     if by:
-        groups = defaultdict(list)
-        for i in np.flatnonzero(np.isfinite(nll).all(1)):
-            groups[items[i]].append(0.5 if nll[i, 0] == nll[i, 1] else float(nll[i, 0] < nll[i, 1]))
-        means = [100 * np.mean(x) for x in groups.values()]
-        result["macro"] = float(np.mean(means)) if means else None
-        result["macro_se"] = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
-        result["by"] = by
+        voices = defaultdict(list)
+        for item, (positive, negative) in zip(items, nll.tolist()):
+            if math.isfinite(positive) and math.isfinite(negative):
+                voices[item].append(50 + 50 * np.sign(negative - positive))
+        macro, macro_se = mean_and_error(np.array([np.mean(x) for x in voices.values()]))
+        result |= {"macro": None if math.isnan(macro) else macro,
+                   "macro_se": None if math.isnan(macro_se) else macro_se, "by": by}
     return result
 
 
-# The Penn Treebank's rules as in NLTK 3.9.1, the release of SlamKit's time (since 3.9.3 it splits dashes, too). Applied
-# in order; each puts spaces around what is a word of its own.
+def standard_error(values: np.ndarray, n_seeds: int) -> float | None:
+    """Standard error over prompts of values (n_seeds * n_prompts,), seed after seed; nan values are left out.
+
+    The continuations of one prompt are not independent, so they are averaged first.
+    """
+    by_prompt = values.reshape(n_seeds, -1)
+    known = ~np.isnan(by_prompt)
+    _, se = mean_and_error((np.nansum(by_prompt, 0) / np.maximum(known.sum(0), 1))[known.any(0)])
+    return None if math.isnan(se) else se
+
+
+# The Penn Treebank's rules as in NLTK 3.9.1, the release of SlamKit's time (later ones also split dashes). They are
+# applied in order; each puts spaces around what is a word of its own.
 TREEBANK = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"[«“‘„]|``?", r" \g<0> "),  # opening quotes; the Treebank's are `` and ''
     (r'^"', " `` "),
@@ -82,7 +100,7 @@ TREEBANK = [(re.compile(pattern), replacement) for pattern, replacement in (
 
 
 def words(text: str) -> list[str]:
-    """Word tokens of NLTK's `NLTKWordTokenizer`, with which SlamKit counts n-grams; case is kept.
+    """Word tokens of NLTK's `NLTKWordTokenizer`, which SlamKit uses; case is kept.
 
     words("A girl. She didn't, he said.") -> ["A", "girl.", "She", "did", "n't", ",", "he", "said", "."]
     """
@@ -92,21 +110,21 @@ def words(text: str) -> list[str]:
 
 
 def auto_bleu(text: str, n: int = 2, overlapping: bool = True) -> float:
-    """Share of a text's n-gram positions whose n-gram stands elsewhere in it too (SlamKit's auto-BLEU); 0 if too short.
+    """Share of a text's n-gram positions whose n-gram recurs in the text (SlamKit's auto-BLEU); 0 for a short text.
 
-    overlapping: whether elsewhere may be a place that shares words with the first; not so in GSLM's auto-BLEU.
+    overlapping: False counts only n-grams that recur without sharing a word (GSLM's auto-BLEU).
     auto_bleu("a b a b") -> 2/3: "a b" twice, "b a" once; auto_bleu("ha ha ha", overlapping=False) -> 0
     """
     tokens, places = words(text), defaultdict(list)
     for i in range(len(tokens) - n + 1):
         places[tuple(tokens[i:i + n])].append(i)
-    distance = 1 if overlapping else n  # positions are in order, so the first and the last are farthest from any
+    distance = 1 if overlapping else n  # the first and the last place are the farthest from any other
     again = sum(max(i - at[0], at[-1] - i) >= distance for at in places.values() for i in at)
     return again / max(1, len(tokens) - n + 1)
 
 
 def word_error_rate(reference: str, heard: str) -> tuple[int, int]:
-    """(edit distance in words, words of the reference), case and punctuation aside."""
+    """Levenshtein distance in words and the number of reference words, without case and punctuation."""
     a, b = (re.findall(r"[\w']+", t.lower()) for t in (reference, heard))
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
@@ -114,11 +132,3 @@ def word_error_rate(reference: str, heard: str) -> tuple[int, int]:
         for j, y in enumerate(b, start=1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
     return row[-1], len(a)
-
-
-def standard_error(values: np.ndarray, n_seeds: int) -> float | None:
-    """Of the mean of values of all prompts, seed after seed: over prompts, whose continuations are not independent."""
-    by_prompt = values.reshape(n_seeds, -1)
-    known = ~np.isnan(by_prompt)
-    means = (np.nansum(by_prompt, 0) / np.maximum(known.sum(0), 1))[known.any(0)]
-    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None

@@ -2,6 +2,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import soundfile
 from conftest import refused, run
 
 from slam.audio import load_audio
-from slam.benchmarks import SALMON_PARTS, read_benchmark, read_manifest
+from slam.benchmarks import SALMON_PARTS, Benchmark, read_benchmark, read_manifest, tokenize_pairs, units_cache
 from slam.embedded import cache_dir
+from slam.tokenizer import SpeechTokenizer, read_codebook, write_codebook
+from slam.units import Fingerprint, to_tokens
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +190,34 @@ def test_bad_manifests(stories, tmp_path):
     assert "no pairs in it" in refusal("")
     assert "2 for 1 of benchmark" in refused("eval.py", "--benchmark=sblimp", "--path=a,b")
     assert "expected" in refused("eval.py", "--benchmark=sblmp", "--path=a")
+
+
+def test_units_are_remembered_by_all_that_decides_them(voice, tmp_path, monkeypatch):
+    """Another layer with the same k-means, or another number format, never gets the units of the first."""
+    tensors, meta = read_codebook("embedded")
+    write_codebook(tmp_path / "layer2.safetensors", tensors, meta | {"layer": 2})
+    tokenizers = [SpeechTokenizer.load("embedded"), SpeechTokenizer.load(str(tmp_path / "layer2.safetensors")),
+                  SpeechTokenizer.load("embedded", dtype="bfloat16")]
+    assert len({t.fingerprint.codebook_sha256 for t in tokenizers}) == 1
+    monkeypatch.setenv("SLAM_CACHE", str(tmp_path / "cache"))
+    paths = [str(tmp_path / f"{side}.wav") for side in ("a", "b")]
+    for path, text in zip(paths, ("The dog is near the tree. It sleeps.", "The dog are near the tree.")):
+        soundfile.write(path, voice(text), 16_000)
+    benchmark = Benchmark("x", "here", pairs=[{"id": "0", "positive": paths[0], "negative": paths[1]}])
+    seen = []
+    for _ in range(2):  # the second time out of the cache
+        for tokenizer in tokenizers:
+            found = tokenize_pairs(tokenizer, benchmark)
+            assert found == [tuple(to_tokens(tokenizer.encode(load_audio(p), 16_000)[0]) for p in paths)]
+            seen.append(found)
+    assert seen[0] != seen[1] and seen[0] != seen[2] and seen[:3] == seen[3:]
+    assert len(list((tmp_path / "cache" / "units").iterdir())) == 3
+    # Everything in the fingerprint, and the device's kind.
+    names, tokenizer = {units_cache(tokenizers[0], "x")}, tokenizers[0]
+    for field, value in Fingerprint("e", 1, 50.0, 7, False, "f").to_dict().items():
+        tokenizer.fingerprint = replace(tokenizer.fingerprint, **{field: value})
+        names.add(units_cache(tokenizer, "x"))
+    for device in ("cuda", "cuda:1"):  # the same kind
+        tokenizer.encoder.device = device
+        names.add(units_cache(tokenizer, "x"))
+    assert len(names) == 8

@@ -8,6 +8,7 @@ import soundfile
 from conftest import refused, run
 
 import eval
+from slam.speech import text_losses
 from config import load_config
 from slam.units import UnitReader
 
@@ -33,7 +34,7 @@ def test_evaluation(runs, stories, tmp_path):
         judged = [json.loads(x) for x in (runs / name / "judge_prompts.jsonl").read_text().splitlines()]
         assert all(f": {x['text'].strip()}\n" in j["prompt"] for x, j in zip(said, judged, strict=True))
         assert any(x["text"].startswith(" ") for x in said)  # as the judge reads it
-        losses = [x for x in eval.text_losses([x["text"] for x in said], "embedded:smollm2-135m") if x is not None]
+        losses = [x for x in text_losses([x["text"] for x in said], "embedded:smollm2-135m") if x is not None]
         assert results["gen_ppl"]["value"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
         assert results["auto_bleu"]["value"] == pytest.approx(
             100 * np.mean([eval.auto_bleu(x["text"]) for x in said]))
