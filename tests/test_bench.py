@@ -31,6 +31,11 @@ def case(*args) -> list[dict]:
     return [json.loads(line) for line in run("dev/bench.py", *args).stdout.splitlines()]
 
 
+def ratio_is_right(x: dict) -> bool:
+    """Within what rounding to 0.1 allows; on a slow machine that is much of a few pairs/s."""
+    return (x["ours"] - 0.05) / (x["peer"] + 0.05) - 0.01 < x["ratio"] < (x["ours"] + 0.05) / (x["peer"] - 0.05) + 0.01
+
+
 def test_the_peer_computes_the_same_model(corpus):
     """Trained on the same few utterances, with one learning rate, both sides end at the same weights."""
     cfg = BenchTrain(train=(str(corpus / "val"),), val=("x",), shape=SHAPE, context=64, micro_batch=1, batch_tokens=64,
@@ -83,7 +88,7 @@ def test_the_peer_in_dpo_computes_the_same_step():
 def test_dpo_reports_its_case(runs, stories):
     found, = case("dpo", f"--checkpoint={runs}/lm", f"--pairs={stories}/pairs_train.jsonl", "--batch_pairs=2",
                   "--rounds=1", "--trl=false")
-    assert found["unit"] == "pairs/s" and found["ratio"] == pytest.approx(found["ours"] / found["peer"], rel=0.05)
+    assert found["unit"] == "pairs/s" and ratio_is_right(found)
     assert found["ours_gb"] > 0 and found["peer_gb"] > 0
 
 
@@ -100,14 +105,14 @@ def test_scoring_reports_its_cases(runs, stories):
     found = case("eval", f"--checkpoint={runs}/lm", f"--manifest={stories}/tstorycloze", "--pairs=2", "--rounds=1")
     assert [x["case"] for x in found] == ["eval from units", "eval from audio", "eval from audio, again"]
     assert all(x["ours"] > 0 and x["peer"] > 0 and x["pairs"] == 2 for x in found)
-    assert all(x["ratio"] == pytest.approx(x["ours"] / x["peer"], rel=0.05) for x in found)
+    assert all(map(ratio_is_right, found))
 
 
 def test_training_and_generation_report_their_cases(corpus):
     shape = f"--shape={json.dumps(SHAPE)}"
     found, = case("train", f"--train={corpus / 'train'}", f"--val={corpus / 'val'}", shape, "--context=64",
                   "--micro_batch=2", "--batch_tokens=256", "--rounds=2", "--dtype=float32")
-    assert found["case"] == "train" and found["ratio"] == pytest.approx(found["ours"] / found["peer"], abs=0.01)
+    assert found["case"] == "train" and ratio_is_right(found)
     small = f"--shape={json.dumps(SHAPE | {'vocab_size': 60})}"
     found = case("generate", small, "--batches=1,3", "--prompt_units=5", "--max_new_tokens=8", "--rounds=1")
     assert [x["batch"] for x in found] == [1, 3] and all(x["ours"] > 0 and x["peer"] > 0 for x in found)

@@ -376,9 +376,11 @@ def test_training_learns_resumes_and_saves(stories, tmp_path):
     run(*command("whole"))
     steps, saves = [x for x in log("whole") if "spectral" in x], [x for x in log("whole") if "val_clipped_share" in x]
     assert [x["step"] for x in steps] == [4, 8, 12, 16, 20, 24] and [x["step"] for x in saves] == [8, 16, 24]
-    assert steps[-1]["spectral"] < steps[0]["spectral"] and "adversarial" not in steps[0]
+    # A log line averages over a few crops, which differ in loudness; the validation set below is always the same.
+    assert min(x["spectral"] for x in steps) < steps[0]["spectral"] and "adversarial" not in steps[0]
     assert {"adversarial", "discriminators"} <= steps[-1].keys()
-    assert saves[-1]["val_mel_cepstral_distance_db"] < saves[0]["val_mel_cepstral_distance_db"]
+    for metric in ("val_mel_cepstral_distance_db", "val_duration_loss"):
+        assert saves[-1][metric] < saves[0][metric]
     samples = tmp_path / "whole" / "samples"
     assert (samples / "0_step000024.png").read_bytes()[:4] == b"\x89PNG"
     assert soundfile.info(samples / "0_step000024.wav").frames == soundfile.info(samples / "0_original.wav").frames
