@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROWS = [("before DPO", "lm", ""), ("a story's own sentence over another's, 60 steps", "stories", ""),
-        ("own continuations, 15 steps", "own_dpo", ""), ("own continuations, 60 steps", "own_long", ""),
+ROWS = [("before DPO", "lm", ""), ("own continuations, 15 steps", "own_dpo", ""), ("own continuations, 60 steps", "own_long", ""),
         ("before DPO, no repetition penalty", "lm", "_free"),
         ("own continuations, 15 steps, no penalty", "own_dpo", "_free"),
         ("own continuations, 60 steps, no penalty", "own_long", "_free")]
 COLUMNS = [("chosen likelier, held out, %", "val_chosen_preferred", "value", 100),
            ("margin positive, %", "val_reward_accuracy", "value", 100), ("val. loss", "val_loss", "value", 1),
-           ("tSC, %", "tstorycloze", "value", 1), ("sBLIMP, %", "sblimp", "value", 1),
            ("GenPPL", "gen_ppl", "value", 1), ("GenPPL, continuation", "gen_ppl", "continuation_only", 1),
            ("auto-BLEU", "auto_bleu", "value", 1)]
 
