@@ -1,4 +1,4 @@
-"""Checkpoint folders: read (ours, SlamKit's, transformers', the hub's), written and swapped in whole, found.
+"""Checkpoint folders: read them (ours, SlamKit's, transformers', the hub's), write them whole, find the newest.
 
 A checkpoint is an ordinary Hugging Face folder, config.json and model.safetensors, with two files of our own:
     slam.json     stage, fingerprint of the units, step, tokens, seconds, finished, config, inputs
@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,17 +49,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
     Raises FileNotFoundError, naming the file, if one is missing.
     """
-    for stem in ("model.safetensors", "pytorch_model.bin"):
+    load_pickle = partial(torch.load, map_location="cpu", weights_only=True)
+    for stem, load in (("model.safetensors", load_file), ("pytorch_model.bin", load_pickle)):
         index, names = folder / f"{stem}.index.json", [stem]
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif not (folder / stem).is_file():
-            continue
-        state = {}
-        for path in (folder / name for name in names):
-            state |= load_file(path) if path.suffix == ".safetensors" else \
-                torch.load(path, map_location="cpu", weights_only=True)
-        return state
+        if index.is_file() or (folder / stem).is_file():
+            return {k: v for name in names for k, v in load(folder / name).items()}
     raise FileNotFoundError("model.safetensors is missing")
 
 

@@ -35,14 +35,14 @@ class HubLM(nn.Module):
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass (Chen et al. 2016)."""
-        switch = "enable" if on else "disable"  # the second name is that of older versions of transformers
-        names = (f"activation_checkpointing_{switch}", f"gradient_checkpointing_{switch}")
-        getattr(self.lm, next(name for name in names if hasattr(self.lm, name)))()
+        lm, switch = self.lm, "enable" if on else "disable"
+        newer = getattr(lm, f"activation_checkpointing_{switch}", None)  # older versions of transformers lack it
+        (newer or getattr(lm, f"gradient_checkpointing_{switch}"))()
 
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        """Weights by the names in the hub's files; a tied one once."""
-        state = self.lm.state_dict(*args, **kwargs)
-        head = state.pop("lm_head.weight", None)  # newer versions of transformers call Pythia's embed_out so in memory
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights by the names in the hub's files, a tied one once."""
+        state = self.lm.state_dict()
+        head = state.pop("lm_head.weight", None)  # what newer versions of transformers call Pythia's embed_out
         return state if head is None or self.config.tie_word_embeddings else state | {"embed_out.weight": head}
 
     def save_pretrained(self, folder: str | Path, slam: dict | None = None, trainer: dict | None = None) -> None:

@@ -142,16 +142,6 @@ def test_saving_through_a_link(checkpoint, lm):
     assert [p.name for p in link.parent.iterdir()] == ["checkpoint"]
 
 
-def test_swap_in_is_two_renames(tmp_path):
-    """Whole folders move, whatever is in them."""
-    for name in ("a", "a.new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    swap_in(tmp_path / "a.new", tmp_path / "a")
-    assert (tmp_path / "a" / "file").read_text() == "a.new"
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
 def test_reading_while_another_process_saves(tmp_path):
     """An evaluation that looks a checkpoint up at the wrong moment does not make the training's save fail."""
     folder, stop = tmp_path / "a", threading.Event()
