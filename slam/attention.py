@@ -76,7 +76,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: list[tuple[int, i
 class KVCache:
     """Keys and values of the tokens so far, (B, kv_heads, capacity, head_dim) for each layer.
 
-    Entry p of row b holds position p, so rows may be at different positions.
+    Entry p of row b holds position p, so rows may be at different positions. config: a `model.ModelConfig`.
     """
 
     def __init__(self, config, batch: int, capacity: int, device, dtype):
