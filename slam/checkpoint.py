@@ -1,8 +1,15 @@
-"""slam.checkpoint."""
+"""Checkpoint folders: read them (ours, SlamKit's, transformers', the hub's), write them whole, find the newest.
+
+A checkpoint is an ordinary Hugging Face folder, config.json and model.safetensors, with two files of our own:
+    slam.json     stage, fingerprint of the units, step, tokens, seconds, finished, config, inputs
+    trainer.pt    what a resumed run needs: state of the optimiser, losses since the last log line
+"""
 import hashlib
 import json
+import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +21,15 @@ from slam.embedded import resolve
 from slam.units import Fingerprint, published_fingerprint, read_pairs, same_units
 
 SLAMKIT = "speech_language_model"  # model_type of SlamKit's checkpoints
+BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "decoder.version")  # not weights
 
 
+# ---------------------------------------------------------------- read
 def read_folder(name: str) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and weights of a model name, SlamKit's layout unwrapped. SystemExit if they are not whole."""
+    """config.json and weights of a model by name; SlamKit's layout and old names are translated.
+
+    name: hub id, local folder or `embedded:NAME`. SystemExit if the folder is missing, partial or damaged.
+    """
     folder = fetch(name)
     try:
         config, state = json.loads((folder / "config.json").read_text()), read_weights(folder)
@@ -26,26 +38,62 @@ def read_folder(name: str) -> tuple[dict, dict[str, Tensor]]:
             state = {k.removeprefix("lm."): v for k, v in state.items()}
     except (OSError, ValueError, KeyError) as e:
         raise SystemExit(f"{name}: not a whole checkpoint folder: {e}") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as e:  # of a truncated file
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as e:  # raised for a truncated file
         raise SystemExit(f"{name}: damaged weights ({e}); copy or train it again") from None
-    return config, state
+    state = {k: v for k, v in state.items() if not k.endswith(BUFFERS)}
+    return config, {f"model.{k}" if k.startswith("decoder.") else k: v for k, v in state.items()}  # OPT's old names
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder, from one file or shards, safetensors or (read without running code) pickle."""
-    for stem, load in (("model.safetensors", load_file),
-                       ("pytorch_model.bin", lambda path: torch.load(path, map_location="cpu", weights_only=True))):
-        index = folder / f"{stem}.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [stem]
-        if not index.is_file() and not (folder / stem).is_file():
-            continue
-        for name in names:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{name} is missing")
-        return {k: v for name in names for k, v in load(folder / name).items()}
+    """All weights of a folder by name, from safetensors or pickle (which runs no code), one file or shards.
+
+    Raises FileNotFoundError, naming the file, if one is missing.
+    """
+    load_pickle = partial(torch.load, map_location="cpu", weights_only=True)
+    for stem, load in (("model.safetensors", load_file), ("pytorch_model.bin", load_pickle)):
+        index, names = folder / f"{stem}.index.json", [stem]
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if index.is_file() or (folder / stem).is_file():
+            return {k: v for name in names for k, v in load(folder / name).items()}
     raise FileNotFoundError("model.safetensors is missing")
 
 
+def load_weights(lm: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Copy `state` into the model. SystemExit, with `name`, for a weight missing, left over or of another shape."""
+    own = lm.state_dict()  # these tensors share their memory with the parameters
+    expected = {k: tuple(v.shape) for k, v in own.items()}
+    found = {k: tuple(v.shape) for k, v in state.items() if k in own or k != "lm_head.weight"}  # unused if tied
+    if found != expected:
+        missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        other = [f"{k} {found[k]} instead of {v}" for k, v in expected.items() if found.get(k, v) != v]
+        raise SystemExit(f"{name}: weights do not fit config.json: missing {missing[:3]}, "
+                         f"unexpected {unexpected[:3]}, of another shape {other[:3]}")
+    for k, v in own.items():
+        v.copy_(state[k])
+
+
+def fetch(name: str) -> Path:
+    """Local folder of a model by name; a hub id is downloaded into Hugging Face's cache. SystemExit if it can't be."""
+    folder = Path(name).resolve()
+    old = folder.with_name(folder.name + ".old")
+    if old.is_dir() and not folder.exists():  # a save is between its two renames, or was killed there
+        return old
+    source = resolve(name)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):  # OPT and MobileLLM were published before that format
+            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
+        return folder
+    except Exception as e:  # huggingface_hub raises a dozen types here; to the user they are one
+        raise SystemExit(f"{name}: no such folder here, and not to be had from the Hugging Face hub "
+                         f"({type(e).__name__}); check the name and the network") from None
+
+
+# ---------------------------------------------------------------- write
 def write_folder(folder: str | Path, config: dict, state: dict[str, Tensor], slam: dict | None = None,
                  trainer: dict | None = None) -> None:
     """Write a checkpoint folder beside `folder`, then swap it in. OSError if it can't be written; the old one stays."""
@@ -68,7 +116,7 @@ def write_folder(folder: str | Path, config: dict, state: dict[str, Tensor], sla
 
 
 def swap_in(new: Path, folder: Path) -> None:
-    """Put the finished folder `new` in the place of `folder`; `recover` mends a kill between the two renames."""
+    """Rename `folder` to FOLDER.old, then the finished folder `new` to `folder`, then delete FOLDER.old."""
     recover(folder)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -79,51 +127,31 @@ def swap_in(new: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """After a kill between `swap_in`'s two renames: bring the old checkpoint back."""
+    """Bring the old folder back after a kill between the two renames of `swap_in`."""
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
 
 
-def find_checkpoint(name: str) -> str:
-    """A run folder -> its checkpoint folder; a checkpoint folder or hub id -> itself."""
-    inner = Path(name) / "checkpoint"
-    return str(inner) if inner.is_dir() or inner.with_name("checkpoint.old").is_dir() else name
-
-
-def fetch(name: str) -> Path:
-    """Local folder of a model name; a hub id is downloaded into Hugging Face's own cache first."""
-    folder = Path(name).resolve()
-    old = folder.with_name(folder.name + ".old")
-    if old.is_dir() and not folder.exists():  # killed, or just now, between swap_in's renames; reading mends nothing
-        return old
-    source = resolve(name)
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):  # OPT and MobileLLM were published before that format
-            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
-        return folder
-    except Exception as e:  # huggingface_hub raises a dozen types here; to the user they are one
-        raise SystemExit(f"{name}: no such folder here, and not to be had from the Hugging Face hub "
-                         f"({type(e).__name__}); check the name and the network") from None
-
-
+# ---------------------------------------------------------------- identify and find
 def weights_sha256(name: str) -> str:
-    """sha256 of a checkpoint folder's weights."""
+    """sha256 of the weights of a model by name."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin")):
-        with open(file, "rb") as f:
+    for path in sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin")):
+        with open(path, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()
 
 
-def checkpoint_fingerprint(name: str) -> Fingerprint:
-    """Fingerprint of the units that a checkpoint speaks. SystemExit if it is not a whole unit LM's.
+def sha256_of(*values) -> str:
+    """sha256 of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
-    SlamKit's checkpoints do not name their tokeniser: they are taken to speak the published one's units.
+
+def checkpoint_fingerprint(name: str) -> Fingerprint:
+    """Fingerprint of the units that a checkpoint was trained on. SystemExit if it is not a unit LM's.
+
+    SlamKit's checkpoints do not record their tokeniser: it is taken to be the published one.
     """
     folder = fetch(name)
     if (folder / "slam.json").is_file():
@@ -134,30 +162,29 @@ def checkpoint_fingerprint(name: str) -> Fingerprint:
     raise SystemExit(f"{folder / 'slam.json'}: missing; {name} is no whole checkpoint of train.py, dpo.py or SlamKit")
 
 
+def find_checkpoint(name: str) -> str:
+    """A run folder -> its checkpoint folder; a checkpoint folder or hub id -> itself."""
+    inner = Path(name) / "checkpoint"
+    return str(inner) if inner.is_dir() or inner.with_name("checkpoint.old").is_dir() else name
+
+
 def newest_checkpoint(root: str = "out", stage: str = "") -> str:
-    """The run folder below `root` with the newest finished checkpoint, of that stage. SystemExit if there is none."""
-    found = []
-    for path in Path(root).rglob("checkpoint/slam.json"):
+    """The run folder below `root` with the newest finished checkpoint, if given of that stage; else SystemExit."""
+    for path in sorted(Path(root).rglob("checkpoint/slam.json"), key=os.path.getmtime, reverse=True):
         slam = json.loads(path.read_text())
         if slam.get("finished") and stage in ("", slam.get("stage")):
-            found.append((path.stat().st_mtime, str(path.parent.parent)))
-    if not found:
-        raise SystemExit(f"no finished {stage + ' ' if stage else ''}checkpoint under {root}/; train one (bash "
-                         f"runs/demo.sh) or name one with --checkpoint")
-    return max(found)[1]
-
-
-def sha256_of(*what) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+            return str(path.parent.parent)
+    raise SystemExit(f"no finished {stage + ' ' if stage else ''}checkpoint under {root}/; train one (bash "
+                     f"runs/demo.sh) or name one with --checkpoint")
 
 
 def newest_pairs(checkpoint: str) -> str:
-    """The newest pairs_train.jsonl under out/ of a checkpoint's units, not of a model's own continuations (`pairs`).
+    """The newest pairs_train.jsonl below out/ of the checkpoint's units; SystemExit if there is none.
 
-    SystemExit if there is none.
+    Pairs of a model's own continuations (a candidates.jsonl lies beside them) are used only if named.
     """
     fingerprint = checkpoint_fingerprint(find_checkpoint(checkpoint))
-    for path in sorted(Path("out").rglob("pairs_train.jsonl"), key=lambda p: -p.stat().st_mtime):
+    for path in sorted(Path("out").rglob("pairs_train.jsonl"), key=os.path.getmtime, reverse=True):
         if not path.with_name("candidates.jsonl").exists() and same_units(read_pairs(path)[0], fingerprint):
             return str(path)
     raise SystemExit(f"no pairs_train.jsonl under out/ of the units of {checkpoint}; make one (synth_stories.py "

@@ -2,8 +2,11 @@
 import json
 import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from slam.tokenizer import Bpe, codebook_fingerprints, read_codebook
 from slam.units import Fingerprint, dedup, published_fingerprint, vocab_size
@@ -50,3 +53,33 @@ def slamkit_units(record: dict, n_units: int) -> tuple[np.ndarray, np.ndarray | 
             raise ValueError(f"{durations.shape} durations for {units.shape} units, each at least 1")
         durations = np.add.reduceat(durations, np.cumsum(runs) - runs)
     return merged, durations
+
+
+def export(load: Callable[[str], torch.nn.Module]) -> None:
+    """`python model.py export`: write a checkpoint in SlamKit's layout, a nested config.json and weights named `lm.*`.
+
+    load: `UnitLM.from_pretrained`. slam.json is copied. SystemExit if the output folder exists.
+    """
+    import argparse
+
+    from slam.checkpoint import SLAMKIT, fetch, find_checkpoint, write_folder
+    parser = argparse.ArgumentParser(description="python model.py export out/slam slam_for_slamkit")
+    parser.add_argument("command", choices=["export"], help="write a checkpoint in SlamKit's layout")
+    parser.add_argument("checkpoint", help="run folder, checkpoint folder or hub id")
+    parser.add_argument("out", help="folder to write; must not exist")
+    args = parser.parse_args()
+    if Path(args.out).exists():
+        raise SystemExit(f"{args.out} exists; choose another folder")
+    name = find_checkpoint(args.checkpoint)
+    lm, slam = load(name), fetch(name) / "slam.json"
+    base = lm.hf_config()
+    # The hub model whose config SlamKit loads first and then overrides with `base_config`: any of the type will do.
+    base_names = {"qwen2": "Qwen/Qwen2.5-0.5B", "llama": "HuggingFaceTB/SmolLM2-135M", "opt": "facebook/opt-125m",
+                  "gpt_neox": "EleutherAI/pythia-160m"}
+    config = {"model_type": SLAMKIT, "architectures": ["UnitLM"], "base_config": base, "twist_init": True,
+              "base_model_name": base_names[base["model_type"]], "vocab_size": base["vocab_size"],
+              "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "torch_dtype": "float32",
+              "tie_word_embeddings": base["tie_word_embeddings"]}
+    write_folder(args.out, config, {f"lm.{k}": v for k, v in lm.state_dict().items()},
+                 json.loads(slam.read_text()) if slam.is_file() else None)
+    print(f"{args.out}: a checkpoint for SlamKit")

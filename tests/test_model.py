@@ -1,14 +1,12 @@
-"""The unit LM against transformers (logits, folders, generation), TWIST, packing, sampling, and checkpoint folders."""
+"""The unit LM against transformers (logits, folders, generation), TWIST, table 6, packing, generation and sampling."""
 import itertools
 import json
-import os
-import threading
+import shutil
 from dataclasses import replace
 
 import pytest
 import scipy.stats
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -18,10 +16,8 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from model import KVCache, ModelConfig, UnitLM, sample
+from model import KVCache, ModelConfig, UnitLM, from_config, sample, twisted
 from slam import embedded
-from slam.attention import attention_mask, segments
-from slam.checkpoint import fetch, recover, swap_in
 
 V = 60
 HF = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -217,6 +213,69 @@ def test_twist_of_an_untied_base_is_tied(tmp_path):
     assert torch.equal(lm.model.embed_tokens.weight, hf.model.embed_tokens.weight[:20])
 
 
+# ---------------------------------------------------------------- bases of the paper's table 6
+
+# The shapes in the hub's config.json files, less what has no part in the shape.
+LLAMA = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 1e4, "hidden_act": "silu"}
+OPT = {"model_type": "opt", "activation_function": "relu", "max_position_embeddings": 2048, "vocab_size": 50272,
+       "num_attention_heads": 12, "tie_word_embeddings": True, "dropout": 0.1}
+PYTHIA = {"model_type": "gpt_neox", "max_position_embeddings": 2048, "vocab_size": 50304, "rotary_pct": 0.25,
+          "tie_word_embeddings": False, "use_parallel_residual": True, "hidden_act": "gelu"}
+SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+         "num_key_value_heads": 3}
+LARGE = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+         "num_key_value_heads": 5}
+TABLE_6 = {
+    "MobileLLM-125M": (LLAMA | SMALL | {"model_type": "mobilellm", "vocab_size": 32000, "share_embedding": True,
+                                        "tie_word_embeddings": False, "layer_sharing": False}, 106_492_608),
+    "MobileLLM-350M": (LLAMA | LARGE | {"model_type": "mobilellm", "vocab_size": 32000, "share_embedding": True,
+                                        "tie_word_embeddings": False, "layer_sharing": False}, 315_117_120),
+    "OPT-125M": (OPT | {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "word_embed_proj_dim": 768,
+                        "do_layer_norm_before": True}, 87_015_936),
+    "OPT-350M": (OPT | {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                        "word_embed_proj_dim": 512, "do_layer_norm_before": False}, 305_714_176),
+    "Qwen2.5-0.5B": ({"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                      "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+                      "max_position_embeddings": 32768, "rope_theta": 1e6, "hidden_act": "silu",
+                      "tie_word_embeddings": True, "use_sliding_window": False}, 358_347_904),
+    "SmolLM2-135M": (LLAMA | SMALL | {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True},
+                     106_492_608),
+    "SmolLM2-360M": (LLAMA | LARGE | {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True},
+                     315_117_120),
+    "Pythia-160M": (PYTHIA | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                              "num_attention_heads": 12}, 85_827_072),
+    "Pythia-410M": (PYTHIA | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                              "num_attention_heads": 16}, 303_339_520)}
+
+
+@pytest.mark.parametrize("name", TABLE_6)
+def test_parameter_counts_of_table_6(name):
+    config, expected = TABLE_6[name]
+    with torch.device("meta"):
+        lm = from_config(twisted(config, 502, context=1024, rope_theta=1e4))
+    assert lm.n_params() == expected
+    assert (type(lm) is not UnitLM) == name.startswith(("OPT", "Pythia"))
+
+
+def test_twist_of_the_embedded_base():
+    lm = UnitLM.twist("embedded:smollm2-135m", 502)
+    assert lm.n_params() == 106_492_608 and lm.config.model_type == "llama"
+
+
+def test_mobilellm_is_a_llama_by_another_name(tmp_path):
+    hf = hf_model("llama")
+    hf.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mobilellm", "share_embedding": True, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = random_tokens(1, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(UnitLM.from_pretrained(str(tmp_path))(x)[0], hf(x).logits, atol=1e-4, rtol=1e-4)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_sharing": True}))
+    with pytest.raises(SystemExit, match="layer sharing"):
+        UnitLM.from_pretrained(str(tmp_path))
+
+
 # ---------------------------------------------------------------- packing
 
 @torch.no_grad()
@@ -238,25 +297,6 @@ def test_packed_utterances_do_not_see_each_other(lm):
         changed = [random_tokens(1, len(u), seed=99)[0] if i == j else u for j, u in enumerate(utterances)]
         for j, (before, after) in enumerate(zip(losses, packed_losses(changed))):
             assert torch.equal(before, after) == (i != j)
-
-
-def test_several_continuations_of_one_beginning(lm):
-    """They see it and themselves, and cost nothing twice; by CPU's runs and by the mask that a GPU takes."""
-    trunk, ends = random_tokens(1, 5, 1), [random_tokens(1, n, n) for n in (6, 1, 4)]
-    wholes, other = [torch.cat([trunk, end], 1) for end in ends], random_tokens(1, 7, 9)
-    tokens = torch.cat([trunk, *ends, other], 1)
-    positions = torch.cat([torch.arange(5), *(torch.arange(5, 5 + e.shape[1]) for e in ends), torch.arange(7)])[None]
-    expected = torch.cat([lm(wholes[0])[0], *(lm(x)[0][:, 5:] for x in wholes[1:]), lm(other)[0]], 1)
-    torch.testing.assert_close(lm(tokens, positions=positions)[0], expected, rtol=1e-5, atol=1e-5)
-    both = torch.cat([positions, torch.arange(positions.shape[1])[None]])  # a second row is one utterance
-    assert segments(both) == [(11, 0, 0), (1, 0, 5), (4, 0, 5), (7, 3, 0), (23, 4, 0)]
-    mask, at = torch.zeros(2, 23, 23, dtype=torch.bool), 0
-    for row, runs in ((0, segments(positions)), (1, [(23, 0, 0)])):
-        starts = [sum(n for n, _, _ in runs[:i]) for i in range(len(runs))]
-        for at, (n, trunk_run, shared) in zip(starts, runs):
-            mask[row, at:at + n, at:at + n] = torch.ones(n, n).tril()
-            mask[row, at:at + n, starts[trunk_run]:starts[trunk_run] + shared] = True
-    assert torch.equal(attention_mask(both)[:, 0], mask)
 
 
 def test_no_gradient_crosses_an_utterance_border(lm):
@@ -454,165 +494,13 @@ def test_repetition_penalty_equals_transformers(penalty):
     assert torch.equal(sample(logits, 0, 0, 1.0, penalty, seen, (), None), expected)
 
 
-# ---------------------------------------------------------------- checkpoint folders
-
-@pytest.fixture
-def checkpoint(tmp_path, lm):
-    lm.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-def rewrite_weights(folder, change):
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors")
-
-
-def rewrite_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize("damage, word", [
-    (lambda f: (f / "config.json").unlink(), "config.json"),
-    (lambda f: (f / "config.json").write_text((f / "config.json").read_text()[:100]), "not a whole checkpoint"),
-    (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-    (lambda f: os.truncate(f / "model.safetensors", 0), "damaged weights"),
-    (lambda f: os.truncate(f / "model.safetensors", 5), "damaged weights"),
-    (lambda f: os.truncate(f / "model.safetensors", 700), "damaged weights"),
-    (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 1), "damaged weights"),
-    (lambda f: rewrite_weights(f, lambda s: s.pop("model.norm.weight")), "missing.*model.norm.weight"),
-    (lambda f: rewrite_weights(f, lambda s: s.update(extra=torch.ones(1))), "unexpected.*extra"),
-    (lambda f: rewrite_config(f, vocab_size=V + 2), "embed_tokens"),
-    (lambda f: rewrite_config(f, num_hidden_layers=4), "missing.*layers.3"),
-    (lambda f: rewrite_config(f, model_type="gpt2"), "gpt2"),
-    (lambda f: (f / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'), "model-00001-of-00002"),
-], ids=["no config", "half a config", "no weights", "empty weights", "5 bytes", "700 bytes", "a byte short",
-        "key missing", "key too many", "other vocabulary", "other depth", "other type", "shard missing"])
-def test_a_damaged_folder_is_named(checkpoint, damage, word):
-    damage(checkpoint)
-    with pytest.raises(SystemExit, match=word) as error:
-        UnitLM.from_pretrained(str(checkpoint))
-    assert str(checkpoint) in str(error.value)
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="no-such-checkpoint.*no such folder"):
-        UnitLM.from_pretrained(str(tmp_path / "no-such-checkpoint"))
-
-
-def test_a_hub_id_out_of_reach_is_named(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit, match="nobody/no-such-model: no such folder here, and not to be had"):
-        UnitLM.from_pretrained("nobody/no-such-model")
-
-
-def test_names_of_a_folder(checkpoint, lm, monkeypatch):
-    """A relative path, a trailing slash, the current folder."""
-    monkeypatch.chdir(checkpoint)
-    for name in ("../checkpoint", f"{checkpoint}/", "."):
-        assert torch.equal(UnitLM.from_pretrained(name).model.norm.weight, lm.model.norm.weight)
-
-
-def test_saving_replaces_and_leaves_nothing_behind(checkpoint, lm):
-    lm.save_pretrained(checkpoint, slam={"step": 1})
-    other = our_model(seed=1)
-    other.save_pretrained(checkpoint)
-    assert torch.equal(UnitLM.from_pretrained(str(checkpoint)).model.norm.weight, other.model.norm.weight)
-    assert [p.name for p in checkpoint.parent.iterdir()] == ["checkpoint"]
-    assert sorted(p.name for p in checkpoint.iterdir()) == ["config.json", "model.safetensors"]  # no stale slam.json
-    other.save_pretrained(checkpoint.parent / "deep" / "er" / "checkpoint")
-    assert (checkpoint.parent / "deep" / "er" / "checkpoint" / "config.json").is_file()
-
-
-@pytest.mark.parametrize("moment", ["writing the new one", "before the renames", "between the renames",
-                                    "before the old one is cleared", "while the old one is cleared"])
-def test_a_kill_while_saving_leaves_a_whole_checkpoint(checkpoint, lm, moment):
-    """The folders as a kill at this moment leaves them load as the old or the new one, and the next save works."""
-    new, old = checkpoint.with_name("checkpoint.new"), checkpoint.with_name("checkpoint.old")
-    other = our_model(seed=1)
-    other.save_pretrained(new)
-    if moment == "writing the new one":
-        os.truncate(new / "model.safetensors", 1000)
-        (new / "config.json").unlink()
-    elif moment != "before the renames":
-        checkpoint.rename(old)
-        if moment != "between the renames":
-            new.rename(checkpoint)
-        if moment == "while the old one is cleared":
-            (old / "config.json").unlink()
-    expected = other if moment.endswith("cleared") else lm
-    assert torch.equal(UnitLM.from_pretrained(str(checkpoint)).model.norm.weight, expected.model.norm.weight)
-    third = our_model(seed=2)
-    third.save_pretrained(checkpoint)
-    assert torch.equal(UnitLM.from_pretrained(str(checkpoint)).model.norm.weight, third.model.norm.weight)
-    assert [p.name for p in checkpoint.parent.iterdir()] == ["checkpoint"]
-
-
-def test_saving_straight_after_a_kill_between_the_renames(checkpoint, lm):
-    """Nothing was loaded in between: the folder itself is not there when the next save starts."""
-    checkpoint.rename(checkpoint.with_name("checkpoint.old"))
-    recover(checkpoint)  # what a resume and the next save begin with
-    assert torch.equal(UnitLM.from_pretrained(str(checkpoint)).model.norm.weight, lm.model.norm.weight)
-    assert checkpoint.is_dir()
-    checkpoint.rename(checkpoint.with_name("checkpoint.old"))
-    other = our_model(seed=1)
-    other.save_pretrained(checkpoint)
-    assert torch.equal(UnitLM.from_pretrained(str(checkpoint)).model.norm.weight, other.model.norm.weight)
-    assert [p.name for p in checkpoint.parent.iterdir()] == ["checkpoint"]
-
-
-def test_saving_through_a_link(checkpoint, lm):
-    """A checkpoint kept on another disk and linked here: saving again and again works."""
-    link = checkpoint.parent / "here" / "checkpoint"
-    link.parent.mkdir()
-    link.symlink_to(checkpoint)
-    for seed in (1, 2, 3):
-        other = our_model(seed)
-        other.save_pretrained(link)
-        assert torch.equal(UnitLM.from_pretrained(str(link)).model.norm.weight, other.model.norm.weight)
-    assert [p.name for p in link.parent.iterdir()] == ["checkpoint"]
-
-
-def test_swap_in_is_two_renames(tmp_path):
-    """Whole folders move, whatever is in them."""
-    for name in ("a", "a.new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    swap_in(tmp_path / "a.new", tmp_path / "a")
-    assert (tmp_path / "a" / "file").read_text() == "a.new"
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def test_reading_while_another_process_saves(tmp_path):
-    """An evaluation that looks a checkpoint up at the wrong moment does not make the training's save fail."""
-    folder, stop = tmp_path / "a", threading.Event()
-
-    def reader():
-        while not stop.is_set():
-            try:
-                fetch(str(folder))
-            except (SystemExit, OSError):  # its own bad luck
-                pass
-
-    thread = threading.Thread(target=reader)
-    thread.start()
-    try:
-        for i in range(150):
-            (tmp_path / "a.new").mkdir()
-            (tmp_path / "a.new" / "file").write_text(str(i))
-            swap_in(tmp_path / "a.new", folder)
-            assert (folder / "file").read_text() == str(i)
-    finally:
-        stop.set()
-        thread.join()
-
-
-def test_loading_deletes_nothing(checkpoint, lm):
-    """A user's own copies beside a checkpoint outlive its being read."""
-    for name in ("checkpoint.old", "checkpoint.new", "checkpoint.bak"):
-        lm.save_pretrained(checkpoint.with_name("copy"))
-        checkpoint.with_name("copy").rename(checkpoint.with_name(name))
-    UnitLM.from_pretrained(str(checkpoint))
-    assert len(list(checkpoint.parent.iterdir())) == 4
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
+def test_compiled_generation_is_the_same(capfd):
+    lm = our_model(num_hidden_layers=1)
+    prompts = [[1, 5, 9], [1, 20, 21, 22, 23, 24, 7]]
+    how = dict(temperature=0, stop=(), repetition_penalty=1.3)
+    assert lm.generate(prompts, 20, **how, compile=True) == lm.generate(prompts, 20, **how)
+    from torch._dynamo.utils import counters
+    before = counters["stats"]["unique_graphs"]
+    lm.generate([[1, 2, 3, 4], [1, 7]], 25, **how, compile=True)  # the same size of cache: nothing is compiled again
+    assert counters["stats"]["unique_graphs"] == before
