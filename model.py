@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slam.attention import KVCache, attention_mask, segment_attention, segments
+from slam.attention import KVCache, Segments, packed_mask, segment_attention
 from slam.checkpoint import load_weights, read_folder, write_folder
 
 HUB_TYPES = ("opt", "gpt_neox")  # model types that run in transformers' code
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | list[tuple[int, int, int]] | None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Segments | None,
                 cache: KVCache | None, positions: Tensor) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         elif q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
             # CUDA's fused kernels do not share heads in these cases
             k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-        if isinstance(mask, list):
+        if isinstance(mask, Segments):
             y = segment_attention(q, k, v, mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
@@ -211,8 +211,7 @@ class UnitLM(nn.Module):
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         elif cache is None:  # a CPU skips what the mask would hide
-            eager_cpu = positions.device.type == "cpu" and not torch.compiler.is_compiling()
-            mask = segments(positions) if eager_cpu else attention_mask(positions)
+            mask = packed_mask(positions)
         if cache is not None:
             mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)

@@ -4,11 +4,11 @@ A row packs several utterances; `positions` count from 0 in each. A segment is a
 attention is causal within it. A segment that begins at 0 is an utterance. One that begins at p > 0 is another
 continuation of the utterance before it: its tokens also attend to the shared prefix, the utterance's first p tokens.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from slam.units import IGNORE
 
 
 def attention_mask(positions: Tensor) -> Tensor:
@@ -31,6 +31,7 @@ def attention_mask(positions: Tensor) -> Tensor:
     return (same_segment | shared_prefix).tril()[:, None]
 
 
+@torch.compiler.disable
 def segments(positions: Tensor) -> list[tuple[int, int, int]]:
     """The same as a list: the segments of all rows, one row after the other, as (length, first, shared).
 
@@ -52,15 +53,28 @@ def segments(positions: Tensor) -> list[tuple[int, int, int]]:
     return found
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: list[tuple[int, int, int]]) -> Tensor:
+@dataclass
+class Segments:
+    """The list of `segments`, wrapped: compiled code hands it on unread, so no new list makes it compile again."""
+    spans: list[tuple[int, int, int]]
+
+
+def packed_mask(positions: Tensor) -> Tensor | Segments:
+    """What attention over packed rows takes: the segments on a CPU, the mask on other devices."""
+    return Segments(segments(positions)) if positions.device.type == "cpu" else attention_mask(positions)
+
+
+@torch.compiler.disable
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: Segments) -> Tensor:
     """Attention of packed rows, segment by segment: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
 
-    layout: from `segments`. Equals masked attention, without work on hidden pairs: with two utterances of equal length
+    Equals masked attention, without work on hidden pairs: with two utterances of equal length
     in a row, half of it. For CPUs, where a call costs little; a GPU takes one call with the mask.
+    torch.compile leaves it as it is and compiles the rest of each block.
 
-    layout [(2, 0, 0), (1, 0, 1)]: query 0 sees key 0; query 1 keys 0 and 1; query 2 keys 0 and 2.
+    layout.spans [(2, 0, 0), (1, 0, 1)]: query 0 sees key 0; query 1 keys 0 and 1; query 2 keys 0 and 2.
     """
-    B, _, T, _ = q.shape
+    (B, _, T, _), layout = q.shape, layout.spans
     qs, ks, vs = (x.transpose(1, 2).flatten(0, 1).split([n for n, _, _ in layout]) for x in (q, k, v))  # (n, H, D) each
     out = []
     for i, (n, first, shared) in enumerate(layout):
@@ -96,9 +110,3 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         self.k, self.v, self.rows = [x[rows] for x in self.k], [x[rows] for x in self.v], self.rows[:len(rows)]
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Cross-entropy in nats, fp32, of logits (B, T, V) and targets (B, T); reduction mean, sum or none (-> (B, T))."""
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
-    return loss.view(targets.shape) if reduction == "none" else loss

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from test_model import our_model, random_tokens, randomise
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
+import model
 from model import HUB_TYPES, UnitLM
+from slam import attention
+from slam.attention import attention_mask
 from slam.device import n_graphs
 from train import accumulate
 
@@ -171,8 +174,9 @@ def test_gradient_checkpointing_changes_no_gradient(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind, checkpointing", [("qwen2", False), ("qwen2", True), ("opt", True), ("gpt_neox", True)])
-def test_training_compiles_to_one_graph(kind, checkpointing, tmp_path):
+def test_training_compiles_to_one_graph(kind, checkpointing, tmp_path, monkeypatch):
     """As on a GPU, but for the code behind the graph: one graph, none after the first step, whatever the packing."""
+    monkeypatch.setattr(model, "packed_mask", attention_mask)  # as on a GPU
     torch._dynamo.reset()
     if kind == "qwen2":
         lm = our_model()
@@ -190,3 +194,23 @@ def test_training_compiles_to_one_graph(kind, checkpointing, tmp_path):
         with torch.inference_mode():
             lm(x, positions=positions)
     assert n_graphs() - before == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_on_a_cpu_attention_still_goes_segment_by_segment(checkpointing, monkeypatch):
+    """The mask is never built, no graph is compiled for another packing, and loss and gradients are the eager ones."""
+    monkeypatch.setattr(attention, "attention_mask", None)
+    torch._dynamo.reset()
+    lm = our_model().train()
+    lm.set_activation_checkpointing(checkpointing)
+    forward, x, graphs = torch.compile(lm, backend="aot_eager"), random_tokens(2, 24), []
+    for cuts in ([24], [5, 19], [3, 3, 18]):
+        positions, found = torch.cat([torch.arange(n) for n in cuts]).expand(2, 24), []
+        for f in (forward, lm):
+            loss = accumulate(f, [(x, x.roll(-1, 1), positions)], 48, lm.device, "float32")
+            found.append([loss, *(p.grad for p in lm.parameters())])
+            lm.zero_grad()
+        for compiled, eager in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+        graphs.append(n_graphs())
+    assert graphs[0] == graphs[-1]
