@@ -8,8 +8,7 @@ Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json
     python dpo.py config/demo_dpo.py                 # a minute on two CPU cores
     python dpo.py pairs config/align_pairs.py        # make pairs of the model's own continuations
 
-The reference is the starting checkpoint. Its log-probabilities are computed once and saved beside the pairs, so only
-one model is in memory.
+The reference is the starting checkpoint. Its log-probabilities are saved beside the pairs: one model is in memory.
 """
 import io
 import os

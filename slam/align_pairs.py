@@ -6,8 +6,8 @@ Out: pairs_train.jsonl · pairs_val.jsonl · candidates.jsonl (all continuations
     python dpo.py pairs config/align_pairs.py
     python dpo.py pairs --prompts=out/units/val --n_prompts=100 --n_val=10 --out=out/own_pairs
 
-The model continues each prompt several times, Whisper transcribes the continuations, and a text LM scores each
-transcript given the prompt's. The best one that does not repeat itself is chosen, the worst one is rejected.
+The model continues each prompt several times, Whisper transcribes the continuations, a text LM scores the transcripts.
+The best one that does not repeat itself is chosen, the worst one is rejected.
 """
 import json
 import sys
@@ -108,6 +108,7 @@ def continuations(cfg: PairsConfig, lm: UnitLM, tokenizer: SpeechTokenizer, voco
 
 
 def make_pairs(cfg: PairsConfig) -> None:
+    """Write the three files. SystemExit if `out` holds other pairs or candidates, or if there are too few pairs."""
     # ------------------------------------------------------------ settings
     checkpoint = cfg.checkpoint or folders.newest_checkpoint("out", "train")
     cfg = replace(cfg, checkpoint=checkpoint, prompts=cfg.prompts or folders.newest_pairs(checkpoint))
@@ -118,7 +119,7 @@ def make_pairs(cfg: PairsConfig) -> None:
     vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
     prompts = read_prompts(cfg, fingerprint)
 
-    # ------------------------------------------------------------ what a killed run left: whole batches count
+    # ------------------------------------------------------------ what an earlier run left, in whole batches
     settings = {k: v for k, v in asdict(cfg).items() if k not in (
         "out", "overwrite", "n_val", "max_auto_bleu", "min_words", "min_gap")}  # these only choose among candidates
     settings |= {"weights": folders.weights_sha256(start), "drawn": folders.sha256_of(prompts)}

@@ -57,10 +57,10 @@ class PrefixPair(NamedTuple):
     def row(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """Inputs, targets, positions, and the part each target belongs to (0 prefix, 1 first, 2 second).
 
-        The prefix's last token predicts the first token of both, so it is an input twice. The position falls there,
-        so that `second` attends to the prefix but not to `first` (slam/attention.py).
-        PrefixPair([1, 7, 8], [11, 1], [6, 1]).row() -> [1, 7, 8, 11, 8, 6], [7, 8, 11, 1, 6, 1], [0, 1, 2, 3, 2, 3],
-        [0, 0, 1, 1, 2, 2]
+        The prefix's last token predicts the first token of both, so it is an input twice. The position drops there,
+        so `second` attends to the prefix and to itself, not to `first` (slam/attention.py).
+        PrefixPair([1, 7, 8], [11, 1], [6, 1]).row()
+            -> [1, 7, 8, 11, 8, 6], [7, 8, 11, 1, 6, 1], [0, 1, 2, 3, 2, 3], [0, 0, 1, 1, 2, 2]
         """
         p, a, b = map(len, self)
         inputs = [*self.prefix, *self.first[:-1]][:p + a - 1] + [self.prefix[-1], *self.second[:-1]][:b]
@@ -70,26 +70,25 @@ class PrefixPair(NamedTuple):
 
 def pack(pairs: list[PrefixPair], context: int) -> list[list[int]]:
     """Rows of pairs, by index, filled with at most `context` inputs: lengths 6, 5, 2 in 8 -> [[0, 2], [1]]."""
-    pieces = np.array([(i, 0, pair.n_inputs) for i, pair in enumerate(pairs)])
-    return [row[:, 0].tolist() for row in Packed(pieces, context, None)]
+    chunks = np.array([(i, 0, pair.n_inputs) for i, pair in enumerate(pairs)])
+    return [row[:, 0].tolist() for row in Packed(chunks, context, None)]
 
 
 def row_logps(forward: Callable, rows: list[list[PrefixPair]], width: int, device: torch.device, dtype: str) -> Tensor:
-    """Log-probabilities (n, 3), fp32, of the n pairs in some rows: prefix without BOS, first and second given it.
+    """Log-probabilities (n, 3), fp32, of the n pairs in `rows`: of the prefix but BOS, of first and second given it.
 
-    They are sums over tokens. forward: the model, compiled or not. Rows are padded on the right to `width` tokens, or
-    to the longest if it is 0.
+    They are sums over tokens. Rows are padded on the right to `width` tokens, or to the longest row if it is 0.
     """
     if device.type == "cpu" and not width:  # one row, which needs no padding
         rows = [[pair for row in rows for pair in row]]
     width = width or max(sum(pair.n_inputs for pair in row) for row in rows)
-    values, n = torch.zeros(4, len(rows), width, dtype=torch.long), 0  # of PAD (0); `row`'s four lists
+    values, n = torch.zeros(4, len(rows), width, dtype=torch.long), 0  # what `PrefixPair.row` returns; 0 is PAD
     values[1] = IGNORE
     for b, row in enumerate(rows):
         at = 0
         for pair in row:
             ours = torch.tensor(pair.row())  # (4, n_inputs)
-            ours[3] += 3 * n  # from the part to its place in the result
+            ours[3] += 3 * n  # where in the result the target's log-probability is added
             values[:, b, at:at + pair.n_inputs] = ours
             at, n = at + pair.n_inputs, n + 1
     inputs, targets, positions, places = put(values, device)
@@ -142,13 +141,13 @@ def pair_nlls(lm: torch.nn.Module, pairs: list[tuple[list[int], list[int]]], con
 def ngrams(train: list[np.ndarray], n_tokens: int) -> dict[str, np.ndarray]:
     """Log-probabilities (V, V), [token before, token], of "unigram" and "bigram" models of utterances `1 units 1`.
 
-    Every token but BOS is a target, as for the LM. The unigram model has add-one smoothing, the bigram model backs off
-    to it by Witten & Bell 1991: p(b | a) = (count(a, b) + kinds(a) p(b)) / (count(a) + kinds(a)), where kinds(a) is
-    the number of different tokens seen after a.
+    Every token but BOS is a target, as for the LM. Unigrams have add-one smoothing. Bigrams are smoothed by unigrams
+    (Witten & Bell 1991): p(b | a) = (count(a, b) + kinds(a) p(b)) / (count(a) + kinds(a)), where kinds(a) is how many
+    different tokens follow a.
     """
     counts = np.zeros((n_tokens, n_tokens))
     for x in train:
-        np.add.at(counts, (x[:-1].astype(int), x[1:].astype(int)), 1)
+        np.add.at(counts, (x[:-1], x[1:]), 1)
     unigram = (counts.sum(0) + 1) / (counts.sum() + n_tokens)
     kinds = (counts > 0).sum(1, keepdims=True)
     bigram = (counts + kinds * unigram) / np.maximum(counts.sum(1, keepdims=True) + kinds, 1)
@@ -158,8 +157,7 @@ def ngrams(train: list[np.ndarray], n_tokens: int) -> dict[str, np.ndarray]:
 
 def ngram_loss(logp: np.ndarray, val: list[np.ndarray]) -> float:
     """Cross-entropy (nats per target) of one of the `ngrams`: 0.69 if each target has probability 1/2."""
-    before, after = (np.concatenate(x).astype(int) for x in ([t[:-1] for t in val], [t[1:] for t in val]))
-    return float(-logp[before, after].mean())
+    return float(-np.concatenate([logp[x[:-1], x[1:]] for x in val]).mean())
 
 
 def ngram_nlls(logp: np.ndarray, pair: tuple[list[int], list[int]], score: str, score_prompt: bool) -> list[float]:
