@@ -214,7 +214,8 @@ def test_the_reference_is_computed_once(start, pairs, tmp_path):
     name, = (p for p in first if p.startswith("train"))
     expected = completion_logps(UnitLM.from_pretrained(str(start)), pairs_of, Config(dtype="float32"), "x")
     torch.testing.assert_close(torch.from_numpy(np.load(folder / name)), expected, atol=1e-4, rtol=1e-5)
-    assert "val dpo loss 0.6931" in run("dpo.py", *dpo_flags(start, folder, tmp_path / "e", steps=0)).stdout  # log 2
+    done = run("dpo.py", *dpo_flags(start, folder, tmp_path / "e", steps=0, n_samples=1))
+    assert "val dpo loss 0.6931" in done.stdout and "no samples: " in done.stderr  # log 2; nothing speaks these units
     assert "are not what they were: val" in refused("dpo.py", *dpo_flags(start, folder, tmp_path / "a", steps=3),
                                                     "--resume")
     assert "own folder" in refused("dpo.py", *dpo_flags(start, folder, folder, steps=1), "--overwrite")
