@@ -1,68 +1,72 @@
-"""slam.align_pairs."""
+"""Preference pairs of a model's own continuations (AlignSLM, Lin et al. 2024), and samples while dpo.py trains.
+
+In:  a checkpoint, and prompts from a pair file or the beginnings of utterances in unit files.
+Out: pairs_train.jsonl · pairs_val.jsonl · candidates.jsonl (all continuations with transcripts and scores)
+
+    python dpo.py pairs config/align_pairs.py
+    python dpo.py pairs --prompts=out/units/val --n_prompts=100 --n_val=10 --out=out/own_pairs
+
+The model continues each prompt several times, Whisper transcribes the continuations, a text LM scores the transcripts.
+The best one that does not repeat itself is chosen, the worst one is rejected.
+"""
 import json
-import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from model import UnitLM
-from slam.checkpoint import (
-    checkpoint_fingerprint,
-    find_checkpoint,
-    newest_checkpoint,
-    newest_pairs,
-    sha256_of,
-    weights_sha256,
-)
+from slam import checkpoint as folders
 from slam.device import pick_device
 from slam.metrics import auto_bleu
-from slam.speech import continuation_scores, continue_units, speak, transcribe
+from slam.speech import continuation_scores, continue_units, load_asr, speak, transcribe
 from slam.tokenizer import SpeechTokenizer, find_codebook
-from slam.units import Fingerprint, UnitReader, read_pairs, require_same, write_pairs
+from slam.units import Fingerprint, UnitReader, read_pairs, require_same, to_units, write_atomic, write_pairs
 from slam.vocoder import vocoder_for
 
 
-# ---------------------------------------------------------------- on-policy pairs
 @dataclass
 class PairsConfig:
     """Make preference pairs of a model's own continuations (AlignSLM, Lin et al. 2024, arXiv 2411.01834)."""
-    out: str = "out/align"  # folder: pairs_train.jsonl, pairs_val.jsonl, candidates.jsonl; a killed run goes on in it
-    checkpoint: str = ""  # model that continues; empty: the newest pre-trained under out/
-    prompts: str = ""  # pair file whose prompts are continued, or unit files whose utterances' beginnings are; empty:
+    out: str = "out/align"  # folder of the three files; a killed run continues in it
+    checkpoint: str = ""  # model that continues the prompts; empty: the newest pre-trained one under out/
+    prompts: str = ""  # pair file with the prompts, or unit files whose utterances' beginnings are prompts; empty:
     # the newest pairs_train.jsonl under out/ of the checkpoint's units
-    n_prompts: int = 10_000  # prompts, at most, drawn by the seed
-    n_val: int = 200  # pairs that are held out
-    prompt_units: int = 60  # of an utterance's beginning; 3 s
+    n_prompts: int = 10_000  # prompts at most, drawn by the seed
+    n_val: int = 200  # pairs to hold out
+    prompt_units: int = 60  # length of a prompt from unit files; 3 s
     n: int = 8  # continuations of each prompt
-    new_units: int = 100  # of a continuation; 5 s
-    temperature: float = 1.0  # of the continuations
-    top_k: int = 50  # draw from the k most likely units
-    repetition_penalty: float = 1.0  # of the continuations
-    allow_eos: bool = True  # an EOS ends a continuation
+    new_units: int = 100  # longest continuation; 5 s
+    temperature: float = 1.0  # of the sampling
+    top_k: int = 50  # sample from the k most likely units
+    repetition_penalty: float = 1.0  # of the sampling
+    allow_eos: bool = True  # an EOS ends a continuation; false: none is drawn
     asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes them
-    judge: str = "embedded:smollm2-135m"  # text LM whose mean log-probability per token, given the prompt's text, ranks
-    max_auto_bleu: float = 0.1  # what repeats bigrams as often as this is never chosen,
-    min_words: int = 4  # nor what has fewer words
-    min_gap: float = 0.5  # nats per text token between chosen and rejected; closer ones give no pair
+    judge: str = "embedded:smollm2-135m"  # text LM that scores: mean log-probability per token, given the prompt's text
+    max_auto_bleu: float = 0.1  # a continuation that repeats bigrams as often as this is never chosen,
+    min_words: int = 4  # nor is one of fewer words
+    min_gap: float = 0.5  # smallest difference of the scores in a pair, in nats per text token
     tokenizer: str = ""  # codebook file; empty: that of the checkpoint's units
     vocoder: str = ""  # vocoder file; empty: one that speaks them
     batch: int = 8  # prompts continued together
     seed: int = 0  # of prompts and continuations
-    overwrite: bool = False  # start anew instead of going on
+    overwrite: bool = False  # start anew instead of continuing
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
         found = [] if self.n >= 2 else ["n: a pair needs at least 2 continuations"]
-        return found if min(self.batch, self.new_units, self.prompt_units, self.n_prompts) >= 1 else [
-            *found, "batch, new_units, prompt_units and n_prompts must be at least 1"]
+        if min(self.batch, self.new_units, self.prompt_units, self.n_prompts) < 1:
+            found.append("batch, new_units, prompt_units and n_prompts must be at least 1")
+        return found
 
 
 def choose(candidates: list[dict], cfg: PairsConfig) -> tuple[dict, dict] | None:
-    """The best and the worst of {"text", "score", "auto_bleu"}; None if nothing may be chosen or they are too close.
+    """The best and the worst of candidates {"text", "score", "auto_bleu"}; None if there is no such pair.
 
-    score: mean log-probability per text token; None, with which a candidate is out, for one without words.
+    Scores -2, -3, -4, of which the first repeats itself, give (-3, -4). A score of None (no words) is left out.
     """
     heard = [c for c in candidates if c["score"] is not None]
     fine = [c for c in heard if c["auto_bleu"] < cfg.max_auto_bleu and len(c["text"].split()) >= cfg.min_words]
@@ -73,7 +77,7 @@ def choose(candidates: list[dict], cfg: PairsConfig) -> tuple[dict, dict] | None
 
 
 def read_prompts(cfg: PairsConfig, fingerprint: Fingerprint) -> list[dict]:
-    """Prompts {"id", "prompt" (units)} and, where it is known, "prompt_text"; at most n_prompts, drawn by the seed."""
+    """Prompts {"id", "prompt" (units), "prompt_text" if known}, at most `n_prompts`, in an order drawn by the seed."""
     if cfg.prompts.endswith(".jsonl"):
         theirs, pairs = read_pairs(cfg.prompts)
         found = [{k: p[k] for k in ("id", "prompt", "prompt_text") if k in p} for p in pairs]
@@ -83,71 +87,12 @@ def read_prompts(cfg: PairsConfig, fingerprint: Fingerprint) -> list[dict]:
         found = [{"id": ids[i], "prompt": reader.units(i)[:cfg.prompt_units].tolist()}
                  for i in np.flatnonzero(reader.lengths - 2 >= cfg.prompt_units)]
     require_same(fingerprint, cfg.checkpoint, theirs, cfg.prompts)
-    order = np.random.default_rng(cfg.seed).permutation(len(found))[:cfg.n_prompts]
-    return [found[i] for i in order]
-
-
-def make_pairs(cfg: PairsConfig) -> None:
-    """Continue, hear, score and choose; candidates.jsonl keeps every continuation, its transcript and its score."""
-    checkpoint = cfg.checkpoint or newest_checkpoint("out", "train")
-    cfg = replace(cfg, checkpoint=checkpoint, prompts=cfg.prompts or newest_pairs(checkpoint))
-    start, device, out = find_checkpoint(checkpoint), pick_device(), Path(cfg.out)
-    fingerprint = checkpoint_fingerprint(start)
-    tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(fingerprint), device.type)
-    require_same(fingerprint, checkpoint, tokenizer.fingerprint, "tokenizer")
-    vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
-    prompts = read_prompts(cfg, fingerprint)
-    # What decides the candidates; how one is chosen may change.
-    settings = {k: v for k, v in asdict(cfg).items() if k not in (
-        "out", "overwrite", "n_val", "max_auto_bleu", "min_words", "min_gap")}
-    settings |= {"weights": weights_sha256(start), "drawn": sha256_of(prompts)}
-    path, header = out / "candidates.jsonl", json.dumps(settings)
-    if not path.exists() and any(out.glob("pairs_*.jsonl")):
-        raise SystemExit(f"{out} holds pairs that `dpo.py pairs` has not made; choose another --out")
-    lines = [] if cfg.overwrite or not path.exists() else path.read_text().split("\n")[:-1]  # one may be cut
-    if lines and json.loads(lines[0]) != settings:
-        changed = [f"{k} was {json.loads(lines[0]).get(k)!r}, now {v!r}" for k, v in settings.items()
-                   if json.loads(lines[0]).get(k) != v]
-        raise SystemExit(f"{path} was made with other settings ({'; '.join(changed)}); choose another --out, or "
-                         f"--overwrite")
-    n_done = len(lines[1:]) // cfg.batch  # batches are drawn together, so a part of one is of no use
-    n_done += len(lines) - 1 == len(prompts) and len(prompts) % cfg.batch > 0
-    lines = [header, *lines[1:][:n_done * cfg.batch]]
-    out.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text("".join(line + "\n" for line in lines))
-    os.replace(path.with_suffix(".part"), path)
-    lm = UnitLM.from_pretrained(start).eval().to(device)
-    with open(path, "a") as f, tqdm(total=len(prompts), initial=len(lines) - 1, disable=None, unit="prompt") as bar:
-        for number in range(n_done, -(-len(prompts) // cfg.batch)):
-            part = prompts[number * cfg.batch:][:cfg.batch]
-            f.write("".join(json.dumps(x) + "\n" for x in continuations(cfg, lm, tokenizer, vocoder, part, number)))
-            f.flush()
-            bar.update(len(part))
-    pairs = []
-    for line in path.read_text().splitlines()[1:]:
-        found = json.loads(line)
-        candidates = [{"ended": has_ended(c["units"], cfg)} | c for c in found.pop("candidates")]  # older ones lack it
-        if chosen := choose(candidates, cfg):
-            pairs.append(found | {f"{side}{end}": c[key] for side, c in zip(("chosen", "rejected"), chosen) for end, key
-                                  in (("", "units"), ("_ended", "ended"), ("_text", "text"), ("_score", "score"))})
-    if len(pairs) <= cfg.n_val:
-        raise SystemExit(f"{len(pairs)} pairs from {len(prompts)} prompts, and n_val, {cfg.n_val}, are to be held out; "
-                         f"more prompts, a smaller min_gap or a larger max_auto_bleu give more; {path} is kept")
-    for name, part in (("val", pairs[:cfg.n_val]), ("train", pairs[cfg.n_val:])):
-        write_pairs(out / f"pairs_{name}.jsonl", tokenizer.fingerprint, part)
-    gap = np.mean([p["chosen_score"] - p["rejected_score"] for p in pairs])
-    print(f"{out}: {len(pairs):,} pairs from {len(prompts):,} prompts, {gap:.2f} nats per text token apart; "
-          f"{len(prompts) - len(pairs):,} prompts gave none")
-
-
-def has_ended(units: list[int], cfg: PairsConfig) -> bool:
-    """Whether an EOS ended a continuation; else it was cut off at `new_units` (`UnitLM.generate`)."""
-    return len(units) < cfg.new_units
+    return [found[i] for i in np.random.default_rng(cfg.seed).permutation(len(found))[:cfg.n_prompts]]
 
 
 def continuations(cfg: PairsConfig, lm: UnitLM, tokenizer: SpeechTokenizer, vocoder, prompts: list[dict],
                   number: int) -> list[dict]:
-    """Batch `number` of prompts with their "candidates": {"units", "ended", "text", "score", "auto_bleu"} each."""
+    """Batch `number` of prompts, each with "prompt_text" and "candidates" {"units", "text", "score", "auto_bleu"}."""
     units = [p["prompt"] for p in prompts for _ in range(cfg.n)]
     seed = int(np.random.default_rng((cfg.seed, number)).integers(2**31))
     new = continue_units(lm, units, cfg.new_units, len(units), seed, "", allow_eos=cfg.allow_eos,
@@ -158,6 +103,81 @@ def continuations(cfg: PairsConfig, lm: UnitLM, tokenizer: SpeechTokenizer, voco
         p["prompt_text"] = text
     texts = texts[len(unheard):]
     scores = continuation_scores([p["prompt_text"] for p in prompts for _ in range(cfg.n)], texts, cfg.judge)
-    found = [{"units": u, "ended": has_ended(u, cfg), "text": t, "score": s, "auto_bleu": auto_bleu(t)}
-             for u, t, s in zip(new, texts, scores)]
+    found = [{"units": u, "text": t, "score": s, "auto_bleu": auto_bleu(t)} for u, t, s in zip(new, texts, scores)]
     return [p | {"candidates": found[i * cfg.n:][:cfg.n]} for i, p in enumerate(prompts)]
+
+
+def make_pairs(cfg: PairsConfig) -> None:
+    """Write the three files. SystemExit if `out` holds other pairs or candidates, or if there are too few pairs."""
+    # ------------------------------------------------------------ settings
+    checkpoint = cfg.checkpoint or folders.newest_checkpoint("out", "train")
+    cfg = replace(cfg, checkpoint=checkpoint, prompts=cfg.prompts or folders.newest_pairs(checkpoint))
+    start, device, out = folders.find_checkpoint(checkpoint), pick_device(), Path(cfg.out)
+    fingerprint = folders.checkpoint_fingerprint(start)
+    tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(fingerprint), device.type)
+    require_same(fingerprint, checkpoint, tokenizer.fingerprint, "tokenizer")
+    vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
+    prompts = read_prompts(cfg, fingerprint)
+
+    # ------------------------------------------------------------ what an earlier run left, in whole batches
+    settings = {k: v for k, v in asdict(cfg).items() if k not in (
+        "out", "overwrite", "n_val", "max_auto_bleu", "min_words", "min_gap")}  # these only choose among candidates
+    settings |= {"weights": folders.weights_sha256(start), "drawn": folders.sha256_of(prompts)}
+    path = out / "candidates.jsonl"
+    if not path.exists() and any(out.glob("pairs_*.jsonl")):
+        raise SystemExit(f"{out} holds pairs that `dpo.py pairs` has not made; choose another --out")
+    lines = path.read_text().split("\n")[:-1] if path.exists() and not cfg.overwrite else []  # the last may be cut
+    old, done = json.loads(lines[0]) if lines else settings, lines[1:]
+    if changed := [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]:
+        raise SystemExit(f"{path} was made with other settings ({'; '.join(changed)}); choose another --out, or "
+                         f"--overwrite")
+    if len(done) < len(prompts):
+        done = done[:len(done) // cfg.batch * cfg.batch]
+    write_atomic(path, "".join(f"{line}\n" for line in [json.dumps(settings), *done]))
+
+    # ------------------------------------------------------------ candidates
+    lm = UnitLM.from_pretrained(start).eval().to(device)
+    with open(path, "a") as f:
+        for at in tqdm(range(len(done), len(prompts), cfg.batch), disable=None, unit="batch"):
+            batch = continuations(cfg, lm, tokenizer, vocoder, prompts[at:at + cfg.batch], at // cfg.batch)
+            f.write("".join(json.dumps(x) + "\n" for x in batch))
+            f.flush()
+
+    # ------------------------------------------------------------ pairs
+    pairs = []
+    for line in path.read_text().splitlines()[1:]:
+        pair = json.loads(line)
+        if chosen := choose(pair.pop("candidates"), cfg):
+            for side, c in zip(("chosen", "rejected"), chosen):  # one of new_units was cut off, a shorter one ended
+                pair |= {side: c["units"], f"{side}_ended": len(c["units"]) < cfg.new_units,
+                         f"{side}_text": c["text"], f"{side}_score": c["score"]}
+            pairs.append(pair)
+    if len(pairs) <= cfg.n_val:
+        raise SystemExit(f"{len(pairs)} pairs from {len(prompts)} prompts, and n_val, {cfg.n_val}, are to be held out; "
+                         f"more prompts, a smaller min_gap or a larger max_auto_bleu give more; {path} is kept")
+    for name, part in (("val", pairs[:cfg.n_val]), ("train", pairs[cfg.n_val:])):
+        write_pairs(out / f"pairs_{name}.jsonl", tokenizer.fingerprint, part)
+    gap = np.mean([p["chosen_score"] - p["rejected_score"] for p in pairs])
+    print(f"{out}: {len(pairs):,} pairs from {len(prompts):,} prompts, {gap:.2f} nats per text token apart; "
+          f"{len(prompts) - len(pairs):,} prompts gave none")
+
+
+# ---------------------------------------------------------------- samples while training
+def hear_samples(lm: torch.nn.Module, prompts: list[list[int]], fingerprint: Fingerprint, seed: int,
+                 asr: str = "embedded:whisper-tiny.en") -> dict:
+    """Continue prompts (tokens): {"samples": transcripts with their prompts, "sample_auto_bleu": their mean, in %}.
+
+    100 units (5 s) each, sampled as in eval.py but without a repetition penalty, which would hide repetition. Prints
+    why and returns {} if there is no tokeniser, vocoder or Whisper for these units.
+    """
+    try:
+        tokenizer = SpeechTokenizer.load(find_codebook(fingerprint), pick_device().type)
+        vocoder, _ = vocoder_for(tokenizer, "")
+        load_asr(asr)
+    except SystemExit as e:
+        print(f"no samples: {e}", file=sys.stderr)
+        return {}
+    units = [to_units(prompt) for prompt in prompts]
+    new = continue_units(lm, units, 100, 16, seed, "samples", temperature=0.8, top_k=25)
+    texts = transcribe(speak([u + x for u, x in zip(units, new)], tokenizer, vocoder), asr)
+    return {"samples": texts, "sample_auto_bleu": 100 * float(np.mean([auto_bleu(text) for text in texts]))}
