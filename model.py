@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slam.attention import KVCache, Segments, packed_mask, segment_attention
+from slam.attention import KVCache, Segments, packed_mask
 from slam.checkpoint import load_weights, read_folder, write_folder
 
 HUB_TYPES = ("opt", "gpt_neox")  # model types that run in transformers' code
@@ -125,7 +125,7 @@ class Attention(nn.Module):
             # CUDA's fused kernels do not share heads in these cases
             k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         if isinstance(mask, Segments):
-            y = segment_attention(q, k, v, mask)
+            y = mask.attend(q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
             y = y.reshape(B, -1, T, self.head_dim)

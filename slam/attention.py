@@ -31,7 +31,6 @@ def attention_mask(positions: Tensor) -> Tensor:
     return (same_segment | shared_prefix).tril()[:, None]
 
 
-@torch.compiler.disable
 def segments(positions: Tensor) -> list[tuple[int, int, int]]:
     """The same as a list: the segments of all rows, one row after the other, as (length, first, shared).
 
@@ -58,23 +57,24 @@ class Segments:
     """The list of `segments`, wrapped: compiled code hands it on unread, so no new list makes it compile again."""
     spans: list[tuple[int, int, int]]
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return segment_attention(q, k, v, self.spans)
+
 
 def packed_mask(positions: Tensor) -> Tensor | Segments:
     """What attention over packed rows takes: the segments on a CPU, the mask on other devices."""
     return Segments(segments(positions)) if positions.device.type == "cpu" else attention_mask(positions)
 
 
-@torch.compiler.disable
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: Segments) -> Tensor:
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: list[tuple[int, int, int]]) -> Tensor:
     """Attention of packed rows, segment by segment: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
 
     Equals masked attention, without work on hidden pairs: with two utterances of equal length
     in a row, half of it. For CPUs, where a call costs little; a GPU takes one call with the mask.
-    torch.compile leaves it as it is and compiles the rest of each block.
 
-    layout.spans [(2, 0, 0), (1, 0, 1)]: query 0 sees key 0; query 1 keys 0 and 1; query 2 keys 0 and 2.
+    layout [(2, 0, 0), (1, 0, 1)]: query 0 sees key 0; query 1 keys 0 and 1; query 2 keys 0 and 2.
     """
-    (B, _, T, _), layout = q.shape, layout.spans
+    B, _, T, _ = q.shape
     qs, ks, vs = (x.transpose(1, 2).flatten(0, 1).split([n for n, _, _ in layout]) for x in (q, k, v))  # (n, H, D) each
     out = []
     for i, (n, first, shared) in enumerate(layout):
@@ -85,6 +85,15 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: Segments) -> Tens
         out.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (qs[i], key, value)),
                                                   attn_mask=mask, is_causal=mask is None, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2).view(B, T, *q.shape[1::2]).transpose(1, 2)
+
+
+def compile_around_segments() -> None:
+    """Before torch.compile on a CPU: it leaves attention by segments as it is and compiles the rest of each block.
+
+    Not by decorators, since torch.compiler.disable imports all of torch.compile, which every start would wait for.
+    """
+    global segments, segment_attention
+    segments, segment_attention = torch.compiler.disable(segments), torch.compiler.disable(segment_attention)
 
 
 class KVCache:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from test_model import our_model, random_tokens
 
-from slam.attention import Segments, attention_mask, segment_attention, segments
+from slam.attention import attention_mask, segment_attention, segments
 
 
 def mask_of(layout: list[tuple[int, int, int]], width: int) -> torch.Tensor:
@@ -40,7 +40,7 @@ def test_mask_and_segments_say_the_same(positions):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, heads, 8, 4, generator=generator) for heads in (4, 2, 2))
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(segment_attention(q, k, v, Segments(layout)), expected)
+    torch.testing.assert_close(segment_attention(q, k, v, layout), expected)
 
 
 @torch.no_grad()
