@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from slam.audio import SAMPLE_RATE, check_wave, resample
 from slam.embedded import resolve
@@ -64,18 +65,15 @@ class WhisperFrames:
     @torch.inference_mode()
     def __call__(self, waves: list[np.ndarray]) -> list[Tensor]:
         """Waves (T,) at 16 kHz, none longer than a window -> features (T // 640, dim); padding is masked."""
-        mels = [self.log_mel(to_device(wave[:len(wave) // 640 * 640], self.device)) for wave in waves]
-        lengths = torch.tensor([m.shape[1] for m in mels])
-        longest = int(lengths.max())
-        mel = torch.stack([F.pad(m, (0, longest - m.shape[1])) for m in mels]).to(self.dtype)
-        inside = to_device(torch.arange(longest) < lengths[:, None], self.device)
-        e = self.encoder
-        x = F.gelu(e.conv1(mel)) * inside[:, None]  # the second convolution sees zeros past the end, as in a lone file
+        mels = [self.log_mel(to_device(wave[:len(wave) // 640 * 640], self.device)).T for wave in waves]
+        lengths, e = [len(mel) for mel in mels], self.encoder
+        x = F.gelu(e.conv1(pad_sequence(mels, batch_first=True).mT.to(self.dtype)))
+        x = x * inside(lengths, self.device)[:, None]  # past its end a wave alone has zeros before conv2, too
         x = F.gelu(e.conv2(x)).transpose(1, 2)
         x = x + e.embed_positions.weight[:x.shape[1]]
-        x = run_layers(e.layers[:self.layer], x, inside[:, ::2], min(lengths) < longest)
+        x = run_layers(e.layers[:self.layer], x, [n // 2 for n in lengths], self.device)
         x = (x[:, 0::2] + x[:, 1::2]).float() / 2
-        return [row[:n // 4] for row, n in zip(x, lengths.tolist())]
+        return [row[:n // 4] for row, n in zip(x, lengths)]
 
 
 class OwnGroupNorm(nn.Module):
@@ -121,24 +119,29 @@ class HubertFrames:
     @torch.inference_mode()
     def __call__(self, waves: list[np.ndarray]) -> list[Tensor]:
         """Waves (T,) at 16 kHz -> features (frames, dim)."""
-        longest, lengths = max(map(len, waves)), [self.n_frames(len(w)) for w in waves]
-        x = torch.stack([F.pad(torch.from_numpy(w), (40, 40 + longest - len(w))) for w in waves])
+        lengths, e = [self.n_frames(len(w)) for w in waves], self.model.encoder
+        x = F.pad(pad_sequence([torch.from_numpy(w) for w in waves], batch_first=True), (40, 40))
         if self.norm:
             self.norm.lengths = [self.n_frames(len(w), 1) for w in waves]
         x = self.model.feature_extractor(to_device(x, self.device).to(self.dtype)).transpose(1, 2)
-        inside = to_device(torch.arange(x.shape[1]) < torch.tensor(lengths)[:, None], self.device)
-        x = self.model.feature_projection(x) * inside[..., None]
-        e = self.model.encoder
+        x = self.model.feature_projection(x) * inside(lengths, self.device)[..., None]
         x = x + e.pos_conv_embed(x)
         if not self.model.config.do_stable_layer_norm:
             x = e.layer_norm(x)
-        x = run_layers(e.layers[:self.layer], x, inside, min(lengths) < x.shape[1])
+        x = run_layers(e.layers[:self.layer], x, lengths, self.device)
         return [row[:n] for row, n in zip(x.float(), lengths)]
 
 
-def run_layers(layers: Iterable[nn.Module], x: Tensor, inside: Tensor, padded: bool) -> Tensor:
-    """Transformer layers on x (B, T, D), with no attention to padding; inside: bool (B, T), False at padding."""
-    mask = torch.where(inside, 0.0, -torch.inf)[:, None, None, :].to(x.dtype) if padded else None
+def inside(lengths: list[int], device: str) -> Tensor:
+    """bool (B, T), False at padding: inside([1, 3]) -> [[True, False, False], [True, True, True]]"""
+    return to_device(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None], device)
+
+
+def run_layers(layers: Iterable[nn.Module], x: Tensor, lengths: list[int], device: str) -> Tensor:
+    """Transformer layers on a padded batch x (B, T, D), with no attention to padding."""
+    mask = None
+    if min(lengths) < max(lengths):
+        mask = torch.where(inside(lengths, device), 0.0, -torch.inf)[:, None, None, :].to(x.dtype)
     for layer in layers:
         x = layer(x, attention_mask=mask)
     return x
@@ -208,7 +211,7 @@ class Bpe:
 
     encode([7, 2, 7, 2], [3, 1, 1, 2]) -> [510, 510], [4, 3] if piece 510 is "7 2"
     """
-    FIRST = 0x4E00  # unit 0; 20,000 ideographs follow without a gap, none of them a blank or changed by normalisation
+    FIRST = 0x4E00  # unit 0: the first of 20,000 ideographs without a gap, blanks or case
 
     def __init__(self, model: bytes):
         from sentencepiece import SentencePieceProcessor
@@ -241,6 +244,7 @@ class Bpe:
 
     @classmethod
     def to_text(cls, units: Iterable[int]) -> str:
+        """One character per unit."""
         return "".join(chr(cls.FIRST + int(u)) for u in units)
 
     def encode(self, units: np.ndarray, durations: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -275,7 +279,7 @@ class SpeechTokenizer:
         tensors, meta = read_codebook(name)
         encoder = load_encoder(meta["encoder"], int(meta["layer"]), device, dtype)
         rate_hz, dim = float(meta["unit_rate_hz"]), tensors["centroids"].shape[1]
-        if (encoder.rate_hz, encoder.dim) != (rate_hz, dim):
+        if (rate_hz, dim) != (encoder.rate_hz, encoder.dim):
             raise SystemExit(f"{name}: {rate_hz:g} Hz and {dim} dimensions, but {meta['encoder']} gives "
                              f"{encoder.rate_hz:g} Hz and {encoder.dim}")
         return cls(encoder, tensors, meta)
@@ -302,27 +306,21 @@ class SpeechTokenizer:
     @torch.inference_mode()
     def label(self, waves: list[np.ndarray], batch_seconds: float = 30.0) -> list[Tensor]:
         """Waves (T,) at 16 kHz, none longer than a window -> one unit per frame; similar lengths share a batch."""
-        order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
-        out: list = [None] * len(waves)
+        order, labels = sorted(range(len(waves)), key=lambda i: -len(waves[i])), {}
         while order:
             n = max(1, int(batch_seconds * SAMPLE_RATE / len(waves[order[0]])))
             batch, order = order[:n], order[n:]
             x = self.features([waves[i] for i in batch])
-            units = assign(torch.cat(x), self.centroids).split([len(rows) for rows in x])
-            for i, labels in zip(batch, units):
-                out[i] = labels
-        return out
+            labels |= zip(batch, assign(torch.cat(x), self.centroids).split([len(rows) for rows in x]))
+        return [labels[i] for i in range(len(waves))]
 
     def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         """Waves (T,) at 16 kHz, of any length -> one unit per frame, before dedup. ValueError as `check_wave`."""
         for wave in waves:
             check_wave(wave)
-        pieces = [(i, *piece) for i, wave in enumerate(waves) for piece in windows([wave], self.encoder)]
-        labels = self.label([wave for _, wave, _, _ in pieces])
-        parts = [[] for _ in waves]
-        for (i, _, first, last), units in zip(pieces, labels):
-            parts[i].append(units[first:last])
-        return [torch.cat(p).cpu().numpy() for p in parts]
+        pieces = [list(windows([wave], self.encoder)) for wave in waves]
+        labels = iter(self.label([wave for found in pieces for wave, _, _ in found]))
+        return [torch.cat([next(labels)[first:last] for _, first, last in found]).cpu().numpy() for found in pieces]
 
     def finish(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One unit per frame -> (units, durations), or with BPE (pieces, durations)."""
@@ -375,8 +373,8 @@ def find_codebook(fingerprint: Fingerprint, folder: str = "out") -> str:
     def read(path: Path) -> Fingerprint:
         tensors, meta = read_codebook(str(path))
         found, _ = codebook_fingerprints(tensors, meta)
-        # A SlamKit checkpoint does not record its codebook; it is the published one.
-        return replace(found, codebook_sha256="") if is_published(meta) and not fingerprint.codebook_sha256 else found
+        # SlamKit's checkpoints record no codebook; theirs is the published one.
+        return found if fingerprint.codebook_sha256 or not is_published(meta) else replace(found, codebook_sha256="")
 
     found = find_speaking(fingerprint, EMBEDDED_TOKENIZER, folder, "centroids", read)
     if not found:
@@ -390,14 +388,12 @@ def codebook_fingerprints(tensors: dict[str, Tensor], meta: dict) -> tuple[Finge
 
     The sha256 is of the tensors and not of the file, as libraries may write the same header in different ways.
     """
-    def fingerprint(names: list[str], n: int) -> Fingerprint:
+    def fingerprint(names: set[str], n: int) -> Fingerprint:
         sha = hashlib.sha256()
-        for name in names:
+        for name in sorted(names):
             x = tensors[name].cpu().contiguous().numpy()
             sha.update(f"{name} {x.dtype} {x.shape}\n".encode() + x.tobytes())
         return Fingerprint(meta["encoder"], int(meta["layer"]), float(meta["unit_rate_hz"]), n, True, sha.hexdigest())
 
-    base = fingerprint(sorted(tensors.keys() & {"centroids", "position_mean"}), len(tensors["centroids"]))
-    if "bpe" not in tensors:
-        return base, base
-    return fingerprint(sorted(tensors), Bpe.of(tensors).n_pieces), base
+    base, bpe = fingerprint(tensors.keys() & {"centroids", "position_mean"}, len(tensors["centroids"])), Bpe.of(tensors)
+    return fingerprint(tensors.keys(), bpe.n_pieces) if bpe else base, base
