@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from slam.audio import SAMPLE_RATE, SILENCE, check_wave, read_blocks, read_input
+from slam.audio import SAMPLE_RATE, check_wave, read_blocks, read_input
 from slam.embedded import TWIST_URL, check_sha256, download, sha256
 from slam.tokenizer import PUBLISHED_KMEANS, SpeechTokenizer, assign, load_encoder, windows, write_codebook
 from slam.units import dedup
@@ -149,19 +149,15 @@ def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator,
 
 def crop_agreement(tokenizer: SpeechTokenizer, waves: list[np.ndarray], rng: np.random.Generator, n: int = 20) -> float:
     """Share of frames that keep their unit when 10 s are cut out of 30 s of the joined waves; `n` random cuts."""
-    spf = tokenizer.encoder.samples_per_frame
-    joined, rate = np.concatenate(waves), round(tokenizer.encoder.rate_hz)
-    equal = []
+    spf, frames = tokenizer.encoder.samples_per_frame, round(10 * tokenizer.encoder.rate_hz)
+    joined, equal = np.concatenate(waves), []
     for start in rng.integers(0, max(1, len(joined) - 30 * SAMPLE_RATE), n):
         whole = joined[start:start + 30 * SAMPLE_RATE]
-        offset = int(rng.integers(0, max(1, len(whole) // spf - 10 * rate)))
-        crop = whole[offset * spf:(offset + 10 * rate) * spf]
-        if np.abs(crop).max() < SILENCE:
-            continue
-        a, b = tokenizer.frames([whole])[0], tokenizer.frames([crop])[0]
-        b = b[:len(a) - offset]
-        equal.append((a[offset:offset + len(b)] == b).mean())
-    return float(np.mean(equal)) if equal else math.nan
+        offset = int(rng.integers(0, max(1, len(whole) // spf - frames)))
+        a, b = tokenizer.label([whole, whole[offset * spf:(offset + frames) * spf]])
+        m = min(len(a) - offset, len(b))
+        equal.append((a[offset:offset + m] == b[:m]).float().mean().item())
+    return float(np.mean(equal))
 
 
 def fit(cfg: FitConfig) -> None:

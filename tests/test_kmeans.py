@@ -72,16 +72,16 @@ def test_fit_makes_a_tokeniser(speech, tmp_path):
         load_config(FitConfig, ["--minibatch=50"])
 
 
-def test_check_reports_how_steady_a_tokeniser_is(speech, tmp_path):
-    done = run("dev/check_tokenizer.py", f"--input={speech}", "--minutes=0.5", "--dtype=bfloat16")
-    report = json.loads(done.stdout.splitlines()[-1])
+def test_check_reports_how_steady_a_tokeniser_is(speech, tmp_path, capsys):
+    check(CheckConfig(input=str(speech), minutes=0.5, dtype="bfloat16"))
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["batch_agreement"] > 0.99 and report["float32_agreement"] > 0.97
     assert 0.7 < report["crop_agreement"] < 0.97 and 15 < report["units_per_second"] < 25
     hubert(tmp_path / "hubert")
     run("prepare_units.py", "fit", f"--input={speech}", f"--codebook={tmp_path}/h.safetensors", "--n_units=40",
         f"--encoder={tmp_path}/hubert", "--layer=3", "--hours=0.02", "--minibatch=500")
     done = run("dev/check_tokenizer.py", f"--input={speech}", f"--tokenizer={tmp_path}/h.safetensors",
-               "--minutes=1.5", "--window_seconds=10", "--hop_seconds=8")
+               "--minutes=1.5", "--window_seconds=10", "--hop_seconds=8")  # the documented command
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["seams"] > 5 and report["window_seconds"] == 10 and report["batch_agreement"] >= 0.999
     assert report["window_agreement_at_seams"] > 0.8 and report["window_agreement_elsewhere"] > 0.8
