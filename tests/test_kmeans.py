@@ -136,6 +136,10 @@ def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
             for protocol in (3, 4, 5):  # the defaults of joblib under Python 3.7, 3.8 and 3.14
                 joblib.dump(model, "km.bin", compress, protocol)
                 np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
+    with monkeypatch.context() as m:  # joblib before 1.2 wrote no padding
+        m.setattr(joblib.numpy_pickle.NumpyArrayWrapper.__init__, "__defaults__", (False, None))
+        joblib.dump(model, "km.bin")
+        np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
     for centroids in (np.asfortranarray(model.cluster_centers_.astype(np.float64)),
                       model.cluster_centers_.astype(">f4")):
         model.cluster_centers_ = centroids
