@@ -1,4 +1,8 @@
-"""How steady a tokeniser's units are: python dev/check_tokenizer.py --tokenizer my_codebook.safetensors --input my_speech."""
+"""How steady a tokeniser's units are: when a recording is cut, batched, read in windows, or computed in half precision.
+
+    python dev/check_tokenizer.py --tokenizer my_codebook.safetensors --input my_speech
+    python dev/check_tokenizer.py --tokenizer my_codebook.safetensors --input my_speech --window_seconds 20 --minutes 30
+"""
 import sys
 from pathlib import Path
 
@@ -20,13 +24,13 @@ from slam.units import dedup
 
 @dataclass
 class CheckConfig:
-    """How steady a tokeniser's units are: when a recording is cut, batched, windowed, or computed in half precision."""
+    """Check how many frames keep their unit if a recording is cut, batched, windowed or in half precision."""
     input: str = ""  # folder of audio files, or any other input of prepare_units.py
     tokenizer: str = "embedded"  # codebook file
-    minutes: float = 10.0  # audio to look at, drawn at random
-    dtype: str = "auto"  # of the encoder, compared with float32 where it is another
-    window_seconds: float = 0.0  # try windows of this length in place of the encoder's own,
-    hop_seconds: float = 0.0  # and this far apart
+    minutes: float = 10.0  # audio to check, drawn at random
+    dtype: str = "auto"  # of the encoder; compared with float32 if it is another
+    window_seconds: float = 0.0  # length of HuBERT's windows; 0: the encoder's own
+    hop_seconds: float = 0.0  # distance between windows; 0: 5/6 of window_seconds
     seed: int = 0  # of the draw
 
     def problems(self) -> list[str]:
@@ -36,7 +40,7 @@ class CheckConfig:
 
 
 def check(cfg: CheckConfig) -> None:
-    """Print, as one JSON line, the shares of frames that keep their unit whatever is done to the recording."""
+    """Print the agreements as one JSON line; HuBERT's windows are also compared with one pass over four minutes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = SpeechTokenizer.load(cfg.tokenizer, device, cfg.dtype).base
     encoder, rng = tokenizer.encoder, np.random.default_rng(cfg.seed)
@@ -46,24 +50,24 @@ def check(cfg: CheckConfig) -> None:
         encoder.window = round(cfg.window_seconds * encoder.rate_hz)
         encoder.hop = round((cfg.hop_seconds or cfg.window_seconds * 5 / 6) * encoder.rate_hz)
     waves = draw(cfg.input, cfg.minutes * 60, 60.0, rng)
-    alone = [tokenizer.frames([wave])[0] for wave in tqdm(waves, disable=None, desc="alone")]
+    frames = [tokenizer.frames([wave])[0] for wave in tqdm(waves, disable=None, desc="alone")]
+    alone = np.concatenate(frames)
     report = {"tokenizer": cfg.tokenizer, "encoder": f"{tokenizer.fingerprint}", "dtype": str(encoder.dtype)[6:],
               "hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3),
-              "units_per_second": encoder.rate_hz * sum(len(dedup(f)[0]) for f in alone) / sum(map(len, alone)),
+              "units_per_second": encoder.rate_hz * sum(len(dedup(f)[0]) for f in frames) / len(alone),
               "crop_agreement": crop_agreement(tokenizer, waves, rng, max(5, round(2 * cfg.minutes))),
-              "batch_agreement": float(np.mean(np.concatenate(alone) == np.concatenate(tokenizer.frames(waves))))}
+              "batch_agreement": float(np.mean(alone == np.concatenate(tokenizer.frames(waves))))}
     if encoder.dtype != torch.float32:
         exact = SpeechTokenizer.load(cfg.tokenizer, device, "float32").base
-        report["float32_agreement"] = float(np.mean(np.concatenate(alone) == np.concatenate(
-            [exact.frames([wave])[0] for wave in waves])))
-    if isinstance(encoder, HubertFrames):  # it can read a recording whole
-        whole = np.concatenate(waves)[:round(240 * SAMPLE_RATE)]
-        read = tokenizer.frames([whole])[0]
+        report["float32_agreement"] = float(np.mean(alone == np.concatenate([exact.frames([w])[0] for w in waves])))
+    if isinstance(encoder, HubertFrames):  # Whisper cannot hear a long recording in one pass
+        whole = np.concatenate(waves)[:240 * SAMPLE_RATE]
+        windowed = tokenizer.frames([whole])[0]
+        equal = windowed == assign(tokenizer.features([whole])[0], tokenizer.centroids).cpu().numpy()
         kept = [last - first for _, first, last in windows([whole], encoder) if last]
-        at_seam = np.zeros(len(read), bool)
+        at_seam = np.zeros(len(windowed), bool)
         for seam in np.cumsum(kept):
             at_seam[max(0, seam - round(encoder.rate_hz)):seam + round(encoder.rate_hz)] = True
-        equal = read == assign(tokenizer.features([whole])[0], tokenizer.centroids).cpu().numpy()
         report |= {"window_seconds": encoder.window / encoder.rate_hz, "hop_seconds": encoder.hop / encoder.rate_hz,
                    "seams": len(kept)}
         report |= {"window_agreement_at_seams": float(equal[at_seam].mean()),

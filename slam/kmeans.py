@@ -1,13 +1,17 @@
-"""slam.kmeans."""
+"""Codebooks: fit k-means to an encoder's features (`fit`), or read a published k-means (`convert`).
+
+    python prepare_units.py fit config/fit_embedded.py --input my_speech --codebook my_codebook.safetensors
+    python prepare_units.py convert   # fetches the published k-means of mHuBERT-25hz
+"""
 import io
 import json
 import math
 import pickle
 import re
-import struct
 import sys
 import zlib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from slam.audio import SAMPLE_RATE, SILENCE, check_wave, read_blocks, read_input
+from slam.audio import SAMPLE_RATE, check_wave, read_blocks, read_input
 from slam.embedded import TWIST_URL, check_sha256, download, sha256
-from slam.tokenizer import (
-    PUBLISHED_KMEANS,
-    SpeechTokenizer,
-    WhisperFrames,
-    assign,
-    codebook_fingerprints,
-    load_encoder,
-    windows,
-    write_codebook,
-)
+from slam.tokenizer import PUBLISHED_KMEANS, SpeechTokenizer, assign, load_encoder, windows, write_codebook
 from slam.units import dedup
 
 
@@ -37,12 +32,12 @@ class FitConfig:
     input: str = ""  # folder of audio files, or any other input of prepare_units.py
     codebook: str = "out/codebook.safetensors"  # file to write
     encoder: str = "embedded:whisper-tiny.en"  # hub id, folder or embedded:NAME of a Whisper or HuBERT model
-    layer: int = 3  # hidden state to cluster (0 = before the first transformer layer)
+    layer: int = 3  # hidden state to cluster (0: before the first transformer layer)
     n_units: int = 500  # clusters
-    hours: float = 1.5  # audio to fit on, drawn at random from the folder; its features are held in memory
-    seconds_per_file: float = 60.0  # at most so much of each file, from its beginning
+    hours: float = 1.5  # audio to fit on, drawn at random from the input; its features are held in memory
+    seconds_per_file: float = 60.0  # at most this much of each file, from its beginning
     iterations: int = 30  # of k-means, at most
-    minibatch: int = 0  # frames per iteration (mini-batch k-means, for many hours); 0: all of them (Lloyd's)
+    minibatch: int = 0  # frames per iteration (mini-batch k-means, for many hours); 0: all frames (Lloyd's)
     seed: int = 0  # of the draw and of the k-means++ start
     overwrite: bool = False  # replace an existing codebook
 
@@ -58,7 +53,7 @@ class FitConfig:
 
 @dataclass
 class ConvertConfig:
-    """Make a codebook of a published k-means (scikit-learn's, written by joblib) without running what is in it."""
+    """Make a codebook of a published k-means (scikit-learn's, written by joblib); no code in the file is run."""
     source: str = ""  # the file; empty: the published one of mHuBERT-25hz's 500 units, which is fetched
     codebook: str = "out/mhubert25.safetensors"  # file to write
     encoder: str = "slprl/mhubert-base-25hz"  # hub id or folder of the model whose features it clusters
@@ -68,12 +63,61 @@ class ConvertConfig:
 
 
 # ---------------------------------------------------------------- fitting
+def draw(input: str, seconds: float, seconds_per_file: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Waves (T,) at 16 kHz of recordings drawn at random, `seconds` in all; an archive is read from its beginning.
+
+    Recordings that can't be used are named on stderr. SystemExit if none can be used.
+    """
+    total, items = read_input(input)
+    if total is None:
+        print(f"{input}: an archive is read from its beginning, not at random", file=sys.stderr)
+    else:
+        items = np.array(list(items), dtype=object)[rng.permutation(total)]
+    waves, missing = [], seconds
+    for item in tqdm(items, disable=None, desc=f"reading {seconds / 3600:.3g} h", unit="file"):
+        try:
+            if item.problem:
+                raise ValueError(f"{item.id}: {item.problem}")
+            # Two blocks: that a file is cut short shows where its first block ends early.
+            blocks = islice(read_blocks(item.source, item.id, seconds_per_file), 2)
+            wave = np.concatenate([np.zeros(0, np.float32), *blocks])[:round(seconds_per_file * SAMPLE_RATE)]
+            check_wave(wave, item.id)
+        except ValueError as e:
+            print(f"skipped {e}", file=sys.stderr)
+            continue
+        waves.append(wave)
+        missing -= len(wave) / SAMPLE_RATE
+        if missing <= 0:
+            break
+    if not waves:
+        raise SystemExit(f"{input}: not one usable recording")
+    return waves
+
+
+def position_mean(encoder, waves: list[np.ndarray], rng: np.random.Generator) -> Tensor:
+    """Mean feature (window, dim) at each position of the encoder's window, smoothed over a second.
+
+    Whisper's features drift with absolute position. The mean is over full windows cut at random from the joined waves:
+    over whole files it would also remove what files tend to begin with. SystemExit if there are less than two windows.
+    """
+    joined = np.concatenate(waves)
+    size = encoder.window * encoder.samples_per_frame
+    if len(joined) < 2 * size:
+        raise SystemExit(f"{len(joined) / SAMPLE_RATE:.0f} s of audio; fitting a codebook needs minutes at least")
+    n = min(120, len(joined) // size)
+    total = 0
+    for start in tqdm(rng.integers(0, len(joined) - size, n), disable=None, desc="position mean"):
+        total = total + encoder([joined[start:start + size]])[0]
+    mean = (total / n).T[None]
+    return F.avg_pool1d(F.pad(mean, (12, 12), mode="replicate"), 25, stride=1)[0].T.contiguous()
+
+
 def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator,
            minibatch: int = 0) -> tuple[Tensor, float]:
-    """k-means from a k-means++ start (Arthur & Vassilvitskii 2007): centroids (k, D) and mean inertia.
+    """Centroids (k, D) of x (N, D) and their inertia (mean squared distance), from a k-means++ start.
 
-    Lloyd's algorithm, or with `minibatch` frames an iteration Sculley's (2010): a centroid is the mean of what it was
-    given so far. Clusters left empty are seeded anew with the frames that are served worst.
+    Arthur & Vassilvitskii 2007; then Lloyd's algorithm, or with `minibatch` frames an iteration Sculley's (2010), where
+    a centroid is the mean of all frames it was ever given. An empty cluster moves to a frame far from its centroid.
     """
     start = x[torch.randperm(len(x), generator=generator)[:50 * k].to(x.device)]
     centroids = start[:1]
@@ -82,7 +126,7 @@ def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator,
         chosen = start[torch.multinomial(nearest.cpu(), 1, generator=generator).to(x.device)]
         centroids = torch.cat([centroids, chosen])
         nearest = torch.minimum(nearest, (start - chosen).square().sum(1))
-    inertia, seen = math.inf, torch.zeros(k, device=x.device)
+    inertia, seen = math.inf, torch.zeros(k, 1, device=x.device)
     bar = tqdm(range(iterations), disable=None, desc="k-means")
     for _ in bar:
         part = x[torch.randint(len(x), (minibatch,), generator=generator).to(x.device)] if minibatch else x
@@ -92,113 +136,50 @@ def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator,
         bar.set_postfix(inertia=f"{inertia:.4f}")
         if not minibatch and previous - inertia < 1e-5 * inertia:
             break
-        counts = torch.bincount(labels, minlength=k)
+        counts = torch.bincount(labels, minlength=k)[:, None]
+        seen = seen + counts if minibatch else counts
         sums = torch.zeros_like(centroids).index_add_(0, labels, part)
-        if minibatch:
-            seen += counts
-            centroids = centroids + (sums - counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
-            empty = (seen == 0).nonzero()[:, 0]
-        else:
-            centroids = sums / counts.clamp(min=1)[:, None]
-            empty = (counts == 0).nonzero()[:, 0]
+        centroids = centroids + (sums - counts * centroids) / seen.clamp(min=1)
+        empty = (seen == 0).nonzero()[:, 0]
         centroids[empty] = part[distance.topk(len(empty)).indices]
     if minibatch:
         inertia = torch.cat([(p - centroids[assign(p, centroids)]).square().sum(1) for p in x.split(1 << 16)]).mean()
     return centroids, float(inertia)
 
 
-def position_mean(encoder, waves: list[np.ndarray], rng: np.random.Generator) -> Tensor:
-    """Mean feature at each position of the encoder's window, (window, D), smoothed over a second.
-
-    Whisper's features drift with absolute position. The mean is taken over full windows cut anywhere out of the joined
-    corpus: over whole files it would also remove what files tend to begin with.
-    """
-    joined = np.concatenate(waves)
-    size = encoder.window * encoder.samples_per_frame
-    if len(joined) < 2 * size:
-        raise SystemExit(f"{len(joined) / SAMPLE_RATE:.0f} s of audio; fitting a codebook needs minutes at least")
-    n = min(120, len(joined) // size)
-    total = 0
-    for start in tqdm(rng.integers(0, len(joined) - size, n), disable=None, desc="position mean"):
-        total = total + encoder([joined[start:start + size]])[0][0]
-    mean = (total / n).T[None]
-    return F.avg_pool1d(F.pad(mean, (12, 12), mode="replicate"), 25, stride=1)[0].T.contiguous()
-
-
 def crop_agreement(tokenizer: SpeechTokenizer, waves: list[np.ndarray], rng: np.random.Generator, n: int = 20) -> float:
-    """Share of frames that keep their unit when 10 s are cut out of a longer recording (30 s of joined files)."""
-    spf = tokenizer.encoder.samples_per_frame
-    joined, rate = np.concatenate(waves), round(tokenizer.encoder.rate_hz)
-    equal = []
+    """Share of frames that keep their unit when 10 s are cut out of 30 s of the joined waves; `n` random cuts."""
+    spf, frames = tokenizer.encoder.samples_per_frame, round(10 * tokenizer.encoder.rate_hz)
+    joined, equal = np.concatenate(waves), []
     for start in rng.integers(0, max(1, len(joined) - 30 * SAMPLE_RATE), n):
         whole = joined[start:start + 30 * SAMPLE_RATE]
-        offset = int(rng.integers(0, max(1, len(whole) // spf - 10 * rate)))
-        crop = whole[offset * spf:(offset + 10 * rate) * spf]
-        if np.abs(crop).max() < SILENCE:
-            continue
-        a, b = tokenizer.frames([whole])[0], tokenizer.frames([crop])[0]
-        b = b[:len(a) - offset]
-        equal.append((a[offset:offset + len(b)] == b).mean())
-    return float(np.mean(equal)) if equal else math.nan
-
-
-def draw(input: str, seconds: float, seconds_per_file: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Waves of recordings drawn at random, `seconds` in all; an archive's are taken as they come. Names what is bad."""
-    total, items = read_input(input)
-    if total is None:
-        print(f"{input}: an archive is read from its beginning, not at random", file=sys.stderr)
-    else:
-        found = list(items)
-        items = (found[i] for i in rng.permutation(total))
-    waves, missing = [], seconds
-    bar = tqdm(total=round(seconds / 3600, 2), disable=None, desc="reading", unit="h")
-    for item in items:
-        try:
-            if item.problem:
-                raise ValueError(f"{item.id}: {item.problem}")
-            parts, n = [], 0
-            for block in read_blocks(item.source, item.id):
-                parts.append(block)
-                n += len(block)
-                if n >= seconds_per_file * SAMPLE_RATE:
-                    break
-            wave = np.concatenate([np.zeros(0, np.float32), *parts])[:round(seconds_per_file * SAMPLE_RATE)]
-            check_wave(wave, item.id)
-        except ValueError as e:
-            print(f"skipped {e}", file=sys.stderr)
-            continue
-        waves.append(wave)
-        missing -= len(wave) / SAMPLE_RATE
-        bar.update(len(wave) / SAMPLE_RATE / 3600)
-        if missing <= 0:
-            break
-    bar.close()
-    if not waves:
-        raise SystemExit(f"{input}: not one usable recording")
-    return waves
+        offset = int(rng.integers(0, max(1, len(whole) // spf - frames)))
+        a, b = tokenizer.label([whole, whole[offset * spf:(offset + frames) * spf]])
+        m = min(len(a) - offset, len(b))
+        equal.append((a[offset:offset + m] == b[:m]).float().mean().item())
+    return float(np.mean(equal))
 
 
 def fit(cfg: FitConfig) -> None:
-    """Fit a codebook and write it with what it was fitted on and how well it does."""
+    """Fit a codebook; write it with what it was fitted on, its inertia, crop agreement and units per second."""
     out = Path(cfg.codebook)
     refuse_existing(out, cfg.overwrite)
     encoder = load_encoder(cfg.encoder, cfg.layer, "cuda" if torch.cuda.is_available() else "cpu", "float32")
     rng = np.random.default_rng(cfg.seed)
     waves = draw(cfg.input, cfg.hours * 3600, cfg.seconds_per_file, rng)
-    mean = position_mean(encoder, waves, rng) if isinstance(encoder, WhisperFrames) else None
+    mean = position_mean(encoder, waves, rng) if encoder.position_dependent else None
     x = []
     for wave in tqdm(waves, disable=None, desc="features"):
         for piece, first, last in windows([wave], encoder):
-            (features, positions), = encoder([piece])
-            x.append((features if mean is None else features - mean[positions])[first:last])
+            features = encoder([piece])[0]
+            x.append((features if mean is None else features - mean[:len(features)])[first:last])
     x = torch.cat(x)
     if len(x) < 10 * cfg.n_units:
         raise SystemExit(f"{cfg.input}: {len(x)} frames are too few for {cfg.n_units} units")
     centroids, inertia = kmeans(x, cfg.n_units, cfg.iterations, torch.Generator().manual_seed(cfg.seed), cfg.minibatch)
     tensors = {"centroids": centroids.half()} | ({} if mean is None else {"position_mean": mean.half()})
     meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": encoder.rate_hz, "n_units": cfg.n_units}
-    tokenizer = SpeechTokenizer(encoder, tensors["centroids"].float(), None if mean is None else
-                                tensors["position_mean"].float(), codebook_fingerprints(tensors, meta)[0])
+    tokenizer = SpeechTokenizer(encoder, tensors, meta)
     agreement = crop_agreement(tokenizer, waves, rng)
     units_per_second = np.mean([len(dedup(f)[0]) / (len(f) / encoder.rate_hz) for f in tokenizer.frames(waves[:20])])
     meta |= {"hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3), "inertia": round(inertia, 4),
@@ -210,85 +191,67 @@ def fit(cfg: FitConfig) -> None:
 
 
 # ---------------------------------------------------------------- a published k-means
-
-# What a pickled k-means is made of. Its names lead to inert stand-ins, and all others are refused, so nothing is run.
+# The classes and functions in a pickled k-means. Stand-ins take their places, and all other names are refused, so
+# that nothing in the file is run.
 EXPECTED = {"sklearn": {"KMeans", "MiniBatchKMeans"}, "joblib": {"NumpyArrayWrapper"},
-            "numpy": {"ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar", "MT19937", "__RandomState_ctor",
-                      "__randomstate_ctor", "__bit_generator_ctor"},
-            "copyreg": {"_reconstructor"}, "builtins": {"object"}, "__builtin__": {"object"}}
+            "numpy": {"ndarray", "dtype", "scalar", "MT19937", "__RandomState_ctor", "__randomstate_ctor",
+                      "__bit_generator_ctor"}}
 
 
-class Inert:
-    """Stands for an object of a pickle: holds its arguments and its state, and does nothing."""
+class StandIn:
+    """Takes the place of a pickled object: keeps its arguments and its state."""
     args, state = (), None
 
-    def __init__(self, *args, **_):
+    def __init__(self, *args):
         self.args = args
 
     def __setstate__(self, state):
         self.state = state
 
 
-class KMeansUnpickler(pickle._Unpickler):  # the one in Python, as joblib puts arrays between the opcodes
-    """Reads a k-means that scikit-learn and joblib wrote, as `Inert` objects and numpy arrays."""
-    dispatch = dict(pickle._Unpickler.dispatch)
+class KMeansUnpickler(pickle.Unpickler):
+    """Reads a k-means of scikit-learn that joblib wrote, as stand-ins and numpy arrays."""
 
-    def __init__(self, file):
+    def __init__(self, file: io.BytesIO):
         super().__init__(file)
         self.file = file
 
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("_codecs", "encode"):  # how bytes are written in old protocols
-            return lambda text, encoding: text.encode("latin1")
+    def find_class(self, module: str, name: str) -> type:
         if name not in EXPECTED.get(module.partition(".")[0], ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no k-means needs; nothing was run")
-        return type(name, (Inert,), {})
+        read = {"__setstate__": lambda wrapper, state: setattr(wrapper, "array", self.read_array(state))}
+        return type(name, (StandIn,), read if name == "NumpyArrayWrapper" else {})
 
-    def load_build(self):
-        super().load_build()
-        wrapper = self.stack[-1]
-        if type(wrapper).__name__ == "NumpyArrayWrapper":  # the array's bytes follow, after some padding
-            if wrapper.state.get("numpy_array_alignment_bytes") is not None:
-                self.file.read(self.file.read(1)[0])
-            shape, order = wrapper.state["shape"], wrapper.state["order"]
-            dtype = plain_dtype(wrapper.state["dtype"])
-            content = self.file.read(math.prod(shape) * dtype.itemsize)
-            self.stack[-1] = np.frombuffer(content, dtype).reshape(shape, order=order)
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-
-def plain_dtype(pickled: Inert) -> np.dtype:
-    """A pickled dtype, if it is of plain numbers."""
-    code = str(pickled.args[0])
-    if not re.fullmatch(r"[biuf][1248]", code):
-        raise pickle.UnpicklingError(f"an array of {code!r}, not of numbers")
-    return np.dtype((pickled.state[1] if pickled.state and pickled.state[1] in "<>" else "") + code)
+    def read_array(self, state: dict) -> np.ndarray:
+        """The array that follows its wrapper in the file, after some padding."""
+        dtype = state["dtype"]
+        code, endian = str(dtype.args[0]), dtype.state[1] if dtype.state else "|"
+        if not re.fullmatch(r"[biuf][1248]", code) or endian not in "<>|":
+            raise pickle.UnpicklingError(f"an array of {code!r}, not of numbers")
+        if state.get("numpy_array_alignment_bytes") is not None:
+            self.file.read(self.file.read(1)[0])
+        dtype = np.dtype(endian + code)
+        content = self.file.read(math.prod(state["shape"]) * dtype.itemsize)
+        return np.frombuffer(content, dtype).reshape(state["shape"], order=state["order"])
 
 
 def read_kmeans(path: Path) -> np.ndarray:
-    """Centroids (K, D) float32 of a k-means pickled by joblib or pickle, be it compressed. SystemExit if it is none."""
+    """Centroids (K, D) float32 of a k-means written by joblib, plain or compressed (zlib, gzip). SystemExit if none."""
     content = path.read_bytes()
     try:
-        if content[:2] in (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda", b"\x1f\x8b"):
+        if content[:1] == b"\x78" or content[:2] == b"\x1f\x8b":
             content = zlib.decompress(content, 47)  # zlib's or gzip's header
-        centroids = KMeansUnpickler(io.BytesIO(content)).load().state["cluster_centers_"]
-        if type(centroids).__name__ == "_frombuffer":  # pickle's protocol 5
-            data, dtype, shape, order = centroids.args
-            centroids = np.frombuffer(data, plain_dtype(dtype)).reshape(shape, order=order)
-        elif isinstance(centroids, Inert):  # its older ones: (version, shape, dtype, Fortran's order?, bytes)
-            _, shape, dtype, fortran, data = centroids.state
-            centroids = np.frombuffer(data, plain_dtype(dtype)).reshape(shape, order="F" if fortran else "C")
+        centroids = KMeansUnpickler(io.BytesIO(content)).load().state["cluster_centers_"].array
         if centroids.ndim != 2 or not np.isfinite(centroids).all():
             raise ValueError(f"centroids of shape {centroids.shape}")
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, struct.error,
-            zlib.error, AssertionError) as e:
-        raise SystemExit(f"{path}: not a k-means of scikit-learn ({type(e).__name__}: {e})") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, OverflowError,
+            MemoryError, zlib.error) as e:
+        raise SystemExit(f"{path}: not a k-means that joblib wrote ({type(e).__name__}: {e})") from None
     return np.ascontiguousarray(centroids, dtype=np.float32)
 
 
 def convert(cfg: ConvertConfig) -> None:
-    """A published k-means as a codebook."""
+    """Write a published k-means as a codebook."""
     out = Path(cfg.codebook)
     refuse_existing(out, cfg.overwrite)
     published, *digits = PUBLISHED_KMEANS
@@ -301,9 +264,11 @@ def convert(cfg: ConvertConfig) -> None:
     meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
             "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": sha256(source)}
     write_codebook(out, tensors, meta)
-    print(f"wrote {out}: {codebook_fingerprints(tensors, meta)[0]}, {tensors['centroids'].shape[1]} dimensions")
+    n_units, dim = tensors["centroids"].shape
+    print(f"wrote {out}: {n_units} units, {dim} dimensions, of {cfg.encoder} layer {cfg.layer}")
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
+    """SystemExit if a file is there and may not be replaced."""
     if path.exists() and not overwrite:
         raise SystemExit(f"{path} exists; --overwrite replaces it")

@@ -1,14 +1,13 @@
-"""The speech tokeniser: encoder + k-means + dedup (+ BPE); what turns speech into units.
+"""The speech tokeniser: speech -> encoder -> k-means -> dedup (-> BPE) -> units.
 
     tokenizer = SpeechTokenizer.load("embedded")
     units, durations = tokenizer.encode(wave, 16_000)
 
-prepare_units.py fits its codebook and runs it over a corpus; eval.py, sample.py and synth_stories.py use it as it is.
+`prepare_units.py fit` and `convert` make its codebook; prepare_units.py runs it over a corpus.
 """
 import hashlib
 import io
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -17,47 +16,44 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from slam.audio import SAMPLE_RATE, check_wave, resample
 from slam.embedded import resolve
-from slam.units import Fingerprint, dedup, find_speaking
+from slam.units import Fingerprint, dedup, find_speaking, write_atomic
 
 EMBEDDED_TOKENIZER = Path(__file__).parent.parent / "assets" / "codebook.safetensors"
-
-
-# The k-means of mHuBERT-25hz, and how its sha256 begins and ends.
+# The k-means of mHuBERT-25hz; its sha256 begins and ends with these digits.
 PUBLISHED_KMEANS = "mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin", "03cc04a9", "28ad"
-
-
-# ---------------------------------------------------------------- encoders
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+# ---------------------------------------------------------------- encoders
 class WhisperFrames:
     """Whisper's encoder as a 25 Hz frame extractor: log-mel -> `layer` blocks -> pairs of frames averaged.
 
-    The encoder runs on the real length, not padded to 30 s. It can't hear more than 30 s, so the windows in which
-    longer audio is read (`windows`) are part of the tokeniser's definition.
+    Audio is not padded to 30 s. The encoder hears at most 30 s, so the windows in which longer audio is read
+    (`windows`) are part of the tokeniser's definition.
     """
     rate_hz, samples_per_frame = 25.0, 640
     window, hop = 750, 500  # frames
+    position_dependent = True  # so a codebook holds the mean feature at each position of the window
 
     def __init__(self, name: str, layer: int, device: str, dtype: torch.dtype):
         from transformers import WhisperFeatureExtractor, WhisperModel
         folder = resolve(name)
         self.encoder = WhisperModel.from_pretrained(folder, dtype=dtype).encoder.eval().to(device)
-        if not 0 <= layer <= len(self.encoder.layers):
-            raise SystemExit(f"{name}: no layer {layer}; it has {len(self.encoder.layers)}")
-        extractor = WhisperFeatureExtractor.from_pretrained(folder)
-        self.mel_filters = torch.tensor(extractor.mel_filters, dtype=torch.float32, device=device)  # (201, 80)
+        filters = WhisperFeatureExtractor.from_pretrained(folder).mel_filters  # (201, 80)
+        self.mel_filters = torch.tensor(filters, dtype=torch.float32, device=device)
         self.hann = torch.hann_window(400, device=device)
         self.layer, self.device, self.dtype = layer, device, dtype
         self.dim = self.encoder.config.d_model
 
     def n_frames(self, n_samples: int) -> int:
+        """Frames of so many samples at 16 kHz."""
         return n_samples // self.samples_per_frame
 
     def log_mel(self, wave: Tensor) -> Tensor:
@@ -67,28 +63,21 @@ class WhisperFrames:
         return (torch.maximum(log, log.max() - 8) + 4) / 4
 
     @torch.inference_mode()
-    def __call__(self, waves: list[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
-        """Waves (T,), none longer than a window -> features (T // 640, dim) and their positions in the window.
-
-        Padding is masked, so that no file's frames see another's.
-        """
-        mels = [self.log_mel(to_device(wave[:len(wave) // 640 * 640], self.device)) for wave in waves]
-        lengths = torch.tensor([m.shape[1] for m in mels])
-        longest = int(lengths.max())
-        mel = torch.stack([F.pad(m, (0, longest - m.shape[1])) for m in mels]).to(self.dtype)
-        inside = to_device(torch.arange(longest) < lengths[:, None], self.device)
-        e = self.encoder
-        x = F.gelu(e.conv1(mel)) * inside[:, None]  # a lone file's second convolution meets zeros past its end
+    def __call__(self, waves: list[np.ndarray]) -> list[Tensor]:
+        """Waves (T,) at 16 kHz, none longer than a window -> features (T // 640, dim); padding is masked."""
+        mels = [self.log_mel(to_device(wave[:len(wave) // 640 * 640], self.device)).T for wave in waves]
+        lengths, e = [len(mel) for mel in mels], self.encoder
+        x = F.gelu(e.conv1(pad_sequence(mels, batch_first=True).mT.to(self.dtype)))
+        x = x * inside(lengths, self.device)[:, None]  # past its end a wave alone has zeros before conv2, too
         x = F.gelu(e.conv2(x)).transpose(1, 2)
         x = x + e.embed_positions.weight[:x.shape[1]]
-        x = through(e.layers[:self.layer], x, inside[:, ::2], min(lengths) < longest)
+        x = run_layers(e.layers[:self.layer], x, [n // 2 for n in lengths], self.device)
         x = (x[:, 0::2] + x[:, 1::2]).float() / 2
-        positions = torch.arange(longest // 4, device=self.device)
-        return [(row[:n // 4], positions[:n // 4]) for row, n in zip(x, lengths.tolist())]
+        return [row[:n // 4] for row, n in zip(x, lengths)]
 
 
 class OwnGroupNorm(nn.Module):
-    """HuBERT's first normalisation, each channel over time, of the samples of each file alone and not its padding."""
+    """HuBERT's first normalisation (each channel over time), over each wave's own `lengths` and not its padding."""
 
     def __init__(self, norm: nn.GroupNorm):
         super().__init__()
@@ -101,18 +90,17 @@ class OwnGroupNorm(nn.Module):
 
 
 class HubertFrames:
-    """HuBERT as a frame extractor: `hidden_states[layer]`, the wave padded by 40 samples on each side.
+    """HuBERT as a frame extractor: `hidden_states[layer]` of the wave, padded by 40 samples on each side.
 
-    Files share a batch without noticing: padding is kept out of the attention, the convolution over positions and the
-    first layer's normalisation over time, in which zero-padding alone would change every frame.
+    Padding is kept out of the attention, the positional convolution and the first normalisation over time, so a wave's
+    features do not depend on the others in the batch.
     """
+    position_dependent = False  # HuBERT's positions are relative
 
     def __init__(self, name: str, layer: int, device: str, dtype: torch.dtype):
         from transformers import HubertModel
         self.model = HubertModel.from_pretrained(resolve(name), dtype=dtype).eval().to(device)
         config, first = self.model.config, self.model.feature_extractor.conv_layers[0]
-        if not 0 < layer <= config.num_hidden_layers:
-            raise SystemExit(f"{name}: no layer {layer}; it has {config.num_hidden_layers}")
         self.norm = None
         if config.feat_extract_norm == "group":
             self.norm = first.layer_norm = OwnGroupNorm(first.layer_norm)
@@ -121,78 +109,83 @@ class HubertFrames:
         self.window, self.hop = round(60 * self.rate_hz), round(50 * self.rate_hz)
         self.layer, self.device, self.dtype = layer, device, dtype
 
-    def conv_lengths(self, n_samples: int) -> list[int]:
-        """Frames after each convolution."""
-        n, lengths = n_samples + 80, []
-        for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride):
+    def n_frames(self, n_samples: int, n_convolutions: int | None = None) -> int:
+        """Frames of so many samples at 16 kHz, after the first `n_convolutions` or all."""
+        n, config = n_samples + 80, self.model.config
+        for kernel, stride in list(zip(config.conv_kernel, config.conv_stride))[:n_convolutions]:
             n = (n - kernel) // stride + 1
-            lengths.append(n)
-        return lengths
-
-    def n_frames(self, n_samples: int) -> int:
-        return self.conv_lengths(n_samples)[-1]
+        return n
 
     @torch.inference_mode()
-    def __call__(self, waves: list[np.ndarray]) -> list[tuple[Tensor, None]]:
-        """Waves (T,) -> features (frames, dim) and None (HuBERT's positions are relative)."""
-        longest, lengths = max(map(len, waves)), [self.n_frames(len(w)) for w in waves]
-        x = torch.stack([F.pad(torch.from_numpy(w), (40, 40 + longest - len(w))) for w in waves])
+    def __call__(self, waves: list[np.ndarray]) -> list[Tensor]:
+        """Waves (T,) at 16 kHz -> features (frames, dim)."""
+        lengths, e = [self.n_frames(len(w)) for w in waves], self.model.encoder
+        x = F.pad(pad_sequence([torch.from_numpy(w) for w in waves], batch_first=True), (40, 40))
         if self.norm:
-            self.norm.lengths = [self.conv_lengths(len(w))[0] for w in waves]
+            self.norm.lengths = [self.n_frames(len(w), 1) for w in waves]
         x = self.model.feature_extractor(to_device(x, self.device).to(self.dtype)).transpose(1, 2)
-        inside = to_device(torch.arange(x.shape[1]) < torch.tensor(lengths)[:, None], self.device)
-        x = self.model.feature_projection(x) * inside[..., None]
-        e = self.model.encoder
+        x = self.model.feature_projection(x) * inside(lengths, self.device)[..., None]
         x = x + e.pos_conv_embed(x)
         if not self.model.config.do_stable_layer_norm:
             x = e.layer_norm(x)
-        x = through(e.layers[:self.layer], x, inside, min(lengths) < x.shape[1])
-        return [(row[:n], None) for row, n in zip(x.float(), lengths)]
+        x = run_layers(e.layers[:self.layer], x, lengths, self.device)
+        return [row[:n] for row, n in zip(x.float(), lengths)]
 
 
-def through(blocks: Iterable[nn.Module], x: Tensor, inside: Tensor, padded: bool) -> Tensor:
-    """x (B, T, D) through transformer blocks in which nobody attends to padding; inside: bool (B, T)."""
-    mask = torch.where(inside, 0.0, -torch.inf)[:, None, None, :].to(x.dtype) if padded else None
-    for block in blocks:
-        x = block(x, attention_mask=mask)
-        x = x[0] if isinstance(x, tuple) else x  # transformers returned tuples once
+def inside(lengths: list[int], device: str) -> Tensor:
+    """bool (B, T), False at padding: inside([1, 3]) -> [[True, False, False], [True, True, True]]"""
+    return to_device(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None], device)
+
+
+def run_layers(layers: Iterable[nn.Module], x: Tensor, lengths: list[int], device: str) -> Tensor:
+    """Transformer layers on a padded batch x (B, T, D), with no attention to padding."""
+    mask = None
+    if min(lengths) < max(lengths):
+        mask = torch.where(inside(lengths, device), 0.0, -torch.inf)[:, None, None, :].to(x.dtype)
+    for layer in layers:
+        x = layer(x, attention_mask=mask)
     return x
 
 
 def to_device(x: np.ndarray | Tensor, device: str) -> Tensor:
-    """A copy on the device that a GPU's host does not wait for."""
+    """A copy on the device; the host does not wait for a GPU to receive it."""
     x = torch.as_tensor(x)
     return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x
 
 
-def load_encoder(name: str, layer: int, device: str = "cpu", dtype: str = "auto"):
-    """The frame extractor for a Whisper- or HuBERT-type model, told by its config.json."""
+def load_encoder(name: str, layer: int, device: str = "cpu", dtype: str = "auto") -> WhisperFrames | HubertFrames:
+    """The frame extractor for a Whisper or HuBERT model (hub id, folder, embedded:NAME), chosen by its config.json.
+
+    dtype: auto is float16 on a GPU and float32 on a CPU. SystemExit if there is no such model or layer.
+    """
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()  # the pipeline's own bars say enough
+    disable_progress_bar()  # the stages show bars of their own
     try:
-        kind = AutoConfig.from_pretrained(resolve(name)).model_type
+        config = AutoConfig.from_pretrained(resolve(name))
     except OSError as e:
         raise SystemExit(f"{name}: no speech encoder there ({str(e).splitlines()[0]})") from None
     kinds = {"whisper": WhisperFrames, "hubert": HubertFrames}
-    if kind not in kinds:
-        raise SystemExit(f"{name}: a {kind!r} model; speech encoders here are {' and '.join(kinds)}")
+    if config.model_type not in kinds:
+        raise SystemExit(f"{name}: a {config.model_type!r} model; speech encoders here are {' and '.join(kinds)}")
+    if not 0 <= layer <= config.num_hidden_layers:
+        raise SystemExit(f"{name}: no layer {layer}; it has {config.num_hidden_layers}")
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
     if dtype == "float32":
-        torch.backends.cudnn.allow_tf32 = False  # convolutions would round to ten bits
-    return kinds[kind](name, layer, device, DTYPES[dtype])
+        torch.backends.cudnn.allow_tf32 = False  # TF32 rounds the convolutions to ten bits
+    return kinds[config.model_type](name, layer, device, DTYPES[dtype])
 
 
 def windows(blocks: Iterable[np.ndarray], encoder) -> Iterator[tuple[np.ndarray, int, int | None]]:
-    """A stream at 16 kHz as (wave, first, last): of its frames, first to last are kept, None being to its end.
+    """Cut a stream at 16 kHz into windows (wave, first, last); frames first to last (None: the end) of each are kept.
 
-    Audio of up to `encoder.window` frames is one window. Longer audio is read in overlapping ones, `encoder.hop`
-    apart, and the middle of each is kept; the last ends where the audio does. So memory does not grow with its length.
+    Audio of up to `encoder.window` frames is one window. Longer audio gives overlapping windows, `encoder.hop` frames
+    apart, and the middle of each is kept; the last window ends where the audio does.
     """
     spf, size, hop = encoder.samples_per_frame, encoder.window, encoder.hop
     margin = (size - hop) // 2
-    held, start = np.zeros(0, np.float32), 0  # what may still be needed, from frame `start` on
+    held, start = np.zeros(0, np.float32), 0  # the samples that may still be needed begin at frame `start`
     begin = kept = 0  # where the next window begins; frames kept so far
     for block in blocks:
         held = np.concatenate([held, block])
@@ -206,13 +199,19 @@ def windows(blocks: Iterable[np.ndarray], encoder) -> Iterator[tuple[np.ndarray,
     yield held[(begin - start) * spf:], kept - begin, None
 
 
+def assign(x: Tensor, centroids: Tensor, chunk: int = 1 << 16) -> Tensor:
+    """Index (N,) of the nearest centroid (K, D) of each row of x (N, D)."""
+    half_norm = centroids.square().sum(1) / 2
+    return torch.cat([(half_norm - part @ centroids.T).argmin(1) for part in x.split(chunk)])
+
+
 # ---------------------------------------------------------------- tokeniser
 class Bpe:
-    """Pieces of several units, by sentencepiece's byte-pair encoding of units as characters (Sennrich et al. 2016).
+    """Pieces of several units: sentencepiece's byte-pair encoding (Sennrich et al. 2016), each unit a character.
 
-    encode([7, 2, 7, 2], [3, 1, 1, 2]) -> [510, 510], [4, 3] if 510 stands for "7 2"
+    encode([7, 2, 7, 2], [3, 1, 1, 2]) -> [510, 510], [4, 3] if piece 510 is "7 2"
     """
-    FIRST = 0x4E00  # 20,000 ideographs without a gap, none of which is a blank or changed by normalisation
+    FIRST = 0x4E00  # unit 0: the first of 20,000 ideographs without a gap, blanks or case
 
     def __init__(self, model: bytes):
         from sentencepiece import SentencePieceProcessor
@@ -223,17 +222,17 @@ class Bpe:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> "Bpe | None":
-        """That of a codebook, if it has one."""
+        """The BPE in a codebook's tensors, or None."""
         return cls(tensors["bpe"].numpy().tobytes()) if "bpe" in tensors else None
 
     @classmethod
     def train(cls, utterances: Iterator[np.ndarray], n_units: int, n_pieces: int) -> "Bpe":
-        """Fit on utterances of units. SystemExit if there are too few for so many pieces."""
+        """Fit on utterances of units (T,). SystemExit if they are too few for `n_pieces`."""
         from sentencepiece import SentencePieceTrainer
         model = io.BytesIO()
         try:
             SentencePieceTrainer.train(
-                # One line of all units, so that none is unknown, be it not in the sample.
+                # The first line holds all units, so that none is unknown.
                 sentence_iterator=map(cls.to_text, chain([range(n_units)], utterances)), model_writer=model,
                 model_type="bpe", vocab_size=n_pieces + 1, character_coverage=1.0,
                 normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
@@ -245,89 +244,83 @@ class Bpe:
 
     @classmethod
     def to_text(cls, units: Iterable[int]) -> str:
+        """One character per unit."""
         return "".join(chr(cls.FIRST + int(u)) for u in units)
 
     def encode(self, units: np.ndarray, durations: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Units and durations (T,) -> pieces (N,) and theirs; N <= T."""
+        """Units (T,) and their durations -> pieces (N,) and theirs; N <= T."""
         pieces = np.array(self.processor.encode(self.to_text(units)), dtype=np.int64) - 1
         ends = np.cumsum([len(self.expansions[p]) for p in pieces])
         return pieces, durations if durations is None else np.add.reduceat(durations, np.append(0, ends[:-1]))
 
     def decode(self, pieces: Iterable[int]) -> list[int]:
+        """Pieces (N,) -> units (T,)."""
         return [unit for p in pieces for unit in self.expansions[p]]
 
 
 class SpeechTokenizer:
-    """Encoder + k-means + dedup (+ BPE); defined by a codebook file.
-
-    That holds the centroids, what is subtracted before (position mean), the encoder's name and layer, and the BPE.
+    """Encoder + k-means + dedup (+ BPE), defined by a codebook file (see "codebook files" below).
 
     tokenizer = SpeechTokenizer.load("embedded")
-    units, durations = tokenizer.encode(wave, 16_000)   # (T,) int64 each; the durations sum to the frames
+    units, durations = tokenizer.encode(wave, 16_000)   # (N,) int64 each; the durations sum to the frames
     """
 
-    def __init__(self, encoder, centroids: Tensor, position_mean: Tensor | None, fingerprint: Fingerprint,
-                 bpe: Bpe | None = None, base_fingerprint: Fingerprint | None = None, published: bool = False):
-        self.encoder, self.centroids, self.position_mean = encoder, centroids, position_mean
-        self.fingerprint, self.bpe, self.published = fingerprint, bpe, published
-        self.base_fingerprint = base_fingerprint or fingerprint  # of the units that the pieces stand for
+    def __init__(self, encoder, tensors: dict[str, Tensor], meta: dict):
+        self.encoder, self.tensors, self.meta = encoder, tensors, meta
+        self.fingerprint, self.base_fingerprint = codebook_fingerprints(tensors, meta)
+        self.bpe, self.published = Bpe.of(tensors), is_published(meta)
+        self.centroids = tensors["centroids"].float().to(encoder.device)
+        mean = tensors.get("position_mean")
+        self.position_mean = None if mean is None else mean.float().to(encoder.device)
 
     @classmethod
     def load(cls, name: str = "embedded", device: str = "cpu", dtype: str = "auto") -> "SpeechTokenizer":
-        """Load a codebook file, or `embedded`. SystemExit if it is missing, not a codebook, or not of its encoder."""
+        """Load a codebook file, or `embedded`. SystemExit if it is no codebook, or does not fit its encoder."""
         tensors, meta = read_codebook(name)
         encoder = load_encoder(meta["encoder"], int(meta["layer"]), device, dtype)
-        fingerprint, base = codebook_fingerprints(tensors, meta)
-        if (encoder.rate_hz, encoder.dim) != (base.unit_rate_hz, tensors["centroids"].shape[1]):
-            raise SystemExit(f"{name}: {base.unit_rate_hz:g} Hz and {tensors['centroids'].shape[1]} dimensions, but "
-                             f"{meta['encoder']} gives {encoder.rate_hz:g} Hz and {encoder.dim}")
-        mean = tensors["position_mean"].float().to(device) if "position_mean" in tensors else None
-        return cls(encoder, tensors["centroids"].float().to(device), mean, fingerprint, Bpe.of(tensors), base,
-                   is_published(meta))
+        rate_hz, dim = float(meta["unit_rate_hz"]), tensors["centroids"].shape[1]
+        if (rate_hz, dim) != (encoder.rate_hz, encoder.dim):
+            raise SystemExit(f"{name}: {rate_hz:g} Hz and {dim} dimensions, but {meta['encoder']} gives "
+                             f"{encoder.rate_hz:g} Hz and {encoder.dim}")
+        return cls(encoder, tensors, meta)
 
     @property
     def base(self) -> "SpeechTokenizer":
-        """This tokeniser without BPE, whose units a vocoder speaks."""
-        return SpeechTokenizer(self.encoder, self.centroids, self.position_mean, self.base_fingerprint,
-                               published=self.published)
+        """This tokeniser without BPE; vocoders speak its units."""
+        return SpeechTokenizer(self.encoder, {k: x for k, x in self.tensors.items() if k != "bpe"}, self.meta)
 
     @property
     def batch_seconds(self) -> float:
-        """Audio that a corpus is encoded in at once, where no other is asked for."""
+        """Default seconds of audio in a batch."""
         return 30.0 if self.encoder.device == "cpu" else 240.0
 
     def to_units(self, tokens: list[int]) -> list[int]:
-        """What it gave, as units for a vocoder: pieces are taken apart."""
+        """Units or pieces -> units."""
         return self.bpe.decode(tokens) if self.bpe else tokens
 
     def features(self, waves: list[np.ndarray]) -> list[Tensor]:
-        """Waves (T,) at 16 kHz -> what k-means sees, (frames, dim), free of the encoder's absolute position."""
-        return [x if self.position_mean is None else x - self.position_mean[p] for x, p in self.encoder(waves)]
+        """Waves (T,) at 16 kHz -> the vectors (frames, dim) that k-means sees: features minus the position mean."""
+        mean = self.position_mean
+        return [x if mean is None else x - mean[:len(x)] for x in self.encoder(waves)]
 
     @torch.inference_mode()
     def label(self, waves: list[np.ndarray], batch_seconds: float = 30.0) -> list[Tensor]:
-        """Waves (T,) at 16 kHz, none longer than a window -> one unit per frame; like lengths share a batch."""
-        order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
-        out: list = [None] * len(waves)
+        """Waves (T,) at 16 kHz, none longer than a window -> one unit per frame; similar lengths share a batch."""
+        order, labels = sorted(range(len(waves)), key=lambda i: -len(waves[i])), {}
         while order:
             n = max(1, int(batch_seconds * SAMPLE_RATE / len(waves[order[0]])))
             batch, order = order[:n], order[n:]
             x = self.features([waves[i] for i in batch])
-            units = assign(torch.cat(x), self.centroids).split([len(rows) for rows in x])
-            for i, labels in zip(batch, units):
-                out[i] = labels
-        return out
+            labels |= zip(batch, assign(torch.cat(x), self.centroids).split([len(rows) for rows in x]))
+        return [labels[i] for i in range(len(waves))]
 
     def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
-        """Waves (T,) at 16 kHz, of any length -> one unit per frame, before dedup."""
+        """Waves (T,) at 16 kHz, of any length -> one unit per frame, before dedup. ValueError as `check_wave`."""
         for wave in waves:
             check_wave(wave)
-        pieces = [(i, *piece) for i, wave in enumerate(waves) for piece in windows([wave], self.encoder)]
-        labels = self.label([wave for _, wave, _, _ in pieces])
-        parts = [[] for _ in waves]
-        for (i, _, first, last), units in zip(pieces, labels):
-            parts[i].append(units[first:last])
-        return [torch.cat(p).cpu().numpy() for p in parts]
+        pieces = [list(windows([wave], self.encoder)) for wave in waves]
+        labels = iter(self.label([wave for found in pieces for wave, _, _ in found]))
+        return [torch.cat([next(labels)[first:last] for _, first, last in found]).cpu().numpy() for found in pieces]
 
     def finish(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One unit per frame -> (units, durations), or with BPE (pieces, durations)."""
@@ -335,7 +328,7 @@ class SpeechTokenizer:
         return self.bpe.encode(units, durations) if self.bpe else (units, durations)
 
     def encode_batch(self, waves: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Waves (T,) at 16 kHz -> (units, durations) of each; the same whatever else is in the batch."""
+        """Waves (T,) at 16 kHz -> (units, durations) of each, whatever else is in the batch."""
         return [self.finish(frames) for frames in self.frames(waves)]
 
     def encode(self, wave: np.ndarray, sample_rate: int) -> tuple[np.ndarray, np.ndarray]:
@@ -346,13 +339,9 @@ class SpeechTokenizer:
         return self.encode_batch([resample(np.asarray(wave, dtype=np.float32), sample_rate, SAMPLE_RATE)])[0]
 
 
-def assign(x: Tensor, centroids: Tensor, chunk: int = 1 << 16) -> Tensor:
-    """Index (N,) of the nearest centroid (K, D) of each row of x (N, D)."""
-    half_norm = centroids.square().sum(1) / 2
-    return torch.cat([(half_norm - part @ centroids.T).argmin(1) for part in x.split(chunk)])
-
-
 # ---------------------------------------------------------------- codebook files
+# A safetensors file: centroids (n_units, dim), position_mean (window, dim) if the encoder's features depend on the
+# position in the window, bpe (bytes of a sentencepiece model) if there is BPE. Metadata: encoder, layer, unit_rate_hz.
 def read_codebook(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a codebook file, or of `embedded`. SystemExit if it is missing or not a codebook."""
     path = EMBEDDED_TOKENIZER if name == "embedded" else Path(name)
@@ -362,15 +351,21 @@ def read_codebook(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as f:
             tensors, meta = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
         codebook_fingerprints(tensors, meta)
-    except Exception as e:  # safetensors has no public base class for its errors
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as e:  # RuntimeError: sentencepiece
         raise SystemExit(f"{path}: not a codebook ({e}); `python prepare_units.py fit` makes one") from None
     return tensors, meta
 
 
+def write_codebook(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """Write a codebook file."""
+    tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
+    write_atomic(path, save(tensors, {k: str(v) for k, v in meta.items()}))
+
+
 def is_published(meta: dict[str, str]) -> bool:
     """Whether a codebook was converted from the k-means that was published with mHuBERT-25hz."""
-    begin, end = PUBLISHED_KMEANS[1:]
-    return meta.get("source_sha256", "").startswith(begin) and meta.get("source_sha256", "").endswith(end)
+    source = str(meta.get("source_sha256", ""))
+    return source.startswith(PUBLISHED_KMEANS[1]) and source.endswith(PUBLISHED_KMEANS[2])
 
 
 def find_codebook(fingerprint: Fingerprint, folder: str = "out") -> str:
@@ -378,8 +373,8 @@ def find_codebook(fingerprint: Fingerprint, folder: str = "out") -> str:
     def read(path: Path) -> Fingerprint:
         tensors, meta = read_codebook(str(path))
         found, _ = codebook_fingerprints(tensors, meta)
-        # SlamKit's checkpoints do not say which codebook; it is the published one.
-        return replace(found, codebook_sha256="") if is_published(meta) and not fingerprint.codebook_sha256 else found
+        # SlamKit's checkpoints record no codebook; theirs is the published one.
+        return found if fingerprint.codebook_sha256 or not is_published(meta) else replace(found, codebook_sha256="")
 
     found = find_speaking(fingerprint, EMBEDDED_TOKENIZER, folder, "centroids", read)
     if not found:
@@ -388,26 +383,17 @@ def find_codebook(fingerprint: Fingerprint, folder: str = "out") -> str:
     return found
 
 
-def write_codebook(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
-    path.with_suffix(".part").write_bytes(save(tensors, {k: str(v) for k, v in meta.items()}))
-    os.replace(path.with_suffix(".part"), path)
-
-
 def codebook_fingerprints(tensors: dict[str, Tensor], meta: dict) -> tuple[Fingerprint, Fingerprint]:
-    """The fingerprints of what a codebook's tokeniser gives and, the same unless there is BPE, of its units.
+    """Fingerprints of a codebook's tokeniser and of its units; they differ only if there is BPE.
 
-    The sha256 is of the tensors, not of the file, so that it does not hang on how a library writes headers.
+    The sha256 is of the tensors and not of the file, as libraries may write the same header in different ways.
     """
-    def fingerprint(names: list[str], n: int) -> Fingerprint:
+    def fingerprint(names: set[str], n: int) -> Fingerprint:
         sha = hashlib.sha256()
-        for name in names:
+        for name in sorted(names):
             x = tensors[name].cpu().contiguous().numpy()
             sha.update(f"{name} {x.dtype} {x.shape}\n".encode() + x.tobytes())
         return Fingerprint(meta["encoder"], int(meta["layer"]), float(meta["unit_rate_hz"]), n, True, sha.hexdigest())
 
-    base = fingerprint(sorted(tensors.keys() & {"centroids", "position_mean"}), len(tensors["centroids"]))
-    if "bpe" not in tensors:
-        return base, base
-    return fingerprint(sorted(tensors), Bpe.of(tensors).n_pieces), base
+    base, bpe = fingerprint(tensors.keys() & {"centroids", "position_mean"}, len(tensors["centroids"])), Bpe.of(tensors)
+    return fingerprint(tensors.keys(), bpe.n_pieces) if bpe else base, base

@@ -1,4 +1,4 @@
-"""audio.py: any audio, out of any input; what can't be used is told apart."""
+"""slam/audio.py: any audio from any input; each kind of unusable file gets its own reason."""
 import io
 import os
 import tarfile
@@ -244,12 +244,12 @@ def test_parquet(librispeech, tmp_path):
     assert sum(map(len, read_blocks(items[0].source, "a"))) == 16_000
     with pytest.raises(ValueError, match="truncated"):
         list(read_blocks(items[2].source, "c"))
-    with pytest.raises(SystemExit, match="no column 'sound'; it has audio, text"):
+    with pytest.raises(SystemExit, match="no column 'sound' that holds audio.*; it has audio, text"):
         list(read_input(str(tmp_path / "x.parquet"), audio_column="sound")[1])
     (tmp_path / "y.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:300])
     rows = [{"audio": b"RIFF", "text": "one"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "z.parquet")
-    with pytest.raises(SystemExit, match="not a column of audio"):
+    with pytest.raises(SystemExit, match="no column 'audio' that holds audio"):
         list(read_input(str(tmp_path / "z.parquet"))[1])
     assert "can't be read to its end" in read(tmp_path / "y.parquet")[str(tmp_path / "y.parquet")][0]
 
@@ -275,7 +275,7 @@ def test_refusals(tmp_path):
     with pytest.raises(SystemExit, match="x.txt: not readable"):
         read(tmp_path, text=True)
     (tmp_path / "x.doc").write_text("?")
-    with pytest.raises(SystemExit, match="neither a folder nor audio"):
+    with pytest.raises(SystemExit, match="no audio files here.*no archives.*not a list"):
         read_input(str(tmp_path / "x.doc"))
 
 

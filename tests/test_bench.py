@@ -135,14 +135,14 @@ def test_memory_is_counted():
 def test_units_are_the_peers(stories, tmp_path):
     """From one file at a time both sides get the same units; in a padded batch the peer does not."""
     pytest.importorskip("sklearn")
-    from test_speech_tokenizer import hubert
+    from test_tokenizer import hubert
 
     from dev.bench import peer_units
     from slam.audio import load_audio
     from slam.tokenizer import SpeechTokenizer, load_encoder, write_codebook
     hubert(tmp_path / "hubert")
     paths = sorted((stories / "audio").glob("*.flac"))[:3]
-    features, _ = load_encoder(str(tmp_path / "hubert"), 3)([load_audio(paths[0])])[0]
+    features = load_encoder(str(tmp_path / "hubert"), 3)([load_audio(paths[0])])[0]
     write_codebook(tmp_path / "book.safetensors", {"centroids": features[::5][:50].clone()},
                    {"encoder": tmp_path / "hubert", "layer": 3, "unit_rate_hz": 25.0})
     tokenizer = SpeechTokenizer.load(f"{tmp_path}/book.safetensors")

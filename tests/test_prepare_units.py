@@ -1,26 +1,21 @@
 """prepare_units.py: whole corpora, killed or shared; fitting, reading and checking codebooks."""
 import json
 import os
-import pickle
 import shutil
 import signal
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 from conftest import ROOT, refused, run, start
 from test_audio import bad, librispeech, pack, tone  # noqa: F401
 
 from config import load_config
-from dev.check_tokenizer import CheckConfig, check
 from prepare_units import END, Config, Piece, ReadAhead, Utterance, groups, main, verify
-from slam.kmeans import FitConfig, draw, kmeans, read_kmeans
 from slam.slamkit import read_features
-from slam.tokenizer import SpeechTokenizer, assign
+from slam.tokenizer import SpeechTokenizer
 from slam.units import UnitReader, UnitWriter, published_fingerprint
 
 
@@ -261,7 +256,6 @@ def test_refusals(tmp_path, recordings, corpus):
     wrong = message(load_config, Config, ["--shard=0/3", "--dtype=int8", "--max_utterance_seconds=0.1", "--workers=-1"])
     for word in ("'0/3' is not a part", "int8", "at least 1", "not negative"):
         assert word in wrong
-    assert "at least n_units" in message(load_config, FitConfig, ["--minibatch=50"])
     with pytest.raises(SystemExit, match="of another stage"):
         main(Config(input=str(recordings), out=str(corpus / "train")))
     (tmp_path / "empty.txt").write_text("")
@@ -273,8 +267,6 @@ def test_refusals(tmp_path, recordings, corpus):
     with pytest.raises(SystemExit, match="imported by one process"):
         (tmp_path / "x.jsonl").write_text("")
         main(Config(input=f"{tmp_path}/x.jsonl", out=f"{tmp_path}/u", shard="1/2"))
-    with pytest.raises(SystemExit, match="part of its tokeniser|part of the tokeniser|windows"):
-        check(CheckConfig(input=str(recordings), window_seconds=20.0))
 
 
 # ---------------------------------------------------------------- the pieces
@@ -396,142 +388,6 @@ def test_verify_finds_what_is_wrong(fingerprint, tmp_path, capsys):
     assert "not a whole unit file" in wrong(tmp_path / "cut")
     assert "no unit files" in wrong(tmp_path)
     assert "usage" in refused("prepare_units.py", "verify")
-
-
-# ---------------------------------------------------------------- codebooks
-
-@pytest.mark.parametrize("minibatch", [0, 200])
-def test_kmeans_finds_blobs(minibatch):
-    g = torch.Generator().manual_seed(0)
-    centres = torch.randn(8, 5, generator=g) * 20
-    x = (centres[:, None] + torch.randn(8, 100, 5, generator=g)).flatten(0, 1)
-    centroids, inertia = kmeans(x, 8, 30, torch.Generator().manual_seed(1), minibatch)
-    assert torch.cdist(centres, centroids).min(1).values.max() < 0.5
-    assert inertia == pytest.approx(5, rel=0.1)
-    labels = assign(x, centroids, chunk=77)
-    assert torch.equal(labels, torch.cdist(x, centroids).argmin(1))
-    assert sorted(Counter(labels.tolist()).values()) == [100] * 8
-
-
-def test_empty_clusters_are_seeded_anew():
-    x = torch.cat([torch.zeros(1000, 2), torch.tensor([[10.0, 10.0]]).repeat(50, 1), torch.randn(30, 2) + 50])
-    for minibatch in (0, 500):
-        centroids, inertia = kmeans(x, 12, 40, torch.Generator().manual_seed(0), minibatch)
-        assert torch.isfinite(centroids).all() and inertia < 1
-        assert len(set(assign(x, centroids).tolist())) >= 8
-
-
-def test_fit_makes_a_tokeniser(stories, tmp_path):
-    """The documented command, on a few stories; the codebook it writes tokenises."""
-    book = tmp_path / "book.safetensors"
-    done = run("prepare_units.py", "fit", "config/fit_embedded.py", f"--input={stories / 'audio'}",
-               f"--codebook={book}", "--n_units=40", "--iterations=5")
-    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert 0.5 < report["crop_agreement"] <= 1 and report["n_units"] == 40
-    mine = SpeechTokenizer.load(str(book))
-    assert mine.fingerprint.n_units == 40
-    assert mine.fingerprint != SpeechTokenizer.load("embedded").fingerprint
-    assert "overwrite" in refused("prepare_units.py", "fit", f"--input={stories / 'audio'}", f"--codebook={book}")
-
-
-def test_check_reports_how_steady_a_tokeniser_is(recordings, tmp_path):
-    done = run("dev/check_tokenizer.py", f"--input={recordings}", "--minutes=0.5", "--dtype=bfloat16")
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["batch_agreement"] > 0.99 and report["float32_agreement"] > 0.97
-    assert 0.7 < report["crop_agreement"] < 0.95 and 15 < report["units_per_second"] < 25
-    from test_speech_tokenizer import hubert
-    hubert(tmp_path / "hubert")
-    run("prepare_units.py", "fit", f"--input={recordings}", f"--codebook={tmp_path}/h.safetensors", "--n_units=40",
-        f"--encoder={tmp_path}/hubert", "--layer=3", "--hours=0.05", "--minibatch=500")
-    done = run("dev/check_tokenizer.py", f"--input={recordings}", f"--tokenizer={tmp_path}/h.safetensors",
-               "--minutes=1.5", "--window_seconds=10", "--hop_seconds=8")
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["seams"] > 5 and report["window_seconds"] == 10 and report["batch_agreement"] >= 0.999
-    assert report["window_agreement_at_seams"] > 0.8 and report["window_agreement_elsewhere"] > 0.8
-
-
-def test_fitting_reads_a_sample(recordings, tmp_path, capsys):
-    """Only as many files as are needed, drawn at random, and no more of each than asked for; bad ones are named."""
-    (tmp_path / "in").mkdir()
-    for path in recordings.rglob("*.flac"):
-        os.symlink(path, tmp_path / "in" / path.name)
-    (tmp_path / "in" / "bad.wav").write_text("no audio")
-    found = [draw(str(tmp_path / "in"), 20.0, 5.0, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    for waves in found:
-        assert 20 <= sum(map(len, waves)) / 16_000 < 25 and max(map(len, waves)) == 5 * 16_000
-    assert all(np.array_equal(a, b) for a, b in zip(*found[:2])) and not np.array_equal(found[0][0], found[2][0])
-    everything = draw(str(tmp_path / "in"), 1e4, 300.0, np.random.default_rng(0))
-    assert len(everything) == 31 and "bad.wav" in capsys.readouterr().err
-    archive = pack(tmp_path / "in", tmp_path / "x.tar")
-    with pytest.raises(SystemExit, match="not one usable recording"):
-        draw(str(archive), 10.0, 5.0, np.random.default_rng(0))  # of links only
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch evil",)
-
-
-class SubtleEvil:
-    """Asks for something harmless-looking out of an expected package."""
-    def __reduce__(self):
-        from numpy import load
-        return load, ("evil.npy",)
-
-
-def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
-    sklearn, joblib = pytest.importorskip("sklearn.cluster"), pytest.importorskip("joblib")
-    monkeypatch.chdir(tmp_path)
-    x = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
-    for name, model in (("mini", sklearn.MiniBatchKMeans(20, random_state=np.random.RandomState(0), n_init=1)),
-                        ("full", sklearn.KMeans(20, n_init=1))):
-        model.fit(x)
-        for compress in (0, 3, ("gzip", 3)):
-            joblib.dump(model, "km.bin", compress=compress)
-            np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
-        for protocol in range(2, 6):
-            Path("km.bin").write_bytes(pickle.dumps(model, protocol))
-            np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
-    model.cluster_centers_ = np.asfortranarray(model.cluster_centers_.astype(np.float64))
-    joblib.dump(model, "km.bin")
-    np.testing.assert_allclose(read_kmeans(Path("km.bin")), model.cluster_centers_, rtol=1e-6)
-
-    for evil in (Evil(), {"cluster_centers_": Evil()}, SubtleEvil(), [model, Evil()]):
-        for write in (lambda: joblib.dump(evil, "evil.bin"), lambda: Path("evil.bin").write_bytes(pickle.dumps(evil))):
-            write()
-            with pytest.raises(SystemExit, match="nothing was run"):
-                read_kmeans(Path("evil.bin"))
-    assert not Path("evil").exists()
-    model.cluster_centers_ = np.array([Evil()], dtype=object)
-    joblib.dump(model, "evil.bin")
-    with pytest.raises(SystemExit, match="not of numbers"):
-        read_kmeans(Path("evil.bin"))
-    assert not Path("evil").exists()
-    whole = Path("km.bin").read_bytes()
-    for content in (b"", b"text", whole[:200], whole[:-50], pickle.dumps({"a": 1}), pickle.dumps([1, 2])):
-        Path("bad.bin").write_bytes(content)
-        with pytest.raises(SystemExit, match="not a k-means"):
-            read_kmeans(Path("bad.bin"))
-
-
-def test_a_kmeans_is_converted(tmp_path):
-    sklearn, joblib = pytest.importorskip("sklearn.cluster"), pytest.importorskip("joblib")
-    from test_speech_tokenizer import hubert
-    hubert(tmp_path / "hubert")
-    model = sklearn.MiniBatchKMeans(20, n_init=1).fit(np.random.default_rng(0).standard_normal((300, 32)))
-    name = "mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin"
-    joblib.dump(model, tmp_path / name)
-    command = ["prepare_units.py", "convert", f"--codebook={tmp_path}/book.safetensors", "--layer=3",
-               f"--encoder={tmp_path}/hubert"]
-    assert "03cc04a9" in refused(*command, f"--source={tmp_path / name}")  # not the published file under its name
-    os.rename(tmp_path / name, tmp_path / "km.bin")
-    assert "20 units" in run(*command, f"--source={tmp_path}/km.bin").stdout
-    assert "overwrite" in refused(*command, f"--source={tmp_path}/km.bin")
-    assert "no such file" in refused(*command, f"--source={tmp_path}/none.bin", "--overwrite")
-    tokenizer = SpeechTokenizer.load(f"{tmp_path}/book.safetensors")
-    np.testing.assert_allclose(tokenizer.centroids.numpy(), model.cluster_centers_, rtol=1e-6)
-    units, _ = tokenizer.encode(np.random.default_rng(0).standard_normal(32_000).astype(np.float32), 16_000)
-    assert units.max() < 20 and tokenizer.fingerprint.layer == 3
 
 
 def test_bpe_of_a_corpus(whole, tmp_path, capsys):
