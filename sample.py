@@ -30,7 +30,6 @@ from slam.audio import SAMPLE_RATE, check_wave, is_audio, load_audio, resample, 
 from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, newest_checkpoint
 from slam.device import pick_device
 from slam.listen import Clip, page
-from slam.stream import loudspeaker, stream
 from slam.tokenizer import SpeechTokenizer, find_codebook
 from slam.units import require_same, write_atomic
 from slam.vocoder import vocoder_for
@@ -64,18 +63,16 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        found = []
-        if self.temperature < 0 or self.n < 1 or self.prompt_seconds <= 0 or self.continuation_seconds <= 0:
-            found.append("temperature must not be negative; n, prompt_seconds and continuation_seconds are positive")
-        if self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            found.append("top_k must not be negative, top_p lies in (0, 1], repetition_penalty is positive")
-        if self.resynth and not self.prompt:
-            found.append("resynth: name a recording to speak again, as in --prompt hello.wav")
-        if self.play and self.stdout:
-            found.append("play and stdout: one or the other")
-        if (self.play or self.stdout) and (self.n > 1 or len(self.checkpoint) > 1 or self.resynth):
-            found.append("play and stdout speak one continuation by one checkpoint")
-        return found
+        aloud = self.play or self.stdout
+        return [problem for found, problem in (
+            (self.temperature < 0 or self.n < 1 or self.prompt_seconds <= 0 or self.continuation_seconds <= 0,
+             "temperature must not be negative; n, prompt_seconds and continuation_seconds are positive"),
+            (self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0,
+             "top_k must not be negative, top_p lies in (0, 1], repetition_penalty is positive"),
+            (self.resynth and not self.prompt, "resynth: name a recording to speak again, as in --prompt hello.wav"),
+            (self.play and self.stdout, "play and stdout: one or the other"),
+            (aloud and (self.n > 1 or len(self.checkpoint) > 1 or self.resynth),
+             "play and stdout speak one continuation by one checkpoint")) if found]
 
 
 # ---------------------------------------------------------------- prompts and output
@@ -179,6 +176,7 @@ def continue_prompts(cfg: Config, speaker: Speaker, encoded: list[tuple]) -> Ite
     """The same of each prompt `n` times: wave (T,) with the continuation, the second where it starts, the entry."""
     prompts = [units.tolist() for units, _ in encoded for _ in range(cfg.n)] or [[]] * cfg.n
     if cfg.play or cfg.stdout:
+        from slam.stream import loudspeaker, stream
         rate = speaker.vocoder.sample_rate
         print(f"speaking: 16-bit little-endian PCM, mono, {rate} Hz", file=sys.stderr)
         with loudspeaker(rate) if cfg.play else contextlib.nullcontext(sys.__stdout__.buffer) as sink:
@@ -195,22 +193,22 @@ def continue_prompts(cfg: Config, speaker: Speaker, encoded: list[tuple]) -> Ite
 def main(cfg: Config) -> None:
     import soundfile
 
-    # Settings
+    # ---- settings
     out, kind = new_folder(cfg), "resynth" if cfg.resynth else "continuation"
     if cfg.stdout and sys.__stdout__.isatty():
         raise SystemExit("stdout: raw PCM is not for a terminal; pipe it into a program or a file")
 
-    # Prompts
+    # ---- prompts
     waves = read_prompts(cfg)
     if (cfg.play or cfg.stdout) and len(waves) > 1:
         raise SystemExit(f"play and stdout speak one continuation; --prompt names {len(waves)} files")
     sources, n = list(waves) or [""], 1 if cfg.resynth else cfg.n
 
-    # Models
+    # ---- models
     names = list(cfg.checkpoint) or ["" if cfg.resynth else newest_checkpoint()]
     speakers = [Speaker(cfg, name, label) for name, label in zip(names, labels(names))]
 
-    # Units of the prompts, continuations, speech
+    # ---- units of the prompts, continuations, speech
     out.mkdir(parents=True, exist_ok=True)
     records, columns, new_waves = [], [], []
     for speaker in speakers:
@@ -235,7 +233,7 @@ def main(cfg: Config) -> None:
             new_waves.append(resample(parts[kind], rate, SAMPLE_RATE) if len(parts[kind]) else parts[kind])
         columns.append(clips)
 
-    # Transcripts
+    # ---- transcripts
     heard = {}
     if cfg.transcribe:
         from slam.speech import transcribe
@@ -249,7 +247,7 @@ def main(cfg: Config) -> None:
               f"  prompt:       {record.get('prompt_text', '')}\n"
               f"  {kind + ':':13} {record.get(f'{kind}_text', '') if kind in record else '(ended at once)'}")
 
-    # samples.json and the page
+    # ---- samples.json and the page
     write_atomic(out / "samples.json", json.dumps({"config": asdict(cfg), "samples": records}, indent=1))
     shown = ("temperature", "top_k", "top_p", "repetition_penalty", "allow_eos", "prompt_seconds", "seed")
     settings = {} if cfg.resynth else {name.replace("_", " "): getattr(cfg, name) for name in shown}

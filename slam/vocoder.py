@@ -1,4 +1,4 @@
-"""Units to speech, inference only: our own vocoder, and the published unit HiFi-GAN.
+"""Units to speech, inference only: what all vocoders share, and our own. The published one is in slam/hifigan.py.
 
     python sample.py --prompt hello.wav --resynth                # a recording spoken again from its units
     python -m slam.train_vocoder config/vocoder_embedded.py      # trains one of ours
@@ -8,9 +8,7 @@ makes the wave. No layer runs at the sample rate, so it is many times faster tha
 losses alone train it to be understood, without discriminators.
 """
 import json
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -22,13 +20,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from slam.audio import SAMPLE_RATE
-from slam.embedded import TWIST_URL, download
 from slam.units import Fingerprint, find_speaking, published_fingerprint, require_same, same_units, write_atomic
 
 EMBEDDED_VOCODER = Path(__file__).parent.parent / "assets" / "vocoder.safetensors"
-# The vocoder of mHuBERT-25hz's 500 units, its config, and the first and last known digits of their sha256.
-PUBLISHED = {"hifigan_lj_mhubert_base_25hz.pt": ("d88224e9", "3b79"),
-             "hifigan_lj_mhubert_base_25hz_config.json": ("116dc39b", "6afc7")}
 
 
 # ---------------------------------------------------------------- every vocoder
@@ -57,6 +51,7 @@ class Vocoder(nn.Module):
     hop: int  # samples per frame
     context: int  # a frame's sound depends on this many frames to either side
     duration_context: int  # a unit's predicted duration depends on this many units to either side
+    predicts_durations = True
 
     @property
     def device(self) -> torch.device:
@@ -102,14 +97,16 @@ class Vocoder(nn.Module):
         A piece ends `duration_context` units and `context` frames before the newest unit: nothing that follows can
         change it. It may be empty.
         """
-        units, said = [], 0  # `said` frames are out
+        units, counts, said = [], torch.zeros(0, dtype=torch.int64, device=self.device), 0  # `said` frames are out
         for part in chain(parts, [None]):  # None: no units follow
             more = part is not None
             units += list(part) if more else []
             if not units:
                 continue
-            row, settled = self.check(units), max(0, len(units) - more * self.duration_context)
-            frames = row[:settled].repeat_interleave(self.frame_counts(row[None], None)[0, :settled])
+            row, n = self.check(units), len(counts)
+            start, settled = max(0, n - self.duration_context), max(n, len(units) - more * self.duration_context)
+            counts = torch.cat([counts, self.frame_counts(row[None, start:], None)[0, n - start:settled - start]])
+            frames = row[:settled].repeat_interleave(counts)
             ready, first = max(said, len(frames) - more * self.context), max(0, said - self.context)
             wave = self.waves(frames[None, first:], None)[0].clamp(-1, 1).cpu() if ready > said else torch.zeros(0)
             yield wave[(said - first) * self.hop:(ready - first) * self.hop].numpy()
@@ -121,13 +118,10 @@ class Vocoder(nn.Module):
 
         speaker: the voice of a HiFi-GAN with several. SystemExit if the file is missing, altered or not a vocoder.
         """
-        if name == "published":
-            path, _ = (download(TWIST_URL + file, *sha256) for file, sha256 in PUBLISHED.items())  # checks sha256
-        else:
-            path = EMBEDDED_VOCODER if name == "embedded" else Path(name)
-        if not path.is_file():
-            raise SystemExit(f"{path}: no such vocoder; `python -m slam.train_vocoder` makes one")
-        return (HifiGan.read(path, speaker) if path.suffix == ".pt" else Vocos.read(path)).eval()
+        if name == "published" or name.endswith(".pt"):
+            from slam.hifigan import HifiGan
+            return HifiGan.read(name, speaker).eval()
+        return Vocos.read(EMBEDDED_VOCODER if name == "embedded" else Path(name)).eval()
 
 
 def find_vocoder(fingerprint: Fingerprint, published: bool = False, folder: str = "out") -> str:
@@ -154,7 +148,7 @@ def vocoder_for(tokenizer, name: str, speaker: int = 0, durations: bool = False)
     name = name or find_vocoder(fingerprint, tokenizer.published)
     vocoder = Vocoder.load(name, speaker).to(tokenizer.encoder.device)
     require_same(fingerprint, "tokenizer", vocoder.fingerprint, f"vocoder {name}")
-    if not durations and isinstance(vocoder, HifiGan) and not vocoder.dur_predictor:
+    if not (durations or vocoder.predicts_durations):
         raise SystemExit(f"{name}: has no duration predictor; name another --vocoder")
     return vocoder, name
 
@@ -216,10 +210,10 @@ class Vocos(Vocoder):
 
         torch.istft divides by the sum of the windows present, so its edges would change with the padding.
         """
-        n, before = spectrum.shape[1] * HOP, (N_FFT - HOP) // 2
-        windows = torch.fft.irfft(spectrum, N_FFT) * self.window
-        wave = F.fold(windows.transpose(1, 2), (1, n + 2 * before), (1, N_FFT), stride=(1, HOP))
-        return wave[:, 0, 0, before:before + n]
+        n = N_FFT // HOP
+        parts = (torch.fft.irfft(spectrum, N_FFT) * self.window).unflatten(-1, (n, HOP))  # (B, T, n, HOP)
+        wave = sum(F.pad(parts[:, :, i], (0, 0, i, n - 1 - i)) for i in range(n)).flatten(1)
+        return wave[:, (N_FFT - HOP) // 2:][:, :spectrum.shape[1] * HOP]
 
     def log_durations(self, units: Tensor, mask: Tensor | None) -> Tensor:
         """Units (B, N) int64, mask (B, N) bool -> log of the predicted durations in frames (B, N)."""
@@ -233,7 +227,9 @@ class Vocos(Vocoder):
 
     @classmethod
     def read(cls, path: Path) -> "Vocos":
-        """Read a file that `save` wrote. SystemExit if it is not one."""
+        """Read a file that `save` wrote. SystemExit if it is missing or not one."""
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such vocoder; `python -m slam.train_vocoder` makes one")
         try:
             with safe_open(path, "pt") as f:
                 meta = {k: json.loads(v) for k, v in f.metadata().items()}
@@ -249,114 +245,3 @@ class Vocos(Vocoder):
         state = {k: v.half().contiguous() for k, v in self.state_dict().items()}
         meta = {"fingerprint": self.fingerprint.to_dict(), "width": self.width, "blocks": self.blocks} | report
         write_atomic(path, save(state, {k: json.dumps(v) for k, v in meta.items()}))
-
-
-# ---------------------------------------------------------------- the published one
-class ResBlock(nn.Module):
-    """HiFi-GAN's residual block: pairs of a dilated and a plain convolution; (B, C, T) -> (B, C, T)."""
-
-    def __init__(self, width: int, kernel: int, dilations: list[int]):
-        super().__init__()
-        self.convs1 = nn.ModuleList(nn.Conv1d(width, width, kernel, dilation=d, padding="same") for d in dilations)
-        self.convs2 = nn.ModuleList(nn.Conv1d(width, width, kernel, padding="same") for _ in dilations)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        for first, second in zip(self.convs1, self.convs2):
-            y = masked(first(F.leaky_relu(x, 0.1)), mask, time=2)
-            x = x + masked(second(F.leaky_relu(y, 0.1)), mask, time=2)
-        return x
-
-
-class DurationPredictor(nn.Module):
-    """FastSpeech 2's variance predictor (Ren et al. 2021) without its dropout: (B, N, D) -> log(frames + 1) (B, N)."""
-
-    def __init__(self, inputs: int, width: int, kernel: int):
-        super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv1d(inputs, width, kernel, padding="same"), nn.ReLU())
-        self.conv2 = nn.Sequential(nn.Conv1d(width, width, kernel, padding="same"), nn.ReLU())
-        self.ln1, self.ln2, self.proj = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, 1)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        for conv, norm in ((self.conv1, self.ln1), (self.conv2, self.ln2)):
-            x = norm(conv(masked(x, mask).transpose(1, 2)).transpose(1, 2))
-        return self.proj(x)[..., 0]
-
-
-class HifiGan(Vocoder):
-    """The unit HiFi-GAN that came with TWIST (Kong et al. 2020, Polyak et al. 2021, Hassid et al. 2023).
-
-    Parameter names and config fields are those of the published files, with weight norm folded into the weights.
-    ValueError for a config that needs more than units, or a speaker it does not have.
-    """
-
-    def __init__(self, config: dict, fingerprint: Fingerprint, speaker: int = 0):
-        super().__init__()
-        c, width = config, config["upsample_initial_channel"]
-        rates, kernels = c["upsample_rates"], c["upsample_kernel_sizes"]
-        if c.get("f0") or c.get("f0_quant_num_bin") or c.get("multispkr") and c.get("embedder_params"):
-            raise ValueError("it needs a pitch curve or a speaker's embedding, which units do not have")
-        self.fingerprint, self.speaker, self.rates = fingerprint, speaker, rates
-        self.sample_rate, self.hop = c["sampling_rate"], math.prod(rates)
-        self.dict = nn.Embedding(c["num_embeddings"], c["embedding_dim"])
-        # Speaker and style (always the first) are concatenated to every frame.
-        self.spkr = nn.Embedding(c.get("num_speakers") or 200, c["embedding_dim"]) if c.get("multispkr") else None
-        self.style = nn.Embedding(c.get("num_styles") or 100, c["embedding_dim"]) if c.get("multistyle") else None
-        if self.spkr and not 0 <= speaker < self.spkr.num_embeddings:
-            raise ValueError(f"speaker {speaker}; it has speakers 0 to {self.spkr.num_embeddings - 1}")
-        self.conv_pre = nn.Conv1d(c["model_in_dim"], width, 7, padding=3)
-        self.ups = nn.ModuleList(nn.ConvTranspose1d(width >> i, width >> i + 1, k, r, padding=(k - r) // 2)
-                                 for i, (k, r) in enumerate(zip(kernels, rates)))
-        shapes = list(zip(c["resblock_kernel_sizes"], c["resblock_dilation_sizes"]))
-        self.resblocks = nn.ModuleList(ResBlock(width >> i + 1, *shape) for i in range(len(rates)) for shape in shapes)
-        self.conv_post = nn.Conv1d(width >> len(rates), 1, 7, padding=3)
-        self.dur_predictor, self.duration_context = None, 0
-        if p := c.get("dur_predictor_params"):
-            kernel = p["var_pred_kernel_size"]
-            self.dur_predictor = DurationPredictor(p["encoder_embed_dim"], p["var_pred_hidden_dim"], kernel)
-            self.duration_context = 2 * (kernel // 2)
-        reach, rate = 3.0, 1  # in frames; steps per frame
-        for k, r in zip(kernels, rates):
-            reach, rate = reach + k / r / rate, rate * r
-            reach += max(kernel // 2 * sum(d + 1 for d in dilations) for kernel, dilations in shapes) / rate
-        self.context = math.ceil(reach + 3 / rate)
-
-    def waves(self, frames: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.dict(frames)
-        for index, table in ((self.speaker, self.spkr), (0, self.style)):
-            if table:
-                x = torch.cat([x, table.weight[index].expand(*x.shape[:2], -1)], -1)
-        x = masked(self.conv_pre(masked(x, mask).transpose(1, 2)), mask, time=2)
-        n = len(self.resblocks) // len(self.ups)
-        for i, (up, rate) in enumerate(zip(self.ups, self.rates)):
-            x = masked(up(F.leaky_relu(x, 0.1))[..., :x.shape[2] * rate], mask, time=2)  # odd kernels make one more
-            x = sum(block(x, mask) for block in self.resblocks[i * n:i * n + n]) / n
-        return self.conv_post(F.leaky_relu(x)).tanh()[:, 0].float()  # the last slope is 0.01, as published
-
-    def frame_counts(self, units: Tensor, mask: Tensor | None) -> Tensor:
-        if not self.dur_predictor:
-            raise ValueError("this vocoder has no duration predictor; give the durations")
-        return (self.dur_predictor(self.dict(units), mask).float().exp() - 1).round().clamp(min=1).long()
-
-    @classmethod
-    def read(cls, path: Path, speaker: int = 0) -> "HifiGan":
-        """Read NAME.pt with NAME_config.json or config.json beside it. SystemExit if either is missing or damaged."""
-        names = f"{path.stem}_config.json", "config.json"
-        config_path = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
-        if not config_path:
-            raise SystemExit(f"{path}: no {' or '.join(names)} beside it")
-        try:
-            config = json.loads(config_path.read_text())
-            # The published files do not name their units, which are mHuBERT's; another's config may: "fingerprint".
-            rate_hz = config["sampling_rate"] / math.prod(config["upsample_rates"])
-            fingerprint = Fingerprint.of(config["fingerprint"]) if "fingerprint" in config else replace(
-                published_fingerprint(config["num_embeddings"] + 2), unit_rate_hz=rate_hz)
-            vocoder = cls(config, fingerprint, speaker)
-            state = torch.load(path, map_location="cpu", weights_only=True)["generator"]
-            for name in [k.removesuffix("_v") for k in state if k.endswith(".weight_v")]:
-                v, g = state.pop(f"{name}_v"), state.pop(f"{name}_g")  # weight norm (Salimans & Kingma 2016)
-                state[name] = v * (g / v.flatten(1).norm(dim=1).view_as(g))
-            vocoder.load_state_dict(state)
-        except Exception as e:  # a damaged or foreign file fails in many ways
-            raise SystemExit(f"{path}: not a unit HiFi-GAN with {config_path.name} "
-                             f"({type(e).__name__}: {str(e).splitlines()[0]})") from None
-        return vocoder
