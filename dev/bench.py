@@ -53,12 +53,13 @@ from slam.benchmarks import read_manifest, tokenize_pairs, units_cache
 from slam.checkpoint import checkpoint_fingerprint, fetch, find_checkpoint
 from slam.device import autocast, compiled, flops_per_token, peak_flops, pick_device
 from slam.embedded import cache_dir, resolve
+from slam.hifigan import HifiGan
 from slam.optim import make_optimizer, update
 from slam.packing import Epochs, Loader, Rows, cut
 from slam.scoring import PrefixPair, pair_nlls
 from slam.tokenizer import SpeechTokenizer, WhisperFrames, assign, find_codebook, write_codebook
 from slam.units import IGNORE, UnitReader, UnitWriter, to_tokens
-from slam.vocoder import HifiGan, Vocoder
+from slam.vocoder import Vocoder
 from train import Config as TrainConfig
 from train import accumulate, build
 

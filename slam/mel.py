@@ -1,4 +1,4 @@
-"""slam.mel."""
+"""Mel spectra of waves, to train a vocoder, to measure re-synthesis (`eval.py --resynth_from`), and as pictures."""
 import math
 import struct
 import zlib
@@ -11,7 +11,6 @@ from torch import Tensor
 from slam.audio import SAMPLE_RATE
 
 
-# ---------------------------------------------------------------- spectra: to learn from, to measure, to look at
 def mel_filters(n_fft: int, n_mels: int, sample_rate: int = SAMPLE_RATE) -> Tensor:
     """Slaney's triangular mel filters, (n_mels, n_fft // 2 + 1), from 0 Hz to half the sample rate."""
     from transformers.audio_utils import mel_filter_bank
@@ -20,13 +19,13 @@ def mel_filters(n_fft: int, n_mels: int, sample_rate: int = SAMPLE_RATE) -> Tens
 
 
 def magnitudes(wave: Tensor, n_fft: int, hop: int) -> Tensor:
-    """(..., T) -> (..., n_fft // 2 + 1, T // hop + 1)."""
+    """Waves (..., T) -> magnitudes of the STFT (..., n_fft // 2 + 1, T // hop + 1), Hann window."""
     window = torch.hann_window(n_fft, device=wave.device)
     return torch.stft(wave, n_fft, hop, window=window, return_complex=True).abs()
 
 
 def log_mel(wave: Tensor, sample_rate: int = SAMPLE_RATE, n_mels: int = 80) -> Tensor:
-    """(T,) -> (frames, n_mels), natural log of mel magnitudes every 10 ms."""
+    """Wave (T,) -> natural log of mel magnitudes (frames, n_mels), one frame every 10 ms."""
     n_fft = 2 ** round(math.log2(sample_rate * 0.064))
     wave = F.pad(wave, (0, max(0, n_fft - len(wave))))
     mel = mel_filters(n_fft, n_mels, sample_rate).to(wave.device) @ magnitudes(wave, n_fft, sample_rate // 100)
@@ -34,10 +33,9 @@ def log_mel(wave: Tensor, sample_rate: int = SAMPLE_RATE, n_mels: int = 80) -> T
 
 
 def mel_cepstral_distance(a: np.ndarray, b: np.ndarray, sample_rate: int = SAMPLE_RATE) -> float:
-    """Mean distance in dB of 13 mel-cepstral coefficients, loudness left out, of waves aligned in time (Kubichek 1993).
+    """Mean mel-cepstral distance in dB of two waves (T,) aligned in time (Kubichek 1993); the longer one is cut.
 
-    Both are cut to the shorter. 0 for equal waves; stories in the embedded voice are 9.5 dB from each other, and 3.3 dB
-    from themselves 20 ms later.
+    0 for equal waves. Stories in the embedded voice are 9.5 dB apart, and 3.3 dB from themselves 20 ms later.
     """
     n = min(len(a), len(b))
     mel_a, mel_b = (log_mel(torch.from_numpy(x[:n]).float(), sample_rate) for x in (a, b))
@@ -45,9 +43,9 @@ def mel_cepstral_distance(a: np.ndarray, b: np.ndarray, sample_rate: int = SAMPL
 
 
 def cepstral_distance(mel_a: Tensor, mel_b: Tensor) -> Tensor:
-    """Log-mels (frames, n_mels) -> dB (frames,): 10 / ln 10 * sqrt(2 * the sum of 13 squared differences).
+    """Log-mels (frames, n_mels) -> distance in dB (frames,) of cepstral coefficients 1 to 13; 0, loudness, is left out.
 
-    Coefficients as in log |H| = c_0 + sum c_m cos(m w), so that a ripple of one neper is 6.14 dB.
+    10 / ln 10 * sqrt(2 * sum of squared differences), with log |H| = c_0 + sum c_m cos(m w): a ripple of 1 is 6.14 dB.
     """
     n_mels = mel_a.shape[1]
     angles = math.pi * torch.arange(1, 14)[:, None] * (torch.arange(n_mels) + 0.5) / n_mels
@@ -55,19 +53,19 @@ def cepstral_distance(mel_a: Tensor, mel_b: Tensor) -> Tensor:
 
 
 def spectrogram(wave: np.ndarray, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """(T,) -> a picture (80, frames) uint8 of the log-mel spectrogram, low tones below; 255 is 80 dB above 0."""
+    """Wave (T,) -> log-mel spectrogram (80, frames) uint8, low frequencies at the bottom; 255 is 80 dB above 0."""
     mel = log_mel(torch.from_numpy(np.asarray(wave, dtype=np.float32)), sample_rate).numpy().T[::-1]
     return (255 * np.clip(1 + (mel - max(0.0, mel.max())) / 9.2, 0, 1)).round().astype(np.uint8)
 
 
 def png(levels: np.ndarray) -> bytes:
-    """An image file of levels (height, width) uint8, from black by way of violet and orange to white."""
+    """Levels (height, width) uint8 -> a PNG file, coloured from black through violet and orange to white."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     stops = np.array([[4, 4, 18], [72, 18, 100], [188, 54, 84], [249, 142, 60], [252, 253, 220]])
     palette = np.stack([np.interp(np.arange(256), np.linspace(0, 255, 5), c) for c in stops.T], 1).round()
     rows = np.pad(levels, ((0, 0), (1, 0)))  # each row begins with the number of its filter, 0 for none
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", *levels.shape[::-1], 8, 3, 0, 0, 0)) + \
-        chunk(b"PLTE", palette.astype(np.uint8).tobytes()) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + \
-        chunk(b"IEND", b"")
+    header = struct.pack(">2I5B", *levels.shape[::-1], 8, 3, 0, 0, 0)  # 8 bits a pixel, into a palette
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"PLTE", b"IDAT", b"IEND"), (
+        header, palette.astype(np.uint8).tobytes(), zlib.compress(rows.tobytes(), 9), b"")))

@@ -1,13 +1,15 @@
-"""slam.stream."""
+"""Speak a continuation while it is being generated, as 16-bit PCM.
+
+    python sample.py --prompt hello.wav --play
+    python sample.py --prompt hello.wav --stdout | aplay -f S16_LE -r 16000
+"""
 import contextlib
-import queue
 import shutil
 import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from itertools import chain
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -16,67 +18,62 @@ import torch
 from slam.units import to_units
 
 
-# ---------------------------------------------------------------- aloud, while it is being made
-def stream(cfg, speaker, prompt: list[int], sink: BinaryIO) -> tuple[list[int], np.ndarray, float]:
-    """Speak prompt and continuation into `sink` as 16-bit PCM, each piece as soon as it is settled.
+def stream(draw: Callable, tokenizer, vocoder, prompt: list[int], seconds: float,
+           sink: BinaryIO) -> tuple[list[int], np.ndarray, float]:
+    """Write prompt and continuation to `sink` as 16-bit PCM, each piece as soon as no later unit can change it.
 
-    The language model draws in a thread of its own. Returns what `draw` and `say` would: tokens, wave, seconds.
+    draw(progress): draws tokens as `UnitLM.generate` does. prompt: tokens of the tokenizer. Returns the new tokens, the
+    wave (T,) float32 with at most `seconds` of continuation, and the second where that starts. A closed pipe or Ctrl-C
+    ends it early; what was written is returned.
     """
-    parts, enough, drawn, failed = queue.Queue(), threading.Event(), [], []
+    before = tokenizer.to_units(prompt)
+    starts = int(vocoder.predict_durations(before).sum()) * vocoder.hop if before else 0
+    limit = starts + round(seconds * vocoder.sample_rate)
+    parts, said, drawn = deque(), np.zeros(0, np.float32), []
+    pieces = vocoder.stream(iter(parts.popleft, None))  # takes one part, and yields one piece, per `next`
+
+    def say(units: list[int] | None) -> bool:
+        """Write the piece that these units settle (None: the rest). True when the wave has its full length."""
+        nonlocal said
+        parts.append(units)
+        with torch.autocast(vocoder.device.type, enabled=False):  # the language model's may be on
+            piece = next(pieces, said[:0])[:limit - len(said)]
+        said = np.append(said, piece)
+        sink.write((piece * 32767).round().astype("<i2").tobytes())
+        sink.flush()
+        return len(said) >= limit
 
     def progress(new: torch.Tensor) -> bool:
-        row = to_units(new[0].tolist())
-        parts.put(speaker.tokenizer.to_units(row[len(drawn):]))
-        drawn.extend(row[len(drawn):])
-        return enough.is_set()
+        units = to_units(new[0].tolist())[len(drawn):]
+        drawn.extend(units)
+        return bool(units) and say(tokenizer.to_units(units))
 
-    def draw() -> None:
-        try:
-            speaker.draw(cfg, [prompt], progress=progress)
-        except BaseException as e:  # of any kind: it is raised again where somebody sees it
-            failed.append(e)
-        parts.put(None)
-
-    thread = threading.Thread(target=draw, daemon=True)
-    thread.start()
-    vocoder, before = speaker.vocoder, speaker.tokenizer.to_units(prompt)
-    began = vocoder.predict_durations(before).sum() * vocoder.hop if before else 0  # about
-    limit = began + round(cfg.continuation_seconds * vocoder.sample_rate)
-    pieces, n = [np.zeros(0, np.float32)], 0
     try:
-        for wave in vocoder.stream(chain([before], iter(parts.get, None))):
-            wave = wave[:limit - n]
-            pieces, n = [*pieces, wave], n + len(wave)
-            sink.write((wave * 32767).round().astype("<i2").tobytes())
-            sink.flush()
-            if n >= limit:
-                break
+        if before:
+            say(before)
+        draw(progress)
+        say(None)
     except (BrokenPipeError, KeyboardInterrupt):
-        print("nobody listens any more; what was said is kept", file=sys.stderr)
-    finally:
-        enough.set()
-        thread.join()
-    if failed:
-        raise failed[0]
-    starts = vocoder.predict_durations(before + speaker.tokenizer.to_units(drawn))[:len(before)].sum() if before else 0
-    return list(drawn), np.concatenate(pieces), float(starts) * vocoder.hop / vocoder.sample_rate
+        print("the listener left; the samples written so far are kept", file=sys.stderr)
+    return drawn, said, starts / vocoder.sample_rate
 
 
 PLAYERS = (["aplay", "-q", "-"], ["ffplay", "-nodisp", "-autoexit", "-loglevel", "quiet", "-"],
-           ["mpv", "--really-quiet", "-"], ["play", "-q", "-t", "wav", "-"])  # each reads a wav from its input
+           ["mpv", "--really-quiet", "-"], ["play", "-q", "-t", "wav", "-"])  # each plays a wav from its stdin
 
 
 @contextlib.contextmanager
 def loudspeaker(sample_rate: int) -> Iterator[BinaryIO]:
-    """Something to write 16-bit PCM to that plays it. SystemExit if there is no player."""
+    """A stream that plays the 16-bit mono PCM written to it. SystemExit if no player is installed."""
     command = next((c for c in PLAYERS if shutil.which(c[0])), None)
     if not command:
         raise SystemExit(f"--play needs one of {', '.join(c[0] for c in PLAYERS)}; there is also --stdout")
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as player:
-        unknown = 0x7FFFFFFF  # the length of a wav that is still being made
-        player.stdin.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", unknown, b"WAVEfmt ", 16, 1, 1, sample_rate,
-                                       2 * sample_rate, 2, 16, b"data", unknown - 36))
+    # The pipe holds half a minute of speech, so the language model need not wait for the player (where Linux allows).
+    with subprocess.Popen(command, stdin=subprocess.PIPE, pipesize=1 << 20) as player:
+        length = 0x7FFFFFFF  # of the wav: not known yet
         with contextlib.suppress(BrokenPipeError):
+            player.stdin.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", length, b"WAVEfmt ", 16, 1, 1, sample_rate,
+                                           2 * sample_rate, 2, 16, b"data", length - 36))
             yield player.stdin
             player.stdin.close()
     if player.returncode:
