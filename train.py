@@ -45,8 +45,7 @@ from slam.units import UnitReader, require_same, vocab_size
 class Config:
     """Pre-train a unit LM. The defaults are the paper's (table 4)."""
     out: str = "out/slam"  # run folder
-    train: tuple[str, ...] = ()  # unit files or folders of them, mixed by size,
-    weights: tuple[float, ...] = ()  # or by these shares, one for each of `train`
+    train: tuple[str, ...] = ()  # unit files or folders of them, mixed by size; a source named twice counts twice
     val: tuple[str, ...] = ()  # the same, for the validation loss
     base: str = "Qwen/Qwen2.5-0.5B"  # text LM that gives shape and weights: hub id, folder or embedded:NAME
     init: Literal["first_rows", "random", "none"] = "first_rows"  # unit embeddings: the text embedding's first rows,
@@ -78,7 +77,7 @@ class Config:
     # are fp32, but for pure_bfloat16. auto: bfloat16 where the hardware multiplies it fast
     activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory, a third more work
     compile: bool | None = None  # torch.compile; none: on a GPU. A CPU needs a C++ compiler and half a minute for it
-    loggers: tuple[str, ...] = ()  # beside log.jsonl: tensorboard, wandb; each must be installed
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside log.jsonl; each must be installed
     log_every: int = 10  # steps
     eval_every: int = 1000  # steps
     save_every: int = 500  # steps
@@ -91,19 +90,13 @@ class Config:
         found = run_problems(self)
         if not (self.train and self.val):
             found.append("train and val: name at least one unit file or folder each")
-        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
-            found.append(f"weights: {len(self.weights)} for {len(self.train)} of train; give each a positive one")
         if self.micro_batch < 1 or self.context < 1:
             found.append("micro_batch and context must be at least 1")
         elif self.batch_tokens < 1 or self.batch_tokens % (self.context * self.micro_batch):
             found.append(f"batch_tokens {self.batch_tokens} must be a multiple of context x micro_batch = "
                          f"{self.context * self.micro_batch}")
-        for name in self.loggers:
-            if name not in ("tensorboard", "wandb"):
-                found.append(f"loggers: {name!r} is none; known are tensorboard and wandb")
-            elif importlib.util.find_spec(name) is None:
-                found.append(f"loggers: {name} is not installed; pip install {name}")
-        return found
+        return found + [f"loggers: {name} is not installed; pip install {name}" for name in self.loggers
+                        if importlib.util.find_spec(name) is None]
 
 
 # ---------------------------------------------------------------- the model, a step, an evaluation
@@ -129,8 +122,7 @@ def accumulate(forward, micro_batches: list[tuple], n_targets: int, device: torc
     for micro_batch in micro_batches:
         tokens, targets, positions = (x.to(device, non_blocking=True) for x in micro_batch)
         with autocast(device, dtype):
-            logits, loss = forward(tokens, targets, positions, reduction="sum")
-        loss = loss / n_targets
+            loss = forward(tokens, targets, positions, reduction="sum")[1] / n_targets
         loss.backward()
         total += loss.detach()
     return total
@@ -168,8 +160,7 @@ def main(cfg: Config) -> None:
     run.starts_from(train=reader.digest(), val=val.digest())  # another corpus would give other rows
     if run.trainer and run.progress() >= 1 and run.evaluated():
         return
-    rows = Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world, reader.sizes,
-                cfg.weights)
+    rows = Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world)
     loader = Loader(reader, rows, cfg.micro_batch, device)
 
     # ------------------------------------------------ model
@@ -194,8 +185,6 @@ def main(cfg: Config) -> None:
         start = "from scratch" if cfg.shape else f"{cfg.base}, init {cfg.init}"
         print(f"{lm.n_params() / 1e6:.1f}M parameters ({start}), {len(reader):,} utterances, {reader.n_tokens:,} tokens"
               f", rows {100 * rows.fill():.1f} % full, on {world} x {device.type}")
-        if cfg.time_budget_hours:
-            print(f"{cfg.time_budget_hours:g} h of training; compiling, evaluating and saving are not counted")
     with run.pause():
         if not run.step or run.step % cfg.eval_every == 0 and run.progress() < 1 and not run.evaluated():
             evaluate(lm, val, cfg, run, world)  # a resumed run's too, if a kill prevented it
@@ -240,9 +229,8 @@ def main(cfg: Config) -> None:
     if not rank:
         with run.writing():
             plot(run.out)
-        memory = f", peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
         print(f"{run.checkpoint}: {run.step} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} min of training, "
-              f"{n_graphs() - graphs} recompilations{memory}")
+              f"{n_graphs() - graphs} recompilations")
     leave_ranks()
 
 

@@ -1,10 +1,4 @@
-"""From unit files to batches: utterances are cut into chunks, chunks packed into rows, rows drawn in a fixed order.
-
-    cut       lengths of utterances -> chunks of at most `context` tokens
-    Packed    chunks -> rows, nearly full
-    Rows      seed, step, rank -> the rows of an optimiser step
-    collate   rows -> tokens, targets, positions
-    Loader    step -> its micro-batches, made one step ahead in a thread
+"""From unit files to batches: `cut` utterances into chunks, pack chunks into rows, draw rows, fill them with tokens.
 
 Chunks are an int64 array (n, 3): utterance, its first input, number of inputs.
 """
@@ -109,48 +103,23 @@ class Epochs:
 class Rows:
     """The rows of a training run: `rows.step(s)` is a pure function of (seed, s, rank).
 
-    Rows are packed once and drawn in a new order every epoch, in which every token is a target once.
-    weights: one for each source, the utterances of which are counted by `sizes`. Each source then has rows and epochs
-        of its own, and its share of every BLOCK rows. Without weights, all sources are one.
-    SystemExit if a share is so small that it gives no rows.
+    Rows are packed once, and drawn in a new order every epoch, in which every token but BOS is a target once.
     """
-    BLOCK = 1000
 
-    def __init__(self, lengths: np.ndarray, context: int, rows_per_step: int, seed: int, rank: int = 0, world: int = 1,
-                 sizes: list[int] = (), weights: tuple[float, ...] = ()):
-        self.context, self.rows_per_step, self.seed, self.rank, self.world = context, rows_per_step, seed, rank, world
-        chunks, ends = cut(lengths, context), np.cumsum(sizes if weights else [len(lengths)])
-        source = np.searchsorted(ends, chunks[:, 0], side="right")
-        self.sources = [Packed(chunks[source == k], context, np.random.default_rng((seed, k)))
-                        for k in range(len(ends))]
-        self.orders = [Epochs(len(rows), seed, k) for k, rows in enumerate(self.sources)]
-        shares = np.cumsum(weights or [1]) / sum(weights or [1])
-        self.counts = np.diff(np.round(shares * self.BLOCK).astype(int), prepend=0)  # rows of each source in a block
-        if 0 in self.counts:
-            raise SystemExit(f"weights: a share below 1/{self.BLOCK} would give no rows at all")
-        self.block, self.turns = -1, np.zeros((self.BLOCK, 2), dtype=np.int64)
-
-    def row(self, index: int) -> np.ndarray:
-        """The chunks (n, 3) of row `index` of the endless sequence."""
-        block, at = divmod(index, self.BLOCK)
-        if block != self.block:  # for each place in the block: the source, and which of the source's rows
-            turns = [(k, block * n + i) for k, n in enumerate(self.counts.tolist()) for i in range(n)]
-            order = np.argsort(np.random.default_rng((self.seed, 2**31, block)).permutation(
-                np.repeat(np.arange(len(self.counts)), self.counts)), kind="stable")  # a source's rows stay in order
-            self.block, self.turns[order] = block, turns
-        k, i = self.turns[at].tolist()
-        return self.sources[k][self.orders[k][i]]
+    def __init__(self, lengths: np.ndarray, context: int, rows_per_step: int, seed: int, rank: int = 0, world: int = 1):
+        self.context, self.rows_per_step, self.rank, self.world = context, rows_per_step, rank, world
+        self.packed = Packed(cut(lengths, context), context, np.random.default_rng((seed, 0)))
+        self.order = Epochs(len(self.packed), seed, 0)
 
     def step(self, step: int) -> tuple[list[np.ndarray], int]:
         """This rank's rows of an optimiser step, and the number of targets in the rows of all ranks."""
         first = step * self.rows_per_step
-        rows = [self.row(i) for i in range(first, first + self.rows_per_step)]
+        rows = [self.packed[self.order[i]] for i in range(first, first + self.rows_per_step)]
         return rows[self.rank::self.world], sum(int(row[:, 2].sum()) for row in rows)
 
     def fill(self) -> float:
         """Share of the places in the rows that hold a token."""
-        n_rows = sum(map(len, self.sources))
-        return sum(int(x.chunks[:, 2].sum()) for x in self.sources) / (n_rows * self.context)
+        return int(self.packed.chunks[:, 2].sum()) / (len(self.packed) * self.context)
 
 
 class Loader:

@@ -75,7 +75,7 @@ class Run:
         now = json.loads(json.dumps(asdict(self.cfg)))
         then = {RENAMED.get(k, k): v for k, v in slam["config"].items()}
         changed = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in then.items()
-                   if k not in MAY_CHANGE and now.get(k) != v]
+                   if k not in MAY_CHANGE and (k in now or v) and now.get(k) != v]  # an empty one may be gone
         if changed:
             raise SystemExit(f"{self.out}: cannot resume with other settings: {'; '.join(changed)}")
         self.step, self.tokens, self.seconds = slam["step"], slam["tokens"], slam["seconds"]
@@ -182,15 +182,15 @@ class Run:
         return path.exists() and json.loads(path.read_text()).get(metric, {}).get("step") == self.step
 
     def check_finite(self, losses: list[float], norm: float) -> None:
-        """SystemExit naming the first step whose loss is not finite, or this one if its gradient `norm` is not.
+        """SystemExit naming the first step whose loss is not finite, or this step if its gradient norm is not.
 
         losses: of the last steps, up to this one. The last checkpoint stays as it is.
         """
-        if not all(map(math.isfinite, [*losses, norm])):
-            i = next((i for i, x in enumerate(losses) if not math.isfinite(x)), len(losses) - 1)
-            raise SystemExit(f"step {self.step - len(losses) + 1 + i}: loss {losses[i]}, and gradient norm {norm} at "
-                             f"step {self.step}: stopped. {self._kept()}; lower lr (now {self.cfg.lr:g}) or look at "
-                             f"the data before --resume")
+        found = [(self.step - len(losses) + 1 + i, f"loss {x}") for i, x in enumerate(losses) if not math.isfinite(x)]
+        found += [] if math.isfinite(norm) else [(self.step, f"gradient norm {norm}")]
+        if found:
+            raise SystemExit(f"step {found[0][0]}: {found[0][1]}: stopped. {self._kept()}; lower lr (now "
+                             f"{self.cfg.lr:g}) or look at the data before --resume")
 
     def save(self, lm, optimizer, fingerprint: Fingerprint, pending: list) -> None:
         """Swap in a new checkpoint folder: weights, slam.json (where they come from), trainer.pt (how to go on).
@@ -258,10 +258,11 @@ def plot(out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
+    if not losses:
+        return
     axes = (figure := Figure(layout="constrained")).add_subplot(xlabel="tokens (millions)", ylabel="nats per token")
     for key, style in (("loss", "-"), ("val_loss", "o-")):
         axes.plot(*zip(*[(r["tokens"] / 1e6, r[key]) for r in records if key in r]), style, label=key)
-    if losses:  # the first steps would squeeze the rest
-        axes.set_ylim(losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3)
+    axes.set_ylim(losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3)  # cuts off the first steps
     axes.legend()
     figure.savefig(out / "loss.png")

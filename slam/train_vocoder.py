@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
@@ -157,35 +158,33 @@ Utterance = tuple[np.ndarray, np.ndarray, np.ndarray]  # units (N,), durations (
 
 
 def load_corpus(cfg: Config, reader: UnitReader) -> list[Utterance]:
-    """Every utterance with its audio. Utterances whose audio is missing or of another length are skipped and counted.
+    """Every utterance with its audio, up to `max_hours`; where that is missing or of another length, it is skipped.
 
     SystemExit if the units have no durations, or fewer than two utterances have audio.
     """
     if reader.durations(0) is None:
         raise SystemExit(f"{cfg.units}: has no durations; make it with prepare_units.py --durations")
-    hop, corpus, n_frames, skipped = round(SAMPLE_RATE / reader.fingerprint.unit_rate_hz), [], 0, 0
+    hop, corpus, hours, skipped = round(SAMPLE_RATE / reader.fingerprint.unit_rate_hz), [], 0.0, 0
     load = functools.lru_cache(maxsize=1)(load_audio)  # utterances of one recording follow each other
     for i, id in enumerate(tqdm(reader.ids(), disable=None, desc="audio", unit="file")):
-        units, durations = reader.units(i), reader.durations(i).astype(np.int64)
-        n = int(durations.sum())
-        file, _, start = id.rpartition("@") if re.fullmatch(r".*@[\d.]+", id) else (id, "", "0")
+        if hours > cfg.max_hours:
+            break
+        units, durations, n_samples = reader.units(i), reader.durations(i), int(reader.durations(i).sum()) * hop
+        file, _, start = id.rpartition("@") if re.fullmatch(r".*@[\d.]+", id) else (id, "", "")
         try:
             wave = load(Path(cfg.audio) / file)
         except ValueError:
             wave = np.zeros(0)
-        if file != id:  # prepare_units.py has cut it out of a recording; it starts at so many seconds
-            wave = wave[round(float(start) * SAMPLE_RATE):][:n * hop]
-        if not len(wave) or abs(len(wave) // hop - n) > 1:
+        if start:  # prepare_units.py has cut the utterance out of a recording; it starts at so many seconds
+            wave = wave[round(float(start) * SAMPLE_RATE):][:n_samples]
+        if not len(wave) or abs(len(wave) // hop * hop - n_samples) > hop:
             skipped += 1
             continue
-        wave = np.pad(wave, (0, max(0, n * hop - len(wave))))[:n * hop]
+        wave = np.pad(wave, (0, max(0, n_samples - len(wave))))[:n_samples]
         corpus.append((units, durations, (wave * 32767).round().clip(-32768, 32767).astype(np.int16)))
-        n_frames += n
-        if n_frames * hop > 3600 * SAMPLE_RATE * cfg.max_hours:
-            print(f"{cfg.max_hours:g} hours are enough (max_hours); {len(reader) - i - 1} utterances are left alone")
-            break
-    print(f"{len(corpus)} utterances, {n_frames * hop / SAMPLE_RATE / 3600:.2f} h; {skipped} skipped, as their audio "
-          f"is missing or of another length")
+        hours += n_samples / SAMPLE_RATE / 3600
+    print(f"{len(corpus)} of {len(reader)} utterances, {hours:.2f} h (max_hours {cfg.max_hours:g}); {skipped} skipped, "
+          f"as their audio is missing or of another length")
     if len(corpus) < 2:
         raise SystemExit(f"{cfg.audio}: holds too little of the audio that {cfg.units} names, such as "
                          f"{next(iter(reader.ids()))}; what is in archives must be unpacked")
@@ -223,8 +222,11 @@ def duration_loss(vocoder: Vocos, items: list[Utterance], rng: np.random.Generat
 
 
 # ---------------------------------------------------------------- training
+METRIC = "val_mel_cepstral_distance_db"
+
+
 class Training(nn.Module):
-    """The weights of a run: the vocoder, their running average (which is what a run makes), the discriminators."""
+    """All weights of a run: the vocoder, their running average (the run's product), the discriminators."""
 
     def __init__(self, cfg: Config, fingerprint: Fingerprint):
         super().__init__()
@@ -240,42 +242,38 @@ class Training(nn.Module):
         self.discs = discriminators(cfg.disc_width) if cfg.adversarial else nn.ModuleList()
 
     def save_pretrained(self, folder: Path, slam: dict, trainer: dict) -> None:
-        """Write all weights, the run's progress and its optimisers, for `Run.save`."""
+        """As UnitLM's, for `Run.save`."""
         write_folder(folder, {}, self.state_dict(), slam, trainer)
 
 
 @torch.inference_mode()
 def evaluate(run: Run, average: Vocos, held_out: list[Utterance]) -> None:
-    """Write the averaged weights as vocoder.safetensors, with how well they speak 16 held-out utterances.
+    """Write vocoder.safetensors, and how well it speaks 16 held-out utterances with their own durations.
 
-    Durations are the real ones. The first three go to samples/, their spectrograms below those of the originals.
+    The first three go to samples/, their spectrograms below those of the originals.
     """
     import soundfile
-    distances, clipped, n = [], 0, 0
+    distances, clipped = [], []
     for i, (units, durations, wave) in enumerate(held_out[:16]):
         real, (ours, rate) = wave.astype(np.float32) / 32767, average.synthesize(units, durations)
         distances.append(mel_cepstral_distance(ours, real))
-        clipped, n = clipped + int((np.abs(ours) >= 1).sum()), n + len(ours)
+        clipped.append(float((np.abs(ours) >= 1).mean()))
         if i < 3:
             name = f"{run.out}/samples/{i}_step{run.step:06d}"
             both = np.concatenate([spectrogram(x[:10 * rate], rate) for x in (real, ours)])
             write_atomic(f"{name}.png", png(both.repeat(2, 0)))
             soundfile.write(f"{name}.wav", ours, rate)
             soundfile.write(f"{run.out}/samples/{i}_original.wav", real, rate)
-    report = {METRIC: round(float(np.mean(distances)), 3), "val_clipped_share": clipped / n, "val_duration_loss":
-              round(duration_loss(average, held_out[:64], np.random.default_rng(1)).item(), 4)}
+    report = {METRIC: float(np.mean(distances)), "val_clipped_share": float(np.mean(clipped)),
+              "val_duration_loss": duration_loss(average, held_out[:64], np.random.default_rng(1)).item()}
     with run.writing():
-        average.save(run.out / "vocoder.safetensors", config=asdict(run.cfg),
-                     report={"step": run.step, "minutes": round(run.seconds / 60, 2)} | report)
+        average.save(run.out / "vocoder.safetensors", config=asdict(run.cfg), report=report | {"step": run.step})
     run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in report.items()), **report)
     run.results({METRIC: {"value": report[METRIC], "n": len(distances), "step": run.step}})
 
 
-METRIC = "val_mel_cepstral_distance_db"
-
-
 def main(cfg: Config) -> None:
-    # ------------------------------------------------ settings
+    # ------------------------------------------------ hardware, and the run's folder
     device = pick_device()
     cfg.adversarial = device.type == "cuda" if cfg.adversarial is None else cfg.adversarial
     torch.manual_seed(cfg.seed)
@@ -285,33 +283,35 @@ def main(cfg: Config) -> None:
         raise SystemExit(f"{run.out} holds {' and '.join(made)} but no state/ to --resume from (older code kept "
                          f"another). Choose another --out, with --init {run.out}/vocoder.safetensors to start from its "
                          f"weights, or --overwrite")
+
     # ------------------------------------------------ data
     reader = UnitReader(cfg.units)
     run.starts_from(units=reader.digest())
-    if run.progress() >= 1 and run.evaluated(METRIC):
+    if run.trainer and run.progress() >= 1 and run.evaluated(METRIC):
         return
     try:
-        model = Training(cfg, reader.fingerprint)
+        model = Training(cfg, reader.fingerprint).to(device)
     except ValueError as e:
         raise SystemExit(f"{cfg.units}: {e}") from None
     corpus = load_corpus(cfg, reader)
     held_out, corpus = corpus[::cfg.val_every], [x for i, x in enumerate(corpus) if i % cfg.val_every]
+
     # ------------------------------------------------ model and optimisers
-    vocoder, discs, spectral = model.to(device).vocoder, model.discs, SpectralLoss().to(device)
-    how = {"betas": (0.8, 0.99), "weight_decay": 0.01, "fused": True}
-    optimizers = [torch.optim.AdamW(x.parameters(), **how) for x in (vocoder, discs) if len(list(x.parameters()))]
-    state = Together(*optimizers)
+    vocoder, discs, spectral = model.vocoder, model.discs, SpectralLoss().to(device)
+    optimizers = [torch.optim.AdamW(x.parameters(), betas=(0.8, 0.99), weight_decay=0.01, fused=True)
+                  for x in ([vocoder, discs] if discs else [vocoder])]
+    optimizer = Together(*optimizers)
     if run.trainer:
-        from safetensors.torch import load_file
         model.load_state_dict(load_file(run.checkpoint / "model.safetensors"))
-        state.load_state_dict(run.trainer["optimizer"])
+        optimizer.load_state_dict(run.trainer["optimizer"])
     run.open()
-    ours, theirs = (sum(p.numel() for p in x.parameters()) / 1e6 for x in (vocoder, discs))
-    print(f"{ours:.2f}M parameters and {theirs:.2f}M of discriminators; {len(corpus)} utterances to train on, "
+    millions = [sum(p.numel() for p in x.parameters()) / 1e6 for x in (vocoder, discs)]
+    print(f"{millions[0]:.2f}M parameters, discriminators {millions[1]:.2f}M; {len(corpus)} utterances to train on, "
           f"{len(held_out)} held out; {device}")
     if run.step and not run.evaluated(METRIC):  # a kill came between saving and evaluating
         with run.pause():
             evaluate(run, model.average, held_out)
+
     # ------------------------------------------------ loop
     frames_per_crop, pending = round(cfg.crop_seconds * reader.fingerprint.unit_rate_hz), []
     while run.progress() < 1 and not run.stopping:
@@ -340,20 +340,19 @@ def main(cfg: Config) -> None:
         torch._foreach_lerp_(list(model.average.parameters()), [p.detach() for p in vocoder.parameters()], 1 - decay)
         pending.append({name: x.detach() for name, x in losses.items()})
         run.tick()
-        saving = run.step % cfg.save_every == 0
-        if saving or run.step % cfg.log_every == 0 or run.progress() >= 1 or run.stopping:
+        last, saving = run.progress() >= 1 or run.stopping, run.step % cfg.save_every == 0
+        if last or saving or run.step % cfg.log_every == 0:
             means = {k: torch.stack([x[k] for x in pending if k in x]).mean().item() for k in pending[-1]}
             run.check_finite([sum(means.values())], means["norm"])
-            means["lr"] = cfg.lr * scale
+            means["lr"], pending = cfg.lr * scale, []
             run.log(" | ".join(f"{k} {v:.4g}" for k, v in means.items()) + f" | {run.clock()}", **means)
-            pending = []
-        if saving and run.progress() < 1:
+        if saving and not last:
             with run.pause():
-                run.save(model, state, reader.fingerprint, [])
+                run.save(model, optimizer, reader.fingerprint, [])
                 evaluate(run, model.average, held_out)
     if not run.evaluated(METRIC):
         with run.pause():
-            run.save(model, state, reader.fingerprint, [])
+            run.save(model, optimizer, reader.fingerprint, [])
             evaluate(run, model.average, held_out)
     run.exit_if_stopping()
     print(f"wrote {run.out / 'vocoder.safetensors'}; listen to {run.out / 'samples'}")

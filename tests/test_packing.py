@@ -58,26 +58,10 @@ def test_order_is_a_pure_function_of_seed_step_and_rank(corpus):
     halves = [Rows(lengths, 64, 8, 3, rank, 2).step(30) for rank in (0, 1)]
     assert same([row for two in zip(halves[0][0], halves[1][0]) for row in two], a.step(30)[0])
     assert halves[0][1] == halves[1][1] == a.step(30)[1] == sum(row[:, 2].sum() for row in a.step(30)[0])
-    n = len(a.sources[0])
-    first, second = ([a.row(i).tolist() for i in range(k * n, (k + 1) * n)] for k in (0, 1))
-    assert sorted(first) == sorted(second) == sorted(row.tolist() for row in a.sources[0]) and first != second
-
-
-def test_sources_are_mixed_by_weight():
-    """3 : 1 by weight whatever the sizes; each source's rows come once an epoch of its own; the order is pure."""
-    lengths = np.full(500, 33)  # one utterance a row
-    rows = Rows(lengths, 32, 10, seed=0, sizes=[100, 400], weights=(3.0, 1.0))
-    utterances = [int(rows.row(i)[0, 0]) for i in range(4000)]
-    first = [u for u in utterances if u < 100]
-    assert len(first) == 3000 and all(sorted(first[i:i + 100]) == list(range(100)) for i in range(0, 3000, 100))
-    assert sorted(u for u in utterances[:1600] if u >= 100)[-1] < 500
-    assert sorted([u for u in utterances if u >= 100][:400]) == list(range(100, 500))
-    in_tens = [sum(u < 100 for u in utterances[i:i + 10]) for i in range(0, 4000, 10)]
-    assert 6.5 < np.mean(in_tens) < 8.5 and np.std(in_tens) > 0.5
-    again = Rows(lengths, 32, 10, seed=0, sizes=[100, 400], weights=(3.0, 1.0))
-    assert [int(again.row(i)[0, 0]) for i in range(3999, 2990, -1)] == utterances[3999:2990:-1]
-    by_size = Rows(lengths, 32, 10, seed=0, sizes=[100, 400])
-    assert sorted(int(by_size.row(i)[0, 0]) for i in range(500)) == list(range(500))
+    n = len(a.packed)
+    one = Rows(lengths, 64, 1, seed=3)
+    first, second = ([one.step(i)[0][0].tolist() for i in range(k * n, (k + 1) * n)] for k in (0, 1))
+    assert sorted(first) == sorted(second) == sorted(row.tolist() for row in a.packed) and first != second
 
 
 def test_no_utterance_leaks_into_another(corpus):

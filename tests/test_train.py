@@ -198,7 +198,7 @@ def test_extra_loggers_and_the_plot(corpus, tmp_path):
     else:
         run("train.py", *flags(corpus, out, steps=3), "--loggers=tensorboard")
         assert list((out / "tensorboard").iterdir())
-    assert "'tensorbord' is none" in refused("train.py", *flags(corpus, out), "--loggers=tensorbord")
+    assert "expected" in refused("train.py", *flags(corpus, out), "--loggers=tensorbord")
     if importlib.util.find_spec("matplotlib"):
         run("train.py", *flags(corpus, tmp_path / "plotted", steps=3))
         assert (tmp_path / "plotted" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -288,11 +288,11 @@ def test_refusals(corpus, whole_run, fingerprint, tmp_path):
     (tmp_path / "mine" / "precious.txt").write_text("x")
     assert "not a run's folder" in refused("train.py", *flags(corpus, tmp_path / "mine"), "--overwrite")
     assert (tmp_path / "mine" / "precious.txt").exists()
-    error = refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6", "--batch_tokens=300", "--weights=1,2")
+    error = refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6", "--batch_tokens=300")
     assert "at least 1" in refused("train.py", *flags(corpus, tmp_path / "x", micro_batch=0, warmup=1))
     assert "warmup 0: inverse_sqrt" in refused("train.py", *flags(corpus, tmp_path / "x", schedule="inverse_sqrt",
                                                                   warmup=0))
-    assert "exactly one of" in error and "multiple of context" in error and "weights: 2 for 1" in error
+    assert "exactly one of" in error and "multiple of context" in error
     assert "no such folder" in refused("train.py", *flags(corpus, tmp_path / "x", shape="{}"), "--base=out/nowhere")
     with UnitWriter(tmp_path / "other", replace(fingerprint, layer=2)) as writer:
         writer.add("x", np.arange(9), np.ones(9))
