@@ -185,16 +185,17 @@ def main(cfg: Config) -> None:
         start = "from scratch" if cfg.shape else f"{cfg.base}, init {cfg.init}"
         print(f"{lm.n_params() / 1e6:.1f}M parameters ({start}), {len(reader):,} utterances, {reader.n_tokens:,} tokens"
               f", rows {100 * rows.fill():.1f} % full, on {world} x {device.type}")
-    with run.pause():
-        if not run.step or run.step % cfg.eval_every == 0 and run.progress() < 1 and not run.evaluated():
-            evaluate(lm, val, cfg, run, world)  # a resumed run's too, if a kill prevented it
-        if forward is not lm and run.progress() < 1:  # compile before the clock runs
+    if forward is not lm and run.progress() < 1:
+        with run.pause():  # compile before the clock runs
             accumulate(forward, loader.step(run.step)[0][:1], 1, device, cfg.dtype)
             optimizer.zero_grad()
-    graphs, logged_at = n_graphs(), (run.seconds, run.tokens)
+    graphs, first, logged_at = n_graphs(), run.step, (run.seconds, run.tokens)
 
     # ------------------------------------------------ loop
     while run.progress() < 1 and not run.stopping:
+        if run.step % cfg.eval_every == 0 and (run.step > first or not run.evaluated()):
+            with run.pause():
+                evaluate(lm, val, cfg, run, world)
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
         micro_batches, n_targets = loader.step(run.step)  # a pure function of seed, step and rank
         losses.append(accumulate(forward, micro_batches, n_targets, device, cfg.dtype))
@@ -218,9 +219,6 @@ def main(cfg: Config) -> None:
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             with run.pause():
                 run.save(lm, optimizer, reader.fingerprint, read_losses(losses, norm, run))
-        if run.step % cfg.eval_every == 0 and run.progress() < 1:
-            with run.pause():
-                evaluate(lm, val, cfg, run, world)
 
     # ------------------------------------------------ the end
     with run.pause():

@@ -28,7 +28,7 @@ from slam.audio import SAMPLE_RATE, load_audio
 from slam.checkpoint import write_folder
 from slam.device import autocast, pick_device
 from slam.mel import magnitudes, mel_cepstral_distance, mel_filters, png, spectrogram
-from slam.optim import Together, update
+from slam.optim import update
 from slam.run import Run
 from slam.units import Fingerprint, UnitReader, require_same, write_atomic
 from slam.vocoder import EMBEDDED_VOCODER, Vocos, pad
@@ -63,11 +63,8 @@ class Config:
     resume: bool = False  # go on with the run in `out`
     overwrite: bool = False  # start anew
 
-    tokens = None  # for `Run`: no setting
-
-    @property
-    def time_budget_hours(self) -> float:
-        return self.minutes / 60
+    tokens = None  # these two are no settings; `Run` asks for them
+    time_budget_hours = property(lambda self: self.minutes / 60)
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
@@ -296,25 +293,23 @@ def main(cfg: Config) -> None:
     corpus = load_corpus(cfg, reader)
     held_out, corpus = corpus[::cfg.val_every], [x for i, x in enumerate(corpus) if i % cfg.val_every]
 
-    # ------------------------------------------------ model and optimisers
+    # ------------------------------------------------ model and optimiser
     vocoder, discs, spectral = model.vocoder, model.discs, SpectralLoss().to(device)
-    optimizers = [torch.optim.AdamW(x.parameters(), betas=(0.8, 0.99), weight_decay=0.01, fused=True)
-                  for x in ([vocoder, discs] if discs else [vocoder])]
-    optimizer = Together(*optimizers)
+    optimizer = torch.optim.AdamW([*vocoder.parameters(), *discs.parameters()], betas=(0.8, 0.99), weight_decay=0.01,
+                                  fused=True)  # a step moves the weights that have gradients: the ones or the others
     if run.trainer:
         model.load_state_dict(load_file(run.checkpoint / "model.safetensors"))
         optimizer.load_state_dict(run.trainer["optimizer"])
     run.open()
-    millions = [sum(p.numel() for p in x.parameters()) / 1e6 for x in (vocoder, discs)]
-    print(f"{millions[0]:.2f}M parameters, discriminators {millions[1]:.2f}M; {len(corpus)} utterances to train on, "
-          f"{len(held_out)} held out; {device}")
-    if run.step and not run.evaluated(METRIC):  # a kill came between saving and evaluating
-        with run.pause():
-            evaluate(run, model.average, held_out)
+    print(f"{sum(p.numel() for p in vocoder.parameters()) / 1e6:.2f}M parameters, {len(discs)} discriminators; "
+          f"{len(corpus)} utterances to train on, {len(held_out)} held out; {device}")
 
     # ------------------------------------------------ loop
     frames_per_crop, pending = round(cfg.crop_seconds * reader.fingerprint.unit_rate_hz), []
     while run.progress() < 1 and not run.stopping:
+        if run.step and run.step % cfg.save_every == 0 and not run.evaluated(METRIC):
+            with run.pause():
+                evaluate(run, model.average, held_out)
         scale = min(1, (run.step + 1) / 100) * (1 + math.cos(math.pi * run.progress())) / 2  # of the learning rates
         rng = np.random.default_rng((cfg.seed, run.step))
         items = [corpus[i] for i in rng.integers(0, len(corpus), cfg.batch)]
@@ -327,33 +322,31 @@ def main(cfg: Config) -> None:
             with autocast(device, cfg.dtype):
                 losses["discriminators"] = discriminator_loss(discs, real, ours)
             losses["discriminators"].backward()
-            update(discs, optimizers[1], cfg.adversarial_lr * scale, math.inf)
+            update(discs, optimizer, cfg.adversarial_lr * scale, math.inf)
             discs.requires_grad_(False)  # the vocoder's loss needs no gradients of theirs
             with autocast(device, cfg.dtype):
                 losses["adversarial"] = adversarial_loss(discs, real, ours)
             discs.requires_grad_(True)
             loss = loss + 0.1 * losses["adversarial"]
         loss.backward()
-        losses["norm"] = update(vocoder, optimizers[0], cfg.lr * scale, cfg.grad_clip)
+        losses["norm"] = update(vocoder, optimizer, cfg.lr * scale, cfg.grad_clip)
         run.step, run.tokens = run.step + 1, run.tokens + frames.numel()
         decay = min(cfg.ema, (1 + run.step) / (10 + run.step))  # the first weights are soon forgotten
         torch._foreach_lerp_(list(model.average.parameters()), [p.detach() for p in vocoder.parameters()], 1 - decay)
         pending.append({name: x.detach() for name, x in losses.items()})
         run.tick()
-        last, saving = run.progress() >= 1 or run.stopping, run.step % cfg.save_every == 0
-        if last or saving or run.step % cfg.log_every == 0:
+        saving = run.step % cfg.save_every == 0
+        if saving or run.step % cfg.log_every == 0 or run.progress() >= 1 or run.stopping:
             means = {k: torch.stack([x[k] for x in pending if k in x]).mean().item() for k in pending[-1]}
             run.check_finite([sum(means.values())], means["norm"])
             means["lr"], pending = cfg.lr * scale, []
             run.log(" | ".join(f"{k} {v:.4g}" for k, v in means.items()) + f" | {run.clock()}", **means)
-        if saving and not last:
+        if saving and run.progress() < 1:
             with run.pause():
                 run.save(model, optimizer, reader.fingerprint, [])
-                evaluate(run, model.average, held_out)
-    if not run.evaluated(METRIC):
-        with run.pause():
-            run.save(model, optimizer, reader.fingerprint, [])
-            evaluate(run, model.average, held_out)
+    with run.pause():
+        run.save(model, optimizer, reader.fingerprint, [])
+        evaluate(run, model.average, held_out)
     run.exit_if_stopping()
     print(f"wrote {run.out / 'vocoder.safetensors'}; listen to {run.out / 'samples'}")
 

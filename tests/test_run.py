@@ -115,7 +115,7 @@ def test_the_first_step_that_is_not_finite_is_named(saved):
     run = Run(Settings(str(saved), resume=True), "train")
     run.check_finite([1.0, 2.0], 3.0)
     run.check_finite([], 3.0)
-    with pytest.raises(SystemExit, match="step 2: loss nan, .*checkpoint is as it was last saved"):
+    with pytest.raises(SystemExit, match="step 2: loss nan: .*checkpoint is as it was last saved"):
         run.check_finite([float("nan"), 1.0], 1.0)
     with pytest.raises(SystemExit, match="step 3: gradient norm inf"):
         run.check_finite([1.0], float("inf"))
