@@ -209,12 +209,13 @@ def main(cfg: Config) -> None:
             run.tick()
             rate = (run.tokens - logged_at[1]) / max(run.seconds - logged_at[0], 1e-9)
             record = {"loss": sum(values) / len(values), "lr": lr, "gnorm": norm.item(), "tokens_per_second": rate}
-            if peak:
-                record["mfu"] = rate * flops / peak / world
+            line = f"loss {record['loss']:.4f} | lr {lr:.1e} | gnorm {record['gnorm']:.2f} | {rate:,.0f} tok/s"
             if device.type == "cuda":
                 record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            run.log(f"loss {record['loss']:.4f} | lr {lr:.1e} | gnorm {record['gnorm']:.2f} | {rate:,.0f} tok/s | mfu "
-                    f"{100 * record.get('mfu', math.nan):.1f}% | {run.clock()}", **record)
+            if peak:  # known GPUs
+                record["mfu"] = rate * flops / peak / world
+                line += f" | mfu {100 * record['mfu']:.1f}%"
+            run.log(f"{line} | {run.clock()}", **record)
             losses, logged_at = [], (run.seconds, run.tokens)
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             with run.pause():

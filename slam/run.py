@@ -135,7 +135,7 @@ class Run:
         self.started, self.stopping = time.perf_counter(), int(stopping)
 
     def agree(self) -> None:
-        """Nothing: `tick` does it."""
+        """Does nothing; `tick` does it."""
 
     @contextmanager
     def pause(self):
