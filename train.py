@@ -196,9 +196,11 @@ def main(cfg: Config) -> None:
         if run.step % cfg.eval_every == 0 and (run.step > first or not run.evaluated()):
             with run.pause():
                 evaluate(lm, val, cfg, run, world)
-        lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
-        micro_batches, n_targets = loader.step(run.step)  # a pure function of seed, step and rank
+        # the batch: [(tokens, targets, positions)], packed rows of utterances; a pure function of seed, step and rank
+        micro_batches, n_targets = loader.step(run.step)
+        # forward and backward passes, then a step at the learning rate for this share of the run
         losses.append(accumulate(forward, micro_batches, n_targets, device, cfg.dtype))
+        lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
         if world > 1:
             sum_gradients(lm)
         norm = update(lm, optimizer, lr, cfg.grad_clip)
