@@ -8,18 +8,16 @@ Out: a run folder:  checkpoint/ (a Hugging Face folder + slam.json + trainer.pt)
     python train.py config/demo_train.py             # minutes on two CPU cores
     torchrun --nproc_per_node=2 train.py config/slam_scaled.py
 
-SIGTERM and ctrl-C save and exit after the step; `--resume` goes on bit by bit as if nothing had happened (on a CPU).
-torchrun gives its processes 30 s to do so; killed instead, a run has its last saved checkpoint.
+SIGTERM and ctrl-C save and exit after the step; `--resume` goes on from there, bit-equal on a CPU. torchrun gives its
+processes 30 s to do so; a run that is killed has its last saved checkpoint.
 """
 import importlib.util
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from config import load_config
@@ -29,6 +27,7 @@ from slam.device import (
     compiled,
     flops_per_token,
     join_ranks,
+    leave_ranks,
     n_graphs,
     over_ranks,
     peak_flops,
@@ -46,8 +45,7 @@ from slam.units import UnitReader, require_same, vocab_size
 class Config:
     """Pre-train a unit LM. The defaults are the paper's (table 4)."""
     out: str = "out/slam"  # run folder
-    train: tuple[str, ...] = ()  # unit files or folders of them, mixed by size,
-    weights: tuple[float, ...] = ()  # or by these shares, one for each of `train`
+    train: tuple[str, ...] = ()  # unit files or folders of them, mixed by size; a source named twice counts twice
     val: tuple[str, ...] = ()  # the same, for the validation loss
     base: str = "Qwen/Qwen2.5-0.5B"  # text LM that gives shape and weights: hub id, folder or embedded:NAME
     init: Literal["first_rows", "random", "none"] = "first_rows"  # unit embeddings: the text embedding's first rows,
@@ -77,9 +75,9 @@ class Config:
     grad_clip: float = 0.5  # largest gradient norm
     dtype: Literal["auto", "bfloat16", "float32", "pure_bfloat16"] = "auto"  # of the computation; weights and optimiser
     # are fp32, but for pure_bfloat16. auto: bfloat16 where the hardware multiplies it fast
-    activation_checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, a third more work
+    activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory, a third more work
     compile: bool | None = None  # torch.compile; none: on a GPU. A CPU needs a C++ compiler and half a minute for it
-    loggers: tuple[str, ...] = ()  # beside log.jsonl: tensorboard, wandb; each must be installed
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside log.jsonl; each must be installed
     log_every: int = 10  # steps
     eval_every: int = 1000  # steps
     save_every: int = 500  # steps
@@ -92,30 +90,37 @@ class Config:
         found = run_problems(self)
         if not (self.train and self.val):
             found.append("train and val: name at least one unit file or folder each")
-        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
-            found.append(f"weights: {len(self.weights)} for {len(self.train)} of train; give each a positive one")
         if self.micro_batch < 1 or self.context < 1:
             found.append("micro_batch and context must be at least 1")
         elif self.batch_tokens < 1 or self.batch_tokens % (self.context * self.micro_batch):
             found.append(f"batch_tokens {self.batch_tokens} must be a multiple of context x micro_batch = "
                          f"{self.context * self.micro_batch}")
-        for name in self.loggers:
-            if name not in ("tensorboard", "wandb"):
-                found.append(f"loggers: {name!r} is none; known are tensorboard and wandb")
-            elif importlib.util.find_spec(name) is None:
-                found.append(f"loggers: {name} is not installed; pip install {name}")
-        return found
+        return found + [f"loggers: {name} is not installed; pip install {name}" for name in self.loggers
+                        if importlib.util.find_spec(name) is None]
 
 
-def accumulate(forward, micro: list[tuple], n_targets: int, device: torch.device, dtype: str) -> Tensor:
-    """Forward and backward passes of a step, without a host sync; this rank's part of the loss, ().
+# ---------------------------------------------------------------- the model, a step, an evaluation
+def build(cfg: Config, n_units: int) -> UnitLM:
+    """A new model: TWIST from `base`, or from scratch by `shape`. SystemExit if the base has no such shape."""
+    if cfg.shape:
+        return UnitLM(ModelConfig(**{"vocab_size": vocab_size(n_units), "rope_theta": cfg.rope_theta,
+                                     "max_position_embeddings": cfg.context} | cfg.shape))
+    try:
+        return UnitLM.twist(cfg.base, vocab_size(n_units), cfg.init, cfg.n_layers, cfg.rope_theta, cfg.context)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
 
-    The loss is the mean over all targets of all ranks' micro-batches, whatever these are. `forward`: the model,
+
+def accumulate(forward, micro_batches: list[tuple], n_targets: int, device: torch.device, dtype: str) -> Tensor:
+    """Forward and backward passes of a step, with no wait for the GPU; this rank's part of the loss, ().
+
+    The loss is the mean over the `n_targets` targets of all ranks' micro-batches, so it does not depend on how a step
+    is divided into these. micro_batches: [(tokens, targets, positions)], each (B, T) int64. forward: the model,
     compiled or not.
     """
     total = torch.zeros((), device=device)
-    for tensors in micro:
-        tokens, targets, positions = (x.to(device, non_blocking=True) for x in tensors)
+    for micro_batch in micro_batches:
+        tokens, targets, positions = (x.to(device, non_blocking=True) for x in micro_batch)
         with autocast(device, dtype):
             loss = forward(tokens, targets, positions, reduction="sum")[1] / n_targets
         loss.backward()
@@ -123,116 +128,111 @@ def accumulate(forward, micro: list[tuple], n_targets: int, device: torch.device
     return total
 
 
-def build(cfg: Config, n_units: int) -> UnitLM:
-    """The model to start from: TWIST from `base`, or from scratch by `shape`."""
-    if cfg.shape:
-        return UnitLM(ModelConfig(**{"vocab_size": vocab_size(n_units), "rope_theta": cfg.rope_theta,
-                                     "max_position_embeddings": cfg.context} | cfg.shape))
-    try:
-        return UnitLM.twist(cfg.base, vocab_size(n_units), cfg.init, cfg.n_layers, cfg.rope_theta, cfg.context)
-    except ValueError as e:  # a shape that the base does not have
-        raise SystemExit(str(e)) from None
+def read_losses(losses: list[Tensor], norm: Tensor, run: Run) -> list[float]:
+    """The losses of the steps since the last log line, over all ranks; SystemExit if one is not finite."""
+    values = over_ranks(torch.stack(losses).tolist()) if losses else []
+    run.check_finite(values, norm.item())
+    return values
+
+
+def evaluate(lm: UnitLM, val: UnitReader, cfg: Config, run: Run, world: int) -> None:
+    """Log the validation loss, and write it to results.json."""
+    lm.eval()
+    loss, n = validation_loss(lm, val, cfg.context, cfg.micro_batch, cfg.dtype, run.rank, world)
+    lm.train()
+    run.log(f"val loss {loss:.4f} | ppl {math.exp(loss):.2f}", val_loss=loss)
+    run.results({"val_loss" if run.step else "val_loss_before_training": {"value": loss, "n": n, "step": run.step}})
 
 
 def main(cfg: Config) -> None:
+    # ------------------------------------------------ hardware
     (rank, world), device = join_ranks(), pick_device()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
     if cfg.batch_tokens % (cfg.context * cfg.micro_batch * world):
         raise SystemExit(f"batch_tokens {cfg.batch_tokens} must be a multiple of context x micro_batch x {world} GPUs "
                          f"= {cfg.context * cfg.micro_batch * world}")
+
+    # ------------------------------------------------ data, and the run's folder
     reader, val = UnitReader(*cfg.train), UnitReader(*cfg.val)
     require_same(reader.fingerprint, cfg.train[0], val.fingerprint, cfg.val[0])
-    run = Run(cfg, "train", rank)
+    run = Run(cfg, "train", rank)  # --resume: at the step of its checkpoint, the optimiser's state in `run.trainer`
     run.starts_from(train=reader.digest(), val=val.digest())  # another corpus would give other rows
     if run.trainer and run.progress() >= 1 and run.evaluated():
         return
-    rows = Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world,
-                reader.sizes, cfg.weights)
+    rows = Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world)
+    loader = Loader(reader, rows, cfg.micro_batch, device)
+
+    # ------------------------------------------------ model
     lm = UnitLM.from_pretrained(str(run.checkpoint)) if run.trainer else build(cfg, reader.fingerprint.n_units)
     lm.to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
     lm.set_activation_checkpointing(cfg.activation_checkpointing)
+    forward = compiled(lm, cfg.compile)
+
+    # ------------------------------------------------ optimiser
     optimizer = make_optimizer(lm, cfg)
-    losses: list[Tensor] = []  # of the steps since the last log line, this rank's part
+    losses: list[Tensor] = []  # this rank's part, of the steps since the last log line
+    norm = torch.zeros(())  # of the last step's gradient
     if run.trainer:
         optimizer.load_state_dict(run.trainer["optimizer"])
         losses = [x.to(device) / world for x in run.trainer["pending"]]
-        run.trainer = None  # the memory
+        run.trainer = None  # free the memory
+
+    # ------------------------------------------------ before the first step
     run.open()
-    forward = compiled(lm, cfg.compile)
-    loader = Loader(reader, rows, cfg.micro_batch, device)
     flops, peak = flops_per_token(lm, cfg.context), peak_flops(device)
     if not rank:
         start = "from scratch" if cfg.shape else f"{cfg.base}, init {cfg.init}"
         print(f"{lm.n_params() / 1e6:.1f}M parameters ({start}), {len(reader):,} utterances, {reader.n_tokens:,} tokens"
               f", rows {100 * rows.fill():.1f} % full, on {world} x {device.type}")
-        if cfg.time_budget_hours:
-            print(f"{cfg.time_budget_hours:g} h of training; compiling, evaluating and saving are not counted")
-
-    def evaluate() -> None:
-        lm.eval()
-        loss, n = validation_loss(lm, val, cfg.context, cfg.micro_batch, cfg.dtype, rank, world)
-        lm.train()
-        run.log(f"val loss {loss:.4f} | ppl {math.exp(loss):.2f}", val_loss=loss)
-        name = "val_loss" if run.step else "val_loss_before_training"
-        run.results({name: {"value": loss, "n": n, "step": run.step}})
-
-    def measured() -> list[float]:
-        """The losses since the last log line, over all ranks: the only host sync of the loop."""
-        found = over_ranks(torch.stack(losses).tolist()) if losses else []
-        run.check_finite(found, norm.item())
-        return found
-
-    def save(how: Callable) -> None:
-        how(lm, optimizer, reader.fingerprint, list(map(torch.tensor, measured())))
-
-    with run.pause():
-        if not run.step or run.step % cfg.eval_every == 0 and run.progress() < 1 and not run.evaluated():
-            evaluate()  # also what a kill after the last save prevented
-        if forward is not lm and run.progress() < 1:  # compile before the clock runs
+    if forward is not lm and run.progress() < 1:
+        with run.pause():  # compile before the clock runs
             accumulate(forward, loader.step(run.step)[0][:1], 1, device, cfg.dtype)
-            optimizer.zero_grad(set_to_none=True)
-    graphs = n_graphs()
-    norm, since, tokens_then = torch.zeros(()), run.seconds, run.tokens
+            optimizer.zero_grad()
+    graphs, first, logged_at = n_graphs(), run.step, (run.seconds, run.tokens)
+
+    # ------------------------------------------------ loop
     while run.progress() < 1 and not run.stopping:
+        if run.step % cfg.eval_every == 0 and (run.step > first or not run.evaluated()):
+            with run.pause():
+                evaluate(lm, val, cfg, run, world)
+        # the batch: [(tokens, targets, positions)], packed rows of utterances; a pure function of seed, step and rank
+        micro_batches, n_targets = loader.step(run.step)
+        # forward and backward passes, then a step at the learning rate for this share of the run
+        losses.append(accumulate(forward, micro_batches, n_targets, device, cfg.dtype))
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
-        micro, n = loader.step(run.step)
-        losses.append(accumulate(forward, micro, n, device, cfg.dtype))
         if world > 1:
             sum_gradients(lm)
         norm = update(lm, optimizer, lr, cfg.grad_clip)
-        run.step, run.tokens = run.step + 1, run.tokens + n
+        run.step, run.tokens = run.step + 1, run.tokens + n_targets
         run.tick()
-        run.agree()
         if run.step % cfg.log_every == 0 or run.progress() >= 1:
-            found = measured()
+            values = read_losses(losses, norm, run)  # waits for the GPU
             run.tick()
-            run.agree()
-            mean, rate = sum(found) / len(found), (run.tokens - tokens_then) / max(run.seconds - since, 1e-9)
-            mfu = rate * flops / peak / world if peak else None
-            memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-            run.log(f"loss {mean:.4f} | lr {lr:.1e} | gnorm {norm.item():.2f} | {rate:,.0f} tok/s | mfu "
-                    f"{f'{100 * mfu:.1f}%' if mfu else 'n/a'} | {run.clock()}", loss=mean, lr=lr, gnorm=norm.item(),
-                    tokens_per_second=rate, **{"mfu": mfu} if mfu else {}, **{"memory_gb": memory} if memory else {})
-            losses, since, tokens_then = [], run.seconds, run.tokens
+            rate = (run.tokens - logged_at[1]) / max(run.seconds - logged_at[0], 1e-9)
+            record = {"loss": sum(values) / len(values), "lr": lr, "gnorm": norm.item(), "tokens_per_second": rate}
+            line = f"loss {record['loss']:.4f} | lr {lr:.1e} | gnorm {record['gnorm']:.2f} | {rate:,.0f} tok/s"
+            if device.type == "cuda":
+                record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            if peak:  # known GPUs
+                record["mfu"] = rate * flops / peak / world
+                line += f" | mfu {100 * record['mfu']:.1f}%"
+            run.log(f"{line} | {run.clock()}", **record)
+            losses, logged_at = [], (run.seconds, run.tokens)
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             with run.pause():
-                save(run.save)
-        if run.step % cfg.eval_every == 0 and run.progress() < 1:
-            with run.pause():
-                evaluate()
+                run.save(lm, optimizer, reader.fingerprint, read_losses(losses, norm, run))
+
+    # ------------------------------------------------ the end
     with run.pause():
-        save(run.finish)
-        evaluate()
+        run.finish(lm, optimizer, reader.fingerprint, read_losses(losses, norm, run))
+        evaluate(lm, val, cfg, run, world)
     if not rank:
         with run.writing():
             plot(run.out)
-        memory = f", peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
         print(f"{run.checkpoint}: {run.step} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} min of training, "
-              f"{n_graphs() - graphs} recompilations{memory}")
-    if world > 1:
-        over_ranks([0.0])  # nobody hangs up while another still talks
-        dist.destroy_process_group()
+              f"{n_graphs() - graphs} recompilations")
+    leave_ranks()
 
 
 if __name__ == "__main__":

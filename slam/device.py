@@ -1,4 +1,4 @@
-"""slam.device."""
+"""The hardware: GPU or CPU, processes of torchrun, mixed precision, FLOPs."""
 import os
 import sys
 from collections.abc import Callable
@@ -9,22 +9,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# ---------------------------------------------------------------- hardware
-
 # Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets.
 PEAK_TFLOPS = {"A5000": 111, "A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989, "H200": 989}
 
 
 def pick_device() -> torch.device:
-    """The GPU if there is one; under torchrun, this process's."""
+    """The GPU if there is one (under torchrun, this process's), else the CPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else \
         torch.device("cpu")
 
 
+# ---------------------------------------------------------------- several processes
 def join_ranks() -> tuple[int, int]:
     """(rank, number of processes): (0, 1) unless started by torchrun."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:  # gloo for the few numbers that the CPU needs, so that they cost no wait for the GPU
+    if world > 1:  # gloo exchanges the few numbers that the CPU needs, without a wait for the GPU
         if torch.cuda.is_available():
             torch.cuda.set_device(pick_device())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -32,8 +31,15 @@ def join_ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), world
 
 
-def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
-    """The sum (or other reduction) of each value over all processes."""
+def leave_ranks() -> None:
+    """Wait for the other processes, then leave them."""
+    if dist.is_initialized():
+        over_ranks([0.0])
+        dist.destroy_process_group()
+
+
+def over_ranks(values: list[float], op: dist.ReduceOp = dist.ReduceOp.SUM) -> list[float]:
+    """The sum (or another reduction) of each value over all processes; every process waits for all others here."""
     if not dist.is_initialized():
         return values
     x = torch.tensor(values, dtype=torch.float64)
@@ -41,16 +47,26 @@ def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
     return x.tolist()
 
 
+def sum_gradients(lm: torch.nn.Module) -> None:
+    """Add up the ranks' gradients, once a step; the loss has been divided by the targets of all ranks.
+
+    The exchange takes a few hundredths of a step, and without DistributedDataParallel's hooks the compiled model stays
+    one graph.
+    """
+    for p in lm.parameters():
+        dist.all_reduce(p.grad)
+
+
+# ---------------------------------------------------------------- speed
 def fast_bfloat16(cpu: dict) -> bool:
     """Whether a CPU with these `torch.cpu.get_capabilities()` multiplies bfloat16 matrices faster than fp32 ones.
 
-    On x86 with AMX, or with AMD's AVX-512 BF16. Intel's AVX-512 BF16 without AMX, which virtual machines may hide, is
-    half as fast as fp32, and torch calls every CPU with AVX-512 able, if need be by emulation.
+    On x86: with AMX, or with AMD's AVX-512 BF16. Intel's AVX-512 BF16 without AMX, which virtual machines may hide, is
+    half as fast as fp32; torch itself calls every CPU with AVX-512 able.
     """
     if cpu.get("architecture") == "x86_64":
         return cpu["amx_bf16"] or cpu["avx512_bf16"] and "Intel" not in cpu["cpu_name"]
-    onednn = torch.backends.mkldnn.is_available()  # not in every build for Macs
-    return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(device: torch.device, dtype: str):
@@ -61,38 +77,28 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
-def flops_per_token(lm: torch.nn.Module, context: int) -> float:
-    """6 N + 12 L d T (Chowdhery et al. 2022, appendix B): forward and backward, with attention."""
-    return 6 * lm.n_params() + 12 * lm.config.num_hidden_layers * lm.config.hidden_size * context
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak of a known GPU, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((t * 1e12 for known, t in PEAK_TFLOPS.items() if known in name), None)
-
-
-def sum_gradients(lm: torch.nn.Module) -> None:
-    """Add up the ranks' gradients. The loss is divided by all ranks' targets already.
-
-    Once a step, after all micro-batches: of a step's seconds the exchange is a few hundredths, and without
-    DistributedDataParallel's hooks the compiled model stays one graph.
-    """
-    for p in lm.parameters():
-        dist.all_reduce(p.grad)
-
-
 def compiled(lm: torch.nn.Module, wanted: bool | None) -> Callable:
-    """The model's forward, compiled if `wanted`, or, if that is None, on a GPU."""
+    """The model's forward, compiled if `wanted`; None: on a GPU only."""
     return torch.compile(lm) if (lm.device.type == "cuda" if wanted is None else wanted) else lm
 
 
 def n_graphs() -> int:
     """Graphs that torch.compile has made so far."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported before something is compiled, which takes seconds
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds, so only if something was compiled
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def put(x: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def flops_per_token(lm: torch.nn.Module, context: int) -> float:
+    """6 N + 12 L d T (Chowdhery et al. 2022, appendix B): forward and backward, with attention."""
+    return 6 * lm.n_params() + 12 * lm.config.num_hidden_layers * lm.config.hidden_size * context
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s of a known GPU, else None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((t * 1e12 for known, t in PEAK_TFLOPS.items() if known in name), None)

@@ -1,7 +1,4 @@
-"""From gradients to new weights: the learning rate's schedule and four optimisers.
-
-In:  a model with gradients, and a config that names an optimiser and its settings.
-Out: make_optimizer -> an optimiser of the model's weights, and update -> a step with it.
+"""From gradients to new weights: the schedule of the learning rate, and four optimisers.
 
     adamw     Loshchilov & Hutter 2019, arXiv 1711.05101: mean gradient over root mean square, both running
     ademamix  Pagliardini et al. 2024, arXiv 2409.03137: a second, much slower mean of the gradient beside the first
@@ -17,9 +14,9 @@ from torch import Tensor, nn
 def schedule(kind: str, p: float, warmup: float, floor: float) -> float:
     """Learning rate / peak at progress p in [0, 1]; `warmup` is a share of the run, `floor` = min_lr / lr.
 
-    cosine: floor + (1 - floor) (1 + cos pi q) / 2 with q the progress after the warm-up (transformers'
-    cosine_with_min_lr). inverse_sqrt: sqrt(warmup / p), transformers' with a warm-up. Without one theirs falls over
-    10,000 steps, which is no share of a run: ValueError. wsd: flat, then linear to the floor in the last fifth.
+    After a linear warm-up, with q the progress since:
+    cosine: floor + (1 - floor) (1 + cos pi q) / 2. inverse_sqrt: sqrt(warmup / p). wsd: 1, and in the last fifth of the
+    run linearly to the floor. constant: 1. All as in transformers. ValueError: inverse_sqrt without a warm-up.
     """
     if kind == "inverse_sqrt" and not warmup:
         raise ValueError("inverse_sqrt needs a warmup above 0")
@@ -41,9 +38,9 @@ class AdEMAMix(torch.optim.Optimizer):
     m1 = beta1 m1 + (1 - beta1) g    m2 = beta3 m2 + (1 - beta3) g    v = beta2 v + (1 - beta2) g^2
     w -= lr ((m1 / (1 - beta1^t) + alpha m2) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w)
 
-    warmup_steps: the paper's T_alpha = T_beta3, there the length of the run. So long alpha rises linearly from 0, and
-        beta3 from beta1 so that its half-life does; 0: both are as given from the start.
-    The state has the weights' type, as with torch's optimisers; bfloat16 is too coarse for a beta of 0.9999.
+    warmup_steps: the paper's T_alpha = T_beta3, there the length of the run. During these steps alpha rises linearly
+        from 0, and beta3 from beta1 such that its half-life rises linearly. 0: both are constant.
+    The state has the weights' type, as in torch's optimisers; bfloat16 is too coarse for a beta of 0.9999.
     """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
@@ -53,7 +50,7 @@ class AdEMAMix(torch.optim.Optimizer):
 
     @staticmethod
     def warmed(group: dict) -> tuple[float, float]:
-        """alpha and beta3 of the group's present step."""
+        """alpha and beta3 at the group's present step."""
         (beta1, _, beta3), done = group["betas"], group["step"] / max(group["warmup_steps"], 1)
         if done >= 1:
             return group["alpha"], beta3
@@ -62,41 +59,34 @@ class AdEMAMix(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every weight that has a gradient; all of a group at once, for few kernel launches."""
+        """Update every weight that has a gradient."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
             group["step"] += 1
-            for p in params:
+            (beta1, beta2, _), (alpha, beta3), lr = group["betas"], self.warmed(group), group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if not self.state[p]:
                     self.state[p].update({name: torch.zeros_like(p) for name in ("fast", "slow", "square")})
-            grads = [p.grad for p in params]
-            fast, slow, square = ([self.state[p][name] for p in params] for name in ("fast", "slow", "square"))
-            (beta1, beta2, _), (alpha, beta3) = group["betas"], self.warmed(group)
-            torch._foreach_lerp_(fast, grads, 1 - beta1)
-            torch._foreach_lerp_(slow, grads, 1 - beta3)
-            torch._foreach_mul_(square, beta2)
-            torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
-            root = torch._foreach_sqrt(square)
-            torch._foreach_div_(root, math.sqrt(1 - beta2 ** group["step"]))
-            torch._foreach_add_(root, group["eps"])
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_addcdiv_(params, fast, root, -group["lr"] / (1 - beta1 ** group["step"]))
-            torch._foreach_addcdiv_(params, slow, root, -group["lr"] * alpha)
+                fast, slow, square = (self.state[p][name] for name in ("fast", "slow", "square"))
+                fast.lerp_(p.grad, 1 - beta1)
+                slow.lerp_(p.grad, 1 - beta3)
+                square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                root = square.sqrt().div_(math.sqrt(1 - beta2 ** group["step"])).add_(group["eps"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.addcdiv_(fast, root, value=-lr / (1 - beta1 ** group["step"])).addcdiv_(slow, root, value=-lr * alpha)
 
 
 class AdaLomo(torch.optim.Optimizer):
-    """Adaptive steps of a size relative to the weights', with next to no state (Lv et al. 2023, algorithm 1).
+    """Steps of a size relative to the weights', with next to no state (Lv et al. 2023, algorithm 1).
 
-    For a matrix only the row means r and column means c of g^2 are kept, v = r c / mean(r) as in Adafactor (Shazeer &
-    Stern 2018); for a vector v itself. All are running means with beta_t = 1 - t^decay_rate and no bias. Then
+    A matrix keeps only the row means r and column means c of g^2, and v = r c / mean(r), as in Adafactor (Shazeer &
+    Stern 2018); a vector keeps v. These are running means with beta_t = 1 - t^decay_rate, without bias. Then
 
     u = g / sqrt(v)    w -= lr max(eps[1], rms(w)) (u / max(1, rms(u) / clip_threshold) + weight_decay w)
 
-    beta_t, eps[0], which is added to g^2, and clip_threshold are as in the authors' code (OpenLMLab/LOMO). That also
-    updates within the backward pass, and so never holds all gradients at once. Not so here: gradients are accumulated
-    over micro-batches and clipped by their global norm first.
+    beta_t, eps[0] (added to g^2) and clip_threshold are as in the authors' code (OpenLMLab/LOMO). Theirs also updates
+    within the backward pass; here gradients are accumulated and clipped by their global norm first.
     """
 
     def __init__(self, params, lr: float = 1e-3, decay_rate: float = -0.8, eps: tuple[float, float] = (1e-30, 1e-3),
@@ -106,26 +96,26 @@ class AdaLomo(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every weight that has a gradient; one at a time, so that only one needs room for its u."""
+        """Update every weight that has a gradient."""
         for group in self.param_groups:
             group["step"] += 1
             new = group["step"] ** group["decay_rate"]  # 1 - beta_t; 1 at first
+
+            def mean(p: Tensor, name: str, x: Tensor) -> Tensor:
+                return self.state[p].setdefault(name, x).lerp_(x, new)
+
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 square = p.grad.square().add_(group["eps"][0])
                 if p.ndim >= 2:
-                    r = self._mean(p, "r", square.mean(-1, keepdim=True), new)
-                    c = self._mean(p, "c", square.mean(-2, keepdim=True), new)
+                    r, c = mean(p, "r", square.mean(-1, keepdim=True)), mean(p, "c", square.mean(-2, keepdim=True))
                     u = p.grad * (r / r.mean(-2, keepdim=True)).rsqrt() * c.rsqrt()
                 else:
-                    u = p.grad * self._mean(p, "v", square, new).rsqrt()
+                    u = p.grad * mean(p, "v", square).rsqrt()
                 u /= (rms(u) / group["clip_threshold"]).clamp_(min=1)
                 u.add_(p, alpha=group["weight_decay"])
                 p.sub_(u.mul_(group["lr"] * rms(p).clamp_(min=group["eps"][1])))
-
-    def _mean(self, p: Tensor, name: str, x: Tensor, new: float) -> Tensor:
-        return self.state[p].setdefault(name, x).lerp_(x, new)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -147,9 +137,9 @@ class Together:
         for x in self.optimizers:
             x.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         for x in self.optimizers:
-            x.zero_grad(set_to_none)
+            x.zero_grad()
 
     def state_dict(self) -> dict:
         return {"optimizers": [x.state_dict() for x in self.optimizers]}
@@ -162,12 +152,12 @@ class Together:
 def make_optimizer(lm: nn.Module, cfg) -> torch.optim.Optimizer | Together:
     """The optimiser `cfg.optimizer` (AdamW if there is no such field) of all weights that are not frozen.
 
-    `cfg` has lr, beta1, beta2, eps, weight_decay, which is for matrices only, and may have beta3, alpha, alpha_warmup
-    (AdEMAMix's warmup_steps) and muon_momentum. AdaLomo takes lr and weight_decay alone.
+    `cfg` has lr, beta1, beta2, eps and weight_decay (of matrices only), and may have beta3, alpha, alpha_warmup
+    (AdEMAMix's warmup_steps) and muon_momentum. AdaLomo reads lr and weight_decay alone.
 
-    muon: torch's for the blocks' matrices, which are the linear layers within a ModuleList; AdamW for the rest:
-    embeddings, head, projections beside them, norms, biases. Steps have the RMS of AdamW's (Liu et al. 2025, arXiv
-    2502.16982), so that one learning rate serves both.
+    muon: torch's, for the linear layers within a ModuleList, the blocks; AdamW for embeddings, head, projections beside
+    them, norms and biases. Its steps have the RMS of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one learning
+    rate serves both.
     """
     kind = getattr(cfg, "optimizer", "adamw")
     params = [p for p in lm.parameters() if p.requires_grad]
@@ -196,5 +186,5 @@ def update(lm: nn.Module, optimizer: torch.optim.Optimizer | Together, lr: float
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm

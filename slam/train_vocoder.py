@@ -1,30 +1,36 @@
-"""Train a vocoder of units: python -m slam.train_vocoder config/vocoder_embedded.py."""
+"""Train a vocoder of units: the network is slam/vocoder.py's Vocos; the run is slam/run.py's, as of train.py.
+
+In:  unit files with durations (prepare_units.py --durations) and the audio that they came from.
+Out: a run folder: vocoder.safetensors (the averaged weights) · samples/ · log.jsonl · state/ (for --resume)
+
+    python -m slam.train_vocoder config/vocoder_embedded.py
+    python -m slam.train_vocoder config/vocoder_gpu.py --units out/my_units --audio my_speech --out out/my_vocoder
+"""
 import copy
 import functools
-import json
 import math
-import os
 import re
-import shutil
-import signal
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from config import load_config, save_config
+from config import load_config
 from slam.audio import SAMPLE_RATE, load_audio
+from slam.checkpoint import write_folder
+from slam.device import autocast, pick_device
 from slam.mel import magnitudes, mel_cepstral_distance, mel_filters, png, spectrogram
-from slam.units import Fingerprint, UnitReader, require_same
+from slam.optim import update
+from slam.run import Run
+from slam.units import Fingerprint, UnitReader, require_same, write_atomic
 from slam.vocoder import EMBEDDED_VOCODER, Vocos, pad
 
 
@@ -33,7 +39,7 @@ class Config:
     """Train a vocoder on units, durations and audio."""
     units: str = "out/corpus_units"  # unit files with durations
     audio: str = "out/corpus/audio"  # folder that the units' ids are relative to
-    out: str = "out/vocoder"  # run folder: vocoder.safetensors, log.jsonl, trainer.pt, samples/
+    out: str = "out/vocoder"  # run folder
     init: str = ""  # a vocoder of ours (a file, or embedded) to start from, to learn another voice, say
     width: int = 256  # channels
     blocks: int = 5  # ConvNeXt blocks at the unit rate, and as many again at 100 Hz
@@ -42,7 +48,7 @@ class Config:
     batch: int = 16  # crops in a step
     crop_seconds: float = 1.28  # of each crop
     lr: float = 1e-3  # peak; 100 steps of warm-up, cosine to zero
-    grad_clip: float = 1.0  # gradient norm
+    grad_clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights that are kept
     adversarial: bool | None = None  # discriminators beside the spectral losses; none: on a GPU
     adversarial_from: float = 0.1  # share of the training after which they join
@@ -52,20 +58,22 @@ class Config:
     max_hours: float = 50.0  # audio kept in memory, 0.12 GB an hour; of a larger corpus its beginning
     val_every: int = 25  # one utterance in so many is held out
     log_every: int = 50  # steps
-    save_every: int = 1000  # steps; with each save held-out utterances are spoken into samples/
+    save_every: int = 1000  # steps; at each save held-out utterances are spoken into samples/
     seed: int = 0  # of weights and crops
     resume: bool = False  # go on with the run in `out`
     overwrite: bool = False  # start anew
 
+    tokens = None  # these two are no settings; `Run` asks for them
+    time_budget_hours = property(lambda self: self.minutes / 60)
+
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        positive = ("width", "blocks", "minutes", "batch", "lr", "disc_width", "log_every", "save_every", "max_hours")
-        found = [f"{name} must be positive" for name in positive if getattr(self, name) <= 0]
-        found += ["steps must be positive"] * (self.steps is not None and self.steps <= 0)
-        found += ["crop_seconds must be at least 0.2"] * (self.crop_seconds < 0.2)
-        found += ["val_every must be at least 2"] * (self.val_every < 2) + ["ema must be in [0, 1)"] * (
-            not 0 <= self.ema < 1) + ["resume or overwrite, not both"] * (self.resume and self.overwrite)
-        return found
+        positive = "width blocks minutes steps batch lr disc_width log_every save_every max_hours".split()
+        wrong = {f"{x} must be positive": getattr(self, x) is not None and getattr(self, x) <= 0 for x in positive}
+        wrong |= {"crop_seconds must be at least 0.2": self.crop_seconds < 0.2,
+                  "val_every must be at least 2": self.val_every < 2, "ema must be in [0, 1)": not 0 <= self.ema < 1,
+                  "resume and overwrite exclude each other": self.resume and self.overwrite}
+        return [problem for problem, found in wrong.items() if found]
 
 
 # ---------------------------------------------------------------- losses and discriminators
@@ -142,38 +150,38 @@ def adversarial_loss(discs: nn.ModuleList, real: Tensor, ours: Tensor) -> Tensor
     return total / len(discs)
 
 
-# ---------------------------------------------------------------- training
-Utterance = tuple[np.ndarray, np.ndarray, np.ndarray]  # units (N,), durations (N,), wave (T,) int16
+# ---------------------------------------------------------------- data
+Utterance = tuple[np.ndarray, np.ndarray, np.ndarray]  # units (N,), durations (N,) in frames, wave (T,) int16
 
 
 def load_corpus(cfg: Config, reader: UnitReader) -> list[Utterance]:
-    """Every utterance with its audio; skips, counted, what has none or another's."""
+    """Every utterance with its audio, up to `max_hours`; where that is missing or of another length, it is skipped.
+
+    SystemExit if the units have no durations, or fewer than two utterances have audio.
+    """
     if reader.durations(0) is None:
         raise SystemExit(f"{cfg.units}: has no durations; make it with prepare_units.py --durations")
-    hop, corpus, seconds, skipped = round(SAMPLE_RATE / reader.fingerprint.unit_rate_hz), [], 0.0, 0
+    hop, corpus, hours, skipped = round(SAMPLE_RATE / reader.fingerprint.unit_rate_hz), [], 0.0, 0
     load = functools.lru_cache(maxsize=1)(load_audio)  # utterances of one recording follow each other
     for i, id in enumerate(tqdm(reader.ids(), disable=None, desc="audio", unit="file")):
-        units, durations = reader.units(i), reader.durations(i).astype(np.int64)
-        n = int(durations.sum())
-        file, _, at = id.rpartition("@") if re.fullmatch(r".*@[\d.]+", id) else (id, "", "")
+        if hours > cfg.max_hours:
+            break
+        units, durations, n_samples = reader.units(i), reader.durations(i), int(reader.durations(i).sum()) * hop
+        file, _, start = id.rpartition("@") if re.fullmatch(r".*@[\d.]+", id) else (id, "", "")
         try:
             wave = load(Path(cfg.audio) / file)
         except ValueError:
+            wave = np.zeros(0)
+        if start:  # prepare_units.py has cut the utterance out of a recording; it starts at so many seconds
+            wave = wave[round(float(start) * SAMPLE_RATE):][:n_samples]
+        if not len(wave) or abs(len(wave) // hop * hop - n_samples) > hop:
             skipped += 1
             continue
-        if at:  # an utterance that prepare_units.py has cut out of a recording, and where it begins in seconds
-            wave = wave[round(float(at) * SAMPLE_RATE):][:n * hop]
-        if abs(len(wave) // hop - n) > 1:
-            skipped += 1
-            continue
-        wave = np.pad(wave, (0, max(0, n * hop - len(wave))))[:n * hop]
+        wave = np.pad(wave, (0, max(0, n_samples - len(wave))))[:n_samples]
         corpus.append((units, durations, (wave * 32767).round().clip(-32768, 32767).astype(np.int16)))
-        seconds += n * hop / SAMPLE_RATE
-        if seconds > 3600 * cfg.max_hours:
-            print(f"{cfg.max_hours:g} hours are enough (max_hours); {len(reader) - i - 1} utterances are left alone")
-            break
-    print(f"{len(corpus)} utterances, {seconds / 3600:.2f} h; {skipped} skipped, as their audio is missing or of "
-          f"another length")
+        hours += n_samples / SAMPLE_RATE / 3600
+    print(f"{len(corpus)} of {len(reader)} utterances, {hours:.2f} h (max_hours {cfg.max_hours:g}); {skipped} skipped, "
+          f"as their audio is missing or of another length")
     if len(corpus) < 2:
         raise SystemExit(f"{cfg.audio}: holds too little of the audio that {cfg.units} names, such as "
                          f"{next(iter(reader.ids()))}; what is in archives must be unpacked")
@@ -181,16 +189,15 @@ def load_corpus(cfg: Config, reader: UnitReader) -> list[Utterance]:
 
 
 def crops(items: list[Utterance], frames: int, hop: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A random crop of each: units per frame (B, frames) int64, waves (B, frames * hop) float32.
+    """A random crop of each utterance: units per frame (B, frames) int64, waves (B, frames * hop) float32.
 
-    What is shorter is repeated: padding would teach it to speak silence into silence.
+    Shorter utterances are repeated: padding would teach the vocoder to speak silence into silence.
     """
     rows = []
     for units, durations, wave in items:
         x = np.repeat(units.astype(np.int64), durations)
-        if len(x) < frames:
-            n = -(-frames // len(x))
-            x, wave = np.tile(x, n), np.tile(wave, n)
+        n = -(-frames // len(x))
+        x, wave = np.tile(x, n), np.tile(wave, n)
         start = int(rng.integers(0, len(x) - frames + 1))
         rows.append((x[start:start + frames], wave[start * hop:(start + frames) * hop]))
     x, waves = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
@@ -198,29 +205,30 @@ def crops(items: list[Utterance], frames: int, hop: int, rng: np.random.Generato
 
 
 def duration_loss(vocoder: Vocos, items: list[Utterance], rng: np.random.Generator) -> Tensor:
-    """Mean squared error of the log-durations, over 64 units in a row of each utterance.
+    """Mean squared error of the predicted log-durations, over 64 consecutive units of each utterance, ().
 
-    Of whole utterances a depthwise convolution's backward pass takes a CPU longer than all the rest.
+    Over whole utterances, a depthwise convolution's backward pass would take a CPU longer than all the rest.
     """
     starts = [int(rng.integers(0, max(1, len(units) - 63))) for units, _, _ in items]
-    units, wanted = ([torch.from_numpy(item[k][at:at + 64].astype(np.int64)) for item, at in zip(items, starts)]
-                     for k in (0, 1))
-    (units, mask), (wanted, _) = pad(units), pad(wanted)
-    units, mask, wanted = (x.to(vocoder.device) for x in (units, mask, wanted))
-    error = vocoder.log_durations(units, mask).float() - wanted.clamp(min=1).log()
+    units, durations = ([torch.from_numpy(item[k][at:at + 64].astype(np.int64)) for item, at in zip(items, starts)]
+                        for k in (0, 1))
+    (units, mask), (durations, _) = pad(units), pad(durations)
+    units, mask, durations = (x.to(vocoder.device) for x in (units, mask, durations))
+    error = vocoder.log_durations(units, mask).float() - durations.clamp(min=1).log()
     return (error.square() * mask).sum() / mask.sum()
 
 
-class Training:
-    """What a run is made of, and what of it is kept for `--resume`."""
-    MAY_CHANGE = {"out", "audio", "init", "minutes", "steps", "lr", "adversarial_lr", "grad_clip", "log_every", "save_every",
-                  "resume", "overwrite"}
+# ---------------------------------------------------------------- training
+METRIC = "val_mel_cepstral_distance_db"
 
-    def __init__(self, cfg: Config, fingerprint: Fingerprint, device: torch.device, resuming: bool):
-        torch.manual_seed(cfg.seed)
-        self.cfg, self.out, self.device = cfg, Path(cfg.out), device
-        self.vocoder = Vocos(fingerprint, cfg.width, cfg.blocks).to(device)
-        if cfg.init and not resuming:
+
+class Training(nn.Module):
+    """All weights of a run: the vocoder, their running average (the run's product), the discriminators."""
+
+    def __init__(self, cfg: Config, fingerprint: Fingerprint):
+        super().__init__()
+        self.vocoder = Vocos(fingerprint, cfg.width, cfg.blocks)
+        if cfg.init:
             start = Vocos.read(EMBEDDED_VOCODER if cfg.init == "embedded" else Path(cfg.init))
             require_same(fingerprint, cfg.units, start.fingerprint, cfg.init)
             if (start.width, start.blocks) != (cfg.width, cfg.blocks):
@@ -228,190 +236,120 @@ class Training:
                                  f"{cfg.blocks}")
             self.vocoder.load_state_dict(start.state_dict())
         self.average = copy.deepcopy(self.vocoder).eval().requires_grad_(False)
-        self.discs = discriminators(cfg.disc_width).to(device) if cfg.adversarial else nn.ModuleList()
-        how = {"betas": (0.8, 0.99), "weight_decay": 0.01, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.vocoder.parameters(), cfg.lr, **how)
-        if self.discs:
-            self.disc_optimizer = torch.optim.AdamW(self.discs.parameters(), cfg.adversarial_lr, **how)
-        self.spectral = SpectralLoss().to(device)
-        self.step, self.seconds = 0, 0.0
+        self.discs = discriminators(cfg.disc_width) if cfg.adversarial else nn.ModuleList()
 
-    @property
-    def progress(self) -> float:
-        return self.step / self.cfg.steps if self.cfg.steps else self.seconds / 60 / self.cfg.minutes
-
-    def parts(self) -> dict:
-        """What has a state."""
-        both = {"vocoder": self.vocoder, "average": self.average, "discs": self.discs, "optimizer": self.optimizer}
-        return both | ({"disc_optimizer": self.disc_optimizer} if self.discs else {})
-
-    def save(self) -> None:
-        state = {name: part.state_dict() for name, part in self.parts().items()}
-        path = self.out / "trainer.pt"
-        torch.save(state | {"step": self.step, "seconds": self.seconds, "config": asdict(self.cfg)},
-                   path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-
-    def load(self) -> None:
-        path = self.out / "trainer.pt"
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        changed = [f"{k} was {v!r}, now {getattr(self.cfg, k)!r}" for k, v in state["config"].items()
-                   if k not in self.MAY_CHANGE and getattr(self.cfg, k, v) != v]
-        if changed:
-            raise SystemExit(f"{self.out}: cannot resume with other settings: {'; '.join(changed)}")
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
-        self.step, self.seconds = state["step"], state["seconds"]
-        print(f"resuming {self.out} at step {self.step}")
-
-    def update(self, items: list[Utterance], rng: np.random.Generator, autocast) -> dict[str, Tensor]:
-        """One step on crops of `items`; the losses, and the gradient's norm, on the device."""
-        cfg, vocoder = self.cfg, self.vocoder
-        frames, real = crops(items, round(cfg.crop_seconds * vocoder.fingerprint.unit_rate_hz), vocoder.hop, rng)
-        frames, real = frames.to(self.device), real.to(self.device)
-        self.optimizer.param_groups[0]["lr"] = lr = \
-            cfg.lr * min(1, (self.step + 1) / 100) * (1 + math.cos(math.pi * min(1.0, self.progress))) / 2
-        with autocast():
-            ours, durations = vocoder.waves(frames, None), duration_loss(vocoder, items, rng)
-        losses = {"spectral": self.spectral(ours, real), "duration": durations}
-        loss = losses["spectral"] + 0.2 * durations
-        if self.discs and self.progress >= cfg.adversarial_from:
-            with autocast():
-                losses["discriminators"] = discriminator_loss(self.discs, real, ours)
-            losses["discriminators"].backward()
-            self.disc_optimizer.param_groups[0]["lr"] = cfg.adversarial_lr * lr / cfg.lr
-            self.disc_optimizer.step()
-            self.disc_optimizer.zero_grad()
-            self.discs.requires_grad_(False)  # their gradients would be computed for nothing
-            with autocast():
-                losses["adversarial"] = adversarial_loss(self.discs, real, ours)
-            loss = loss + 0.1 * losses["adversarial"]
-        loss.backward()
-        self.discs.requires_grad_(True)
-        losses["norm"] = nn.utils.clip_grad_norm_(vocoder.parameters(), cfg.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        decay = min(cfg.ema, (1 + self.step) / (10 + self.step))  # the first weights are soon forgotten
-        torch._foreach_lerp_(list(self.average.parameters()), [p.detach() for p in vocoder.parameters()], 1 - decay)
-        return {name: x.detach() for name, x in losses.items()}
-
-    @torch.inference_mode()
-    def validate(self, held_out: list[Utterance]) -> dict:
-        """Held-out utterances spoken with their own durations by the averaged weights; the first three are kept."""
-        distances, clipped, n = [], 0, 0
-        folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
-        for i, (units, durations, wave) in enumerate(held_out[:16]):
-            real, (ours, rate) = wave.astype(np.float32) / 32767, self.average.synthesize(units, durations)
-            distances.append(mel_cepstral_distance(ours, real))
-            clipped, n = clipped + int((np.abs(ours) >= 1).sum()), n + len(ours)
-            if i < 3:
-                soundfile.write(folder / f"{i}_original.wav", real, rate)
-                soundfile.write(folder / f"{i}_step{self.step:06d}.wav", ours, rate)
-                both = np.concatenate([spectrogram(x[:10 * rate], rate) for x in (real, ours)])  # ours below
-                (folder / f"{i}_step{self.step:06d}.png").write_bytes(png(both.repeat(2, 0)))
-        durations = duration_loss(self.average, held_out[:64], np.random.default_rng(1)).item()
-        return {"step": self.step, "minutes": round(self.seconds / 60, 2),
-                "val_mel_cepstral_distance_db": round(float(np.mean(distances)), 3),
-                "val_duration_loss": round(durations, 4), "val_clipped_share": clipped / n}
+    def save_pretrained(self, folder: Path, slam: dict, trainer: dict) -> None:
+        """As UnitLM's, for `Run.save`."""
+        write_folder(folder, {}, self.state_dict(), slam, trainer)
 
 
-def train(cfg: Config) -> None:
-    from slam.device import autocast, pick_device
-    device, out = pick_device(), Path(cfg.out)
+@torch.inference_mode()
+def evaluate(run: Run, average: Vocos, held_out: list[Utterance]) -> None:
+    """Write vocoder.safetensors, and how well it speaks 16 held-out utterances with their own durations.
+
+    The first three go to samples/, their spectrograms below those of the originals.
+    """
+    import soundfile
+    distances, clipped = [], []
+    for i, (units, durations, wave) in enumerate(held_out[:16]):
+        real, (ours, rate) = wave.astype(np.float32) / 32767, average.synthesize(units, durations)
+        distances.append(mel_cepstral_distance(ours, real))
+        clipped.append(float((np.abs(ours) >= 1).mean()))
+        if i < 3:
+            name = f"{run.out}/samples/{i}_step{run.step:06d}"
+            both = np.concatenate([spectrogram(x[:10 * rate], rate) for x in (real, ours)])
+            write_atomic(f"{name}.png", png(both.repeat(2, 0)))
+            soundfile.write(f"{name}.wav", ours, rate)
+            soundfile.write(f"{run.out}/samples/{i}_original.wav", real, rate)
+    report = {METRIC: float(np.mean(distances)), "val_clipped_share": float(np.mean(clipped)),
+              "val_duration_loss": duration_loss(average, held_out[:64], np.random.default_rng(1)).item()}
+    with run.writing():
+        average.save(run.out / "vocoder.safetensors", config=asdict(run.cfg), report=report | {"step": run.step})
+    run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in report.items()), **report)
+    run.results({METRIC: {"value": report[METRIC], "n": len(distances), "step": run.step}})
+
+
+def main(cfg: Config) -> None:
+    # ------------------------------------------------ hardware, and the run's folder
+    device = pick_device()
     cfg.adversarial = device.type == "cuda" if cfg.adversarial is None else cfg.adversarial
-    resuming, found = cfg.resume and (out / "trainer.pt").exists(), {p.name for p in out.glob("*")}
-    if found and not resuming and not (cfg.resume and found <= {"config.json", "log.jsonl"}):
-        if not cfg.overwrite:
-            raise SystemExit(f"{out} exists; --resume goes on with a run of ours, --overwrite starts anew")
-        if "log.jsonl" not in found:
-            raise SystemExit(f"{out} is not a run's folder, so --overwrite leaves it alone; choose another --out")
+    torch.manual_seed(cfg.seed)
+    run = Run(cfg, "vocoder", folder="state")
+    made = [p.name for p in (run.out / "vocoder.safetensors", run.out / "trainer.pt") if p.exists()]
+    if made and not (run.trainer or cfg.overwrite):
+        raise SystemExit(f"{run.out} holds {' and '.join(made)} but no state/ to --resume from (older code kept "
+                         f"another). Choose another --out, with --init {run.out}/vocoder.safetensors to start from its "
+                         f"weights, or --overwrite")
+
+    # ------------------------------------------------ data
     reader = UnitReader(cfg.units)
+    run.starts_from(units=reader.digest())
+    if run.trainer and run.progress() >= 1 and run.evaluated(METRIC):
+        return
     try:
-        run = Training(cfg, reader.fingerprint, device, resuming)
+        model = Training(cfg, reader.fingerprint).to(device)
     except ValueError as e:
         raise SystemExit(f"{cfg.units}: {e}") from None
-    if resuming:
-        run.load()
-        if run.progress >= 1:
-            print(f"{out} is finished already")
-            return
     corpus = load_corpus(cfg, reader)
     held_out, corpus = corpus[::cfg.val_every], [x for i, x in enumerate(corpus) if i % cfg.val_every]
-    if cfg.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    save_config(cfg, out / "config.json")
-    log = out / "log.jsonl"
-    lines = log.read_text().split("\n")[:-1] if resuming and log.exists() else []  # the last may have been cut
-    log.with_suffix(".part").write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= run.step))
-    os.replace(log.with_suffix(".part"), log)
-    print(f"{sum(p.numel() for p in run.vocoder.parameters()) / 1e6:.2f}M parameters"
-          + f" and {sum(p.numel() for p in run.discs.parameters()) / 1e6:.2f}M of discriminators" * cfg.adversarial
-          + f"; {len(corpus)} utterances to train on, {len(held_out)} held out; {device}")
 
-    asked_to_stop = []
+    # ------------------------------------------------ model and optimiser
+    vocoder, discs, spectral = model.vocoder, model.discs, SpectralLoss().to(device)
+    optimizer = torch.optim.AdamW([*vocoder.parameters(), *discs.parameters()], betas=(0.8, 0.99), weight_decay=0.01,
+                                  fused=True)  # a step moves the weights that have gradients: the ones or the others
+    if run.trainer:
+        model.load_state_dict(load_file(run.checkpoint / "model.safetensors"))
+        optimizer.load_state_dict(run.trainer["optimizer"])
+    run.open()
+    print(f"{sum(p.numel() for p in vocoder.parameters()) / 1e6:.2f}M parameters, {len(discs)} discriminators; "
+          f"{len(corpus)} utterances to train on, {len(held_out)} held out; {device}")
 
-    def stop(number: int, _) -> None:
-        if asked_to_stop:  # twice: at once
-            raise SystemExit(asked_to_stop[0])
-        asked_to_stop.append(128 + number)
-        print("saving after this step", file=sys.stderr)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    bar = tqdm(total=100, disable=None, desc="vocoder", bar_format="{l_bar}{bar}| {postfix}")
-
-    def record(line: str, **values) -> None:
-        bar.write(line)
-        with open(log, "a") as f:
-            f.write(json.dumps(values) + "\n")
-
-    def save() -> None:
-        """Keep the run, and its averaged weights as a vocoder, and say how good these are."""
-        run.save()
-        report = run.validate(held_out)
-        run.average.save(out / "vocoder.safetensors", report=report, config=asdict(cfg))
-        record(json.dumps(report), **report)
-
-    pending, before = [], run.seconds
-
-    def report() -> None:
-        """A log line about the steps since the last one. SystemExit if one of them was not finite."""
-        nonlocal pending, before
-        means = {k: torch.stack([x[k] for x in pending if k in x]).mean().item() for k in pending[-1]}
-        if not all(map(math.isfinite, means.values())):
-            raise SystemExit(f"step {run.step}: {means}: stopped. {out} keeps the last save; lower lr (now {cfg.lr:g}) "
-                             f"or look at the audio before --resume")
-        speed = len(pending) * cfg.batch * cfg.crop_seconds / max(1e-9, run.seconds - before)
-        lr, minutes = run.optimizer.param_groups[0]["lr"], run.seconds / 60
-        record(f"step {run.step:06d} | " + " | ".join(f"{k} {v:.4f}" for k, v in means.items()) + f" | lr {lr:.1e}"
-               f" | {speed:.0f}x real time | {minutes:.2f} min"
-               f" | eta {max(0.0, minutes / run.progress - minutes):.1f} min",
-               step=run.step, **means, lr=lr, times_real_time=speed, minutes=minutes)
-        pending, before = [], run.seconds
-
-    started = time.perf_counter() - run.seconds
-    while run.progress < 1 and not asked_to_stop:
+    # ------------------------------------------------ loop
+    frames_per_crop, pending = round(cfg.crop_seconds * reader.fingerprint.unit_rate_hz), []
+    while run.progress() < 1 and not run.stopping:
+        if run.step and run.step % cfg.save_every == 0 and not run.evaluated(METRIC):
+            with run.pause():
+                evaluate(run, model.average, held_out)
+        scale = min(1, (run.step + 1) / 100) * (1 + math.cos(math.pi * run.progress())) / 2  # of the learning rates
         rng = np.random.default_rng((cfg.seed, run.step))
         items = [corpus[i] for i in rng.integers(0, len(corpus), cfg.batch)]
-        pending.append(run.update(items, rng, lambda: autocast(device, cfg.dtype)))
-        run.seconds = time.perf_counter() - started
-        bar.update(min(100, 100 * run.progress) - bar.n)
-        last, saving = run.progress >= 1 or asked_to_stop, run.step % cfg.save_every == 0
-        if run.step % cfg.log_every == 0 or saving or last:
-            report()
-        if saving and not last:
-            save()
-            started = time.perf_counter() - run.seconds
-    bar.close()
-    save()
-    if asked_to_stop:
-        print(f"stopped at step {run.step}; --resume goes on", file=sys.stderr)
-        raise SystemExit(asked_to_stop[0])
-    print(f"wrote {out / 'vocoder.safetensors'}; listen to {out / 'samples'}")
+        frames, real = (x.to(device) for x in crops(items, frames_per_crop, vocoder.hop, rng))
+        with autocast(device, cfg.dtype):
+            ours, durations = vocoder.waves(frames, None), duration_loss(vocoder, items, rng)
+        losses = {"spectral": spectral(ours, real), "duration": durations}
+        loss = losses["spectral"] + 0.2 * durations
+        if discs and run.progress() >= cfg.adversarial_from:
+            with autocast(device, cfg.dtype):
+                losses["discriminators"] = discriminator_loss(discs, real, ours)
+            losses["discriminators"].backward()
+            update(discs, optimizer, cfg.adversarial_lr * scale, math.inf)
+            discs.requires_grad_(False)  # the vocoder's loss needs no gradients of theirs
+            with autocast(device, cfg.dtype):
+                losses["adversarial"] = adversarial_loss(discs, real, ours)
+            discs.requires_grad_(True)
+            loss = loss + 0.1 * losses["adversarial"]
+        loss.backward()
+        losses["norm"] = update(vocoder, optimizer, cfg.lr * scale, cfg.grad_clip)
+        run.step, run.tokens = run.step + 1, run.tokens + frames.numel()
+        decay = min(cfg.ema, (1 + run.step) / (10 + run.step))  # the first weights are soon forgotten
+        torch._foreach_lerp_(list(model.average.parameters()), [p.detach() for p in vocoder.parameters()], 1 - decay)
+        pending.append({name: x.detach() for name, x in losses.items()})
+        run.tick()
+        saving = run.step % cfg.save_every == 0
+        if saving or run.step % cfg.log_every == 0 or run.progress() >= 1 or run.stopping:
+            means = {k: torch.stack([x[k] for x in pending if k in x]).mean().item() for k in pending[-1]}
+            run.check_finite([sum(means.values())], means["norm"])
+            means["lr"], pending = cfg.lr * scale, []
+            run.log(" | ".join(f"{k} {v:.4g}" for k, v in means.items()) + f" | {run.clock()}", **means)
+        if saving and run.progress() < 1:
+            with run.pause():
+                run.save(model, optimizer, reader.fingerprint, [])
+    with run.pause():
+        run.save(model, optimizer, reader.fingerprint, [])
+        evaluate(run, model.average, held_out)
+    run.exit_if_stopping()
+    print(f"wrote {run.out / 'vocoder.safetensors'}; listen to {run.out / 'samples'}")
 
 
 if __name__ == "__main__":
-    train(load_config(Config, sys.argv[1:], __doc__))
+    main(load_config(Config, sys.argv[1:], __doc__))

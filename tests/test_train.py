@@ -1,4 +1,4 @@
-"""train.py: packing, order, schedule, accumulation, resume."""
+"""train.py: accumulation, learning, resume, refusals."""
 import functools
 import importlib.util
 import json
@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import signal
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -16,11 +15,10 @@ import torch
 from conftest import N_UNITS, refused, run, start
 
 from model import ModelConfig, UnitLM
-from slam.device import autocast, fast_bfloat16
 from slam.optim import make_optimizer, schedule, update
-from slam.packing import Loader, Packed, Rows, collate, cut
+from slam.packing import Packed, collate, cut
 from slam.scoring import validation_loss
-from slam.units import IGNORE, UnitReader, UnitWriter
+from slam.units import UnitReader, UnitWriter
 from train import Config, accumulate
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -39,104 +37,15 @@ def flags(corpus, out, **more) -> list[str]:
     return [f"--{k}={v}" for k, v in (settings | more).items()]
 
 
-def test_cut_by_hand():
-    assert cut([5], 3).tolist() == [[0, 0, 3], [0, 3, 1]]
-    assert cut([4, 2, 7], 3).tolist() == [[0, 0, 3], [1, 0, 1], [2, 0, 3], [2, 3, 3]]
-
-
-def test_every_token_but_bos_is_a_target_once(corpus):
-    reader = UnitReader(corpus / "train")
-    rows = Packed(cut(reader.lengths, 32), 32, np.random.default_rng(0))
-    tokens, targets, positions = collate(reader, list(rows), 32)
-    seen = Counter(targets[targets != IGNORE].tolist())
-    expected = Counter(t for i in range(len(reader)) for t in reader.tokens(i)[1:].tolist())
-    assert seen == expected and seen[1] == len(reader)  # 1: EOS, once an utterance
-    # what is predicted is what comes next, and an utterance's start is never predicted
-    inner = (targets[:, :-1] != IGNORE) & (positions[:, 1:] > 0)
-    assert torch.equal(targets[:, :-1][inner], tokens[:, 1:][inner])
-    assert (targets != IGNORE).float().mean() > 0.95
-    assert positions.max() < 32 and all(len(r) and r[:, 2].sum() <= 32 for r in rows)
-
-
-def test_packing_is_best_fit_decreasing():
-    """Against the rule, word for word."""
-    pieces = np.array([[i, 0, n] for i, n in enumerate(np.random.default_rng(0).integers(1, 33, 300))])
-    rows = []
-    for piece in sorted(pieces.tolist(), key=lambda p: -p[2]):
-        room = [(32 - sum(p[2] for p in row), i) for i, row in enumerate(rows)]
-        fitting = [free for free, _ in room if free >= piece[2]]
-        if fitting:
-            next(row for row, (free, _) in zip(rows, room) if free == min(fitting)).append(piece)
-        else:
-            rows.append([piece])
-    packed = Packed(pieces, 32, None)
-    # Of rows with equal room either may be taken, so what is compared is how full they get.
-    assert sorted(row[:, 2].sum() for row in packed) == sorted(sum(p[2] for p in row) for row in rows)
-
-
-def same(a, b) -> bool:
-    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
-
-
-def test_order_is_a_pure_function_of_seed_step_and_rank(corpus):
-    lengths = UnitReader(corpus / "train").lengths
-    a, b = Rows(lengths, 64, 8, seed=3), Rows(lengths, 64, 8, seed=3)
-    backwards = [b.step(s)[0] for s in (70, 5, 30)]
-    assert all(same(x, a.step(s)[0]) for x, s in zip(backwards, (70, 5, 30)))
-    assert not same(Rows(lengths, 64, 8, seed=4).step(0)[0], a.step(0)[0])
-    halves = [Rows(lengths, 64, 8, 3, rank, 2).step(30) for rank in (0, 1)]
-    assert same([row for two in zip(halves[0][0], halves[1][0]) for row in two], a.step(30)[0])
-    assert halves[0][1] == halves[1][1] == a.step(30)[1] == sum(row[:, 2].sum() for row in a.step(30)[0])
-    n = len(a.sources[0])
-    first, second = ([a.row(i).tolist() for i in range(k * n, (k + 1) * n)] for k in (0, 1))
-    assert sorted(first) == sorted(second) == sorted(row.tolist() for row in a.sources[0]) and first != second
-
-
-def test_sources_are_mixed_by_weight():
-    """3 : 1 by weight whatever the sizes; each source's rows come once an epoch of its own; the order is pure."""
-    lengths = np.full(500, 33)  # one utterance a row
-    rows = Rows(lengths, 32, 10, seed=0, sizes=[100, 400], weights=(3.0, 1.0))
-    utterances = [int(rows.row(i)[0, 0]) for i in range(4000)]
-    first = [u for u in utterances if u < 100]
-    assert len(first) == 3000 and all(sorted(first[i:i + 100]) == list(range(100)) for i in range(0, 3000, 100))
-    assert sorted(u for u in utterances[:1600] if u >= 100)[-1] < 500
-    assert sorted([u for u in utterances if u >= 100][:400]) == list(range(100, 500))
-    in_tens = [sum(u < 100 for u in utterances[i:i + 10]) for i in range(0, 4000, 10)]
-    assert 6.5 < np.mean(in_tens) < 8.5 and np.std(in_tens) > 0.5
-    again = Rows(lengths, 32, 10, seed=0, sizes=[100, 400], weights=(3.0, 1.0))
-    assert [int(again.row(i)[0, 0]) for i in range(3999, 2990, -1)] == utterances[3999:2990:-1]
-    by_size = Rows(lengths, 32, 10, seed=0, sizes=[100, 400])
-    assert sorted(int(by_size.row(i)[0, 0]) for i in range(500)) == list(range(500))
-
-
-def test_no_utterance_leaks_into_another(corpus):
-    """Changing one utterance changes no other one's loss, nor its gradient."""
-    reader, lm = UnitReader(corpus / "train"), tiny()
-    rows = list(Packed(cut(reader.lengths, 64), 64, None))
-    row = max(rows, key=len)
-    tokens, targets, positions = collate(reader, [row], 64)
-    assert len(row) >= 3
-    start, length = int(row[0, 2]), int(row[1, 2])  # the second piece
-    other = tokens.clone()
-    other[0, start:start + length] = 2 + (other[0, start:start + length] + 5) % N_UNITS
-    losses = [lm(x, targets, positions, reduction="none")[1][0] for x in (tokens, other)]
-    same_loss = losses[0] == losses[1]
-    table = lm.model.embed_tokens.weight
-    gradients = [torch.autograd.grad(lm(x, targets, positions, reduction="none")[1][0, :start].sum(), table)[0]
-                 for x in (tokens, other)]
-    assert torch.equal(*gradients)
-    assert same_loss[:start].all() and same_loss[start + length:].all() and not same_loss[start:start + length].any()
-
-
 def test_accumulation_and_packing_change_nothing(corpus):
     """The same utterances in other rows and micro-batches give the same loss, gradients and step."""
     reader = UnitReader(corpus / "train")
-    pieces = cut(reader.lengths, 64)[:24]
-    alone, results = [p[None] for p in pieces], []
-    for micro_batch, rows in ((24, alone), (1, alone), (3, alone[::-1]), (8, list(Packed(pieces, 64, None)))):
+    chunks = cut(reader.lengths, 64)[:24]
+    alone, results = [p[None] for p in chunks], []
+    for micro_batch, rows in ((24, alone), (1, alone), (3, alone[::-1]), (8, list(Packed(chunks, 64, None)))):
         lm, cfg = tiny(), Config(lr=1e-3)
         micro = [collate(reader, rows[at:at + micro_batch], 64) for at in range(0, len(rows), micro_batch)]
-        loss = accumulate(lm, micro, int(pieces[:, 2].sum()), lm.device, "float32")
+        loss = accumulate(lm, micro, int(chunks[:, 2].sum()), lm.device, "float32")
         gradients = [p.grad.clone() for p in lm.parameters()]
         norm = update(lm, make_optimizer(lm, cfg), 1e-3, 1e9)
         results.append((loss.item(), norm.item(), gradients))
@@ -145,17 +54,6 @@ def test_accumulation_and_packing_change_nothing(corpus):
         assert (loss, norm) == pytest.approx(results[0][:2], rel=1e-5)
         for a, b in zip(gradients, results[0][2]):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-
-
-def test_the_loader_gives_each_step_once_in_any_order(corpus):
-    reader = UnitReader(corpus / "train")
-    rows = Rows(reader.lengths, 64, 8, seed=3)
-    loader = Loader(reader, rows, 3, torch.device("cpu"))
-    for step in (0, 1, 2, 7, 7, 3):
-        micro, n = loader.step(step)
-        assert [len(m[0]) for m in micro] == [3, 3, 2] and n == sum(int((m[1] != IGNORE).sum()) for m in micro)
-        expected = collate(reader, rows.step(step)[0], 64)
-        assert all(torch.equal(torch.cat(x), y) for x, y in zip(zip(*micro), expected))
 
 
 def test_validation_loss_by_hand(corpus):
@@ -168,27 +66,6 @@ def test_validation_loss_by_hand(corpus):
             total += lm(x[:, :-1], x[:, 1:], reduction="sum")[1].item()
     assert n == reader.n_tokens - len(reader)
     assert loss == pytest.approx(total / n, rel=1e-5)
-
-
-@pytest.mark.parametrize("name, amx, avx512, fast", [
-    ("Intel Xeon", True, True, True), ("Intel Xeon", False, True, False), ("AMD EPYC", False, True, True),
-    ("Intel Xeon", False, False, False), ("AMD EPYC", False, False, False)])
-def test_auto_takes_bfloat16_where_it_is_fast(name, amx, avx512, fast):
-    """On an Intel CPU that hides AMX, products in bfloat16 take 1.8 times as long as in fp32."""
-    known = torch.cpu.get_capabilities()
-    cpu = {"architecture": "x86_64", "cpu_name": name, "amx_bf16": amx, "avx512_bf16": avx512}
-    assert fast_bfloat16(cpu) == fast
-    assert known.get("architecture") != "x86_64" or cpu.keys() <= known.keys()
-    chosen = torch.bfloat16 if fast_bfloat16(known) else torch.float32
-    with autocast(torch.device("cpu"), "auto"):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == chosen
-
-
-def test_bf16_autocast_keeps_fp32_weights(corpus):
-    lm = tiny()
-    with autocast(torch.device("cpu"), "bfloat16"):
-        logits, _ = lm(torch.ones(1, 4, dtype=torch.long))
-    assert logits.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in lm.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +198,7 @@ def test_extra_loggers_and_the_plot(corpus, tmp_path):
     else:
         run("train.py", *flags(corpus, out, steps=3), "--loggers=tensorboard")
         assert list((out / "tensorboard").iterdir())
-    assert "'tensorbord' is none" in refused("train.py", *flags(corpus, out), "--loggers=tensorbord")
+    assert "expected" in refused("train.py", *flags(corpus, out), "--loggers=tensorbord")
     if importlib.util.find_spec("matplotlib"):
         run("train.py", *flags(corpus, tmp_path / "plotted", steps=3))
         assert (tmp_path / "plotted" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -411,11 +288,11 @@ def test_refusals(corpus, whole_run, fingerprint, tmp_path):
     (tmp_path / "mine" / "precious.txt").write_text("x")
     assert "not a run's folder" in refused("train.py", *flags(corpus, tmp_path / "mine"), "--overwrite")
     assert (tmp_path / "mine" / "precious.txt").exists()
-    error = refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6", "--batch_tokens=300", "--weights=1,2")
+    error = refused("train.py", *flags(corpus, tmp_path / "x"), "--tokens=1e6", "--batch_tokens=300")
     assert "at least 1" in refused("train.py", *flags(corpus, tmp_path / "x", micro_batch=0, warmup=1))
     assert "warmup 0: inverse_sqrt" in refused("train.py", *flags(corpus, tmp_path / "x", schedule="inverse_sqrt",
                                                                   warmup=0))
-    assert "exactly one of" in error and "multiple of context" in error and "weights: 2 for 1" in error
+    assert "exactly one of" in error and "multiple of context" in error
     assert "no such folder" in refused("train.py", *flags(corpus, tmp_path / "x", shape="{}"), "--base=out/nowhere")
     with UnitWriter(tmp_path / "other", replace(fingerprint, layer=2)) as writer:
         writer.add("x", np.arange(9), np.ones(9))

@@ -1,0 +1,128 @@
+"""slam.run: settings of older checkpoints, the clock, signals, and what stops a run."""
+import json
+import signal
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from slam.run import Run
+from slam.units import Fingerprint
+
+FINGERPRINT = Fingerprint("x", 1, 25.0, 20, True, "f" * 64)
+
+
+@dataclass
+class Settings:
+    out: str
+    steps: int | None = 10
+    tokens: float | None = None
+    time_budget_hours: float | None = None
+    lr: float = 1e-3
+    grad_clip: float = 0.5
+    activation_checkpointing: bool = False
+    context: int = 64
+    resume: bool = False
+    overwrite: bool = False
+
+
+class Weights(torch.nn.Linear):
+    def save_pretrained(self, folder, slam, trainer):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "slam.json").write_text(json.dumps(slam))
+        torch.save(trainer, folder / "trainer.pt")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a run that was saved at step 3; the process has its signals back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    run, weights = Run(Settings(str(tmp_path / "run")), "train"), Weights(2, 2)
+    run.starts_from(train="a")
+    run.open()
+    run.log("a line", loss=1.0)
+    run.step, run.tokens = 3, 300
+    run.save(weights, torch.optim.SGD(weights.parameters(), 0.1), FINGERPRINT, [torch.tensor(1.5)])
+    yield run.out
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_run_goes_on_where_it_was_saved(saved):
+    run = Run(Settings(str(saved), resume=True), "train")
+    assert (run.step, run.tokens, run.progress()) == (3, 300, 0.3)
+    assert [x.item() for x in run.trainer["pending"]] == [1.5] and run.trainer["optimizer"]["param_groups"]
+    run.starts_from(train="a")
+    with pytest.raises(SystemExit, match="are not what they were: train;"):
+        run.starts_from(train="b")
+    with pytest.raises(SystemExit, match="--resume goes on"):
+        Run(Settings(str(saved)), "train")
+
+
+def test_settings_have_their_older_names_in_older_checkpoints(saved):
+    """slam.json once said clip and checkpointing, and had weights, which are gone; who used them can't resume."""
+    path = saved / "checkpoint" / "slam.json"
+    slam = json.loads(path.read_text())
+    slam["config"] |= {"clip": slam["config"].pop("grad_clip"),
+                       "checkpointing": slam["config"].pop("activation_checkpointing")}
+    path.write_text(json.dumps(slam | {"config": slam["config"] | {"weights": [1, 2]}}))
+    with pytest.raises(SystemExit, match="weights was"):
+        Run(Settings(str(saved), resume=True), "train")
+    path.write_text(json.dumps(slam | {"config": slam["config"] | {"weights": []}}))
+    assert Run(Settings(str(saved), resume=True, grad_clip=1.0, activation_checkpointing=True), "train").step == 3
+    with pytest.raises(SystemExit, match="context was 64, now 32$"):
+        Run(Settings(str(saved), resume=True, context=32), "train")
+
+
+def test_records_after_the_checkpoint_go(saved):
+    log = saved / "log.jsonl"
+    with open(log, "a") as f:
+        f.write('{"step": 3}\n{"step": 4}\n{"step": 5, "lo')
+    Run(Settings(str(saved), resume=True), "train").open()
+    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [0, 3]
+
+
+def test_a_pause_is_no_training_time(saved):
+    run = Run(Settings(str(saved), resume=True), "train")
+    run.open()
+    started, before = run.started, run.seconds
+    with run.pause():
+        began = time.perf_counter()
+        threading.Event().wait(0.2)
+        paused = time.perf_counter() - began
+    run.tick()
+    assert 0 < run.seconds - before <= run.started - started - paused
+
+
+def test_a_signal_saves_and_exits_with_its_code(saved, capsys):
+    run, weights = Run(Settings(str(saved), resume=True), "train"), Weights(2, 2)
+    run.open()
+    signal.raise_signal(signal.SIGTERM)
+    run.step = 4
+    run.tick()
+    assert run.stopping == 128 + signal.SIGTERM
+    with pytest.raises(SystemExit) as stop:
+        run.finish(weights, torch.optim.SGD(weights.parameters(), 0.1), FINGERPRINT, [])
+    assert stop.value.code == run.stopping and "stopped at step 4" in capsys.readouterr().err
+    assert Run(Settings(str(saved), resume=True), "train").step == 4
+    with pytest.raises(SystemExit):  # the second signal does not wait
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_first_step_that_is_not_finite_is_named(saved):
+    run = Run(Settings(str(saved), resume=True), "train")
+    run.check_finite([1.0, 2.0], 3.0)
+    run.check_finite([], 3.0)
+    with pytest.raises(SystemExit, match="step 2: loss nan: .*checkpoint is as it was last saved"):
+        run.check_finite([float("nan"), 1.0], 1.0)
+    with pytest.raises(SystemExit, match="step 3: gradient norm inf"):
+        run.check_finite([1.0], float("inf"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(SystemExit, match="not a run's folder"):
+        Run(Settings(str(tmp_path), overwrite=True), "train")
+    assert (tmp_path / "precious.txt").exists()
