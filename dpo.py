@@ -299,13 +299,11 @@ def main(cfg: Config) -> None:
         run.step += 1
         run.tokens += sum(sum(train.pairs[i].lengths[1:]) for i in ids)
         run.tick()
-        run.agree()
 
         log_due, save_due = run.step % cfg.log_every == 0 or run.progress() >= 1, run.step % cfg.save_every == 0
         if log_due or save_due or run.stopping:
             run.check_finite([x[0].item() for x in statistics], norm.item())  # waits for the GPU, so not at every step
             run.tick()
-            run.agree()
         if log_due:
             found = dict(zip(STATISTICS, torch.stack(statistics).mean(0).tolist())) | {"lr": lr, "gnorm": norm.item()}
             line = " | ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in found.items())

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slam.attention import compile_around_segments
+
 # Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets.
 PEAK_TFLOPS = {"A5000": 111, "A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989, "H200": 989}
 
@@ -79,7 +81,11 @@ def autocast(device: torch.device, dtype: str):
 
 def compiled(lm: torch.nn.Module, wanted: bool | None) -> Callable:
     """The model's forward, compiled if `wanted`; None: on a GPU only."""
-    return torch.compile(lm) if (lm.device.type == "cuda" if wanted is None else wanted) else lm
+    if not (lm.device.type == "cuda" if wanted is None else wanted):
+        return lm
+    if lm.device.type == "cpu":
+        compile_around_segments()
+    return torch.compile(lm)
 
 
 def n_graphs() -> int:

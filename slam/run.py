@@ -134,9 +134,6 @@ class Run:
         self.seconds, stopping = over_ranks([seconds, self.asked_to_stop], dist.ReduceOp.MAX)
         self.started, self.stopping = time.perf_counter(), int(stopping)
 
-    def agree(self) -> None:
-        """Does nothing; `tick` does it."""
-
     @contextmanager
     def pause(self):
         """The time inside is not training time: compiling, evaluating, saving."""

@@ -8,8 +8,8 @@ import soundfile
 from conftest import refused, run
 
 import eval
-from slam.speech import text_losses
 from config import load_config
+from slam.speech import text_losses
 from slam.units import UnitReader
 
 
