@@ -1,27 +1,21 @@
-"""prepare_units.py: whole corpora, killed or shared; fitting, reading and checking codebooks."""
+"""prepare_units.py: whole corpora, killed or shared; verify; BPE."""
 import json
 import os
-import pickle
 import shutil
 import signal
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 from conftest import ROOT, refused, run, start
 from test_audio import bad, librispeech, pack, tone  # noqa: F401
 
 from config import load_config
-from dev.check_tokenizer import CheckConfig, check
-from prepare_units import END, Config, Piece, ReadAhead, Utterance, groups, main, verify
-from slam.kmeans import FitConfig, draw, kmeans, read_kmeans
-from slam.slamkit import read_features
-from slam.tokenizer import SpeechTokenizer, assign
-from slam.units import UnitReader, UnitWriter, published_fingerprint
+from prepare_units import Config, main, verify
+from slam.tokenizer import SpeechTokenizer
+from slam.units import UnitReader, UnitWriter
 
 
 def said(folder) -> dict[str, list[int]]:
@@ -85,27 +79,25 @@ def test_a_corpus_has_the_units_that_its_files_have_alone(recordings, whole):
     assert equal / n >= 0.999
 
 
-@pytest.mark.parametrize("after", [0, 3])
-def test_killed_and_resumed_is_as_if_never_killed(recordings, whole, tmp_path, after):
-    """kill -9 as soon as so many shards are there, and half a shard under its temporary name."""
+def test_killed_and_resumed_loses_nothing_and_has_nothing_twice(recordings, whole, tmp_path):
+    """kill -9 as soon as three shards are there, and half a shard under its temporary name."""
     out = tmp_path / "units"
     command = ["prepare_units.py", f"--input={recordings}", f"--out={out}", *SMALL]
     process = start(*command)
-    process.until(lambda: (out / "config.json").exists() and len(shards(out)) >= after)
+    process.until(lambda: len(shards(out)) >= 3)
     process.kill()
     assert process.end().returncode == -signal.SIGKILL
-    done = len(shards(out))
-    assert done < len(shards(whole))
-    if after:
-        assert "not finished" in str(pytest.raises(SystemExit, verify, [out]).value)
-    (out / f"{done:05d}.part").write_bytes(b"half a shard")
+    kept = shards(out)
+    assert len(kept) < len(shards(whole))
+    assert "not finished" in str(pytest.raises(SystemExit, verify, [out]).value)
+    (out / "00099.safetensors.0.part").write_bytes(b"half a shard")
     again = run(*command).stdout
-    assert "; 4 skipped" in again and shards(out) == shards(whole)
+    assert f"{len(UnitReader(*[out / name for name in kept]))} were there already; 4 skipped" in again
+    assert shards(out).items() > kept.items() and sorted(UnitReader(out).ids()) == sorted(UnitReader(whole).ids())
     assert {s["id"] for s in json.loads((out / "report.json").read_text())["skipped"]} == BAD
     verify([out])
-    if after:
-        again = run(*command).stdout
-        assert "31 were there already; 4 skipped" in again and shards(out) == shards(whole)
+    finished = shards(out)
+    assert "31 were there already; 4 skipped" in run(*command).stdout and shards(out) == finished
 
 
 def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
@@ -154,22 +146,32 @@ def test_archives_and_text(librispeech, tmp_path):  # noqa: F811
 
 
 def test_long_recordings_are_cut_at_silences(recordings, tmp_path, capsys):
-    """In utterances of at most 12 s; of a recording cut short there is what came before, and a word about it."""
-    cfg = Config(input=str(recordings / "b"), out=f"{tmp_path}/u", max_utterance_seconds=12, durations=True,
-                 max_bad_share=0.1)
+    """In utterances of at most 12 s; a silent one is left out, and so is all of a recording that is damaged."""
+    (tmp_path / "in").mkdir()
+    for name in ("long.flac", "00_cut.flac"):
+        shutil.copy(recordings / "b" / name, tmp_path / "in" / name)
+    speech, rate = soundfile.read(tmp_path / "in" / "long.flac", frames=12 * 16_000)
+    soundfile.write(tmp_path / "in" / "pause.flac", np.concatenate([speech, np.zeros(20 * 16_000)]), rate)
+    cfg = Config(input=f"{tmp_path}/in", out=f"{tmp_path}/u", max_utterance_seconds=12, durations=True,
+                 max_bad_share=0.3)
     main(cfg)
     reader = UnitReader(tmp_path / "u")
     long = [id for id in reader.ids() if id.startswith("long.flac@")]
     starts = [float(id.partition("@")[2]) for id in long]
     assert starts[0] == 0 and starts == sorted(starts) and 10 <= len(long) <= 20
-    assert 4 < len([id for id in reader.ids() if id.startswith("00_cut.flac@")]) < len(long)
     assert max(reader.durations(i).sum() for i in range(len(reader))) <= 12 * 25
-    report = json.loads((tmp_path / "u" / "report.json").read_text())
-    assert [s["id"] for s in report["skipped"]] == ["00_cut.flac"]
+    assert {id.partition("@")[0] for id in reader.ids()} == {"long.flac", "pause.flac"}
+    skipped = {s["id"]: s["reason"] for s in json.loads((tmp_path / "u" / "report.json").read_text())["skipped"]}
+    assert "00_cut.flac" in skipped and len(skipped) > 1
+    assert all("silent" in reason for id, reason in skipped.items() if id.startswith("pause.flac@"))
     main(cfg)
     assert len(UnitReader(tmp_path / "u")) == len(reader) and "; 1 skipped" in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(SystemExit, match="max_utterance_seconds 12.*now 0"):
         main(replace(cfg, max_utterance_seconds=0.0))
+    shutil.copy(recordings / "b" / "long.flac", tmp_path / "in" / "00_cut.flac")  # mended
+    main(cfg)
+    ids = UnitReader(tmp_path / "u").ids()
+    assert [id for id in ids if id.startswith("00_cut")] == [id.replace("long", "00_cut") for id in long]
 
 
 def test_bad_files_are_skipped_listed_and_counted(bad, tmp_path, capsys):  # noqa: F811
@@ -207,7 +209,6 @@ def test_mended_files_are_tried_again(recordings, tmp_path):
     with pytest.raises(SystemExit, match="1 of 2 can't be used"):
         main(cfg)
     shutil.copy(recordings / "b" / "long.flac", tmp_path / "in" / "00_cut.flac")
-    os.utime(tmp_path / "in" / "00_cut.flac", (2e9, 2e9))
     main(cfg)
     assert UnitReader(tmp_path / "u").ids() == ["long.flac", "00_cut.flac"]
     main(cfg)
@@ -261,103 +262,17 @@ def test_refusals(tmp_path, recordings, corpus):
     wrong = message(load_config, Config, ["--shard=0/3", "--dtype=int8", "--max_utterance_seconds=0.1", "--workers=-1"])
     for word in ("'0/3' is not a part", "int8", "at least 1", "not negative"):
         assert word in wrong
-    assert "at least n_units" in message(load_config, FitConfig, ["--minibatch=50"])
     with pytest.raises(SystemExit, match="of another stage"):
         main(Config(input=str(recordings), out=str(corpus / "train")))
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(SystemExit, match="no recordings in it"):
         main(Config(input=f"{tmp_path}/empty.txt", out=f"{tmp_path}/u"))
     shutil.copy(ROOT / "assets" / "codebook.safetensors", tmp_path / "codebook.safetensors")
-    with pytest.raises(SystemExit, match="not a unit file by its name"):
+    with pytest.raises(SystemExit, match="codebook.safetensors: not a whole unit file"):
         verify([tmp_path])
     with pytest.raises(SystemExit, match="imported by one process"):
         (tmp_path / "x.jsonl").write_text("")
         main(Config(input=f"{tmp_path}/x.jsonl", out=f"{tmp_path}/u", shard="1/2"))
-    with pytest.raises(SystemExit, match="part of its tokeniser|part of the tokeniser|windows"):
-        check(CheckConfig(input=str(recordings), window_seconds=20.0))
-
-
-# ---------------------------------------------------------------- the pieces
-
-def test_reading_ahead_keeps_the_order_and_passes_errors_on():
-    def make(n):
-        for i in range(n):
-            if n == 7 and i == 3:
-                raise ValueError("seven")
-            yield n, i
-
-    with ReadAhead(range(40), make, workers=3, depth=2) as ahead:
-        seen = []
-        for item, pieces in ahead:
-            try:
-                seen.append((item, list(pieces)))
-            except ValueError as e:
-                assert str(e) == "seven" and item == 7
-    assert seen == [(n, [(n, i) for i in range(n)]) for n in range(40) if n != 7]
-
-    def broken():
-        yield 1
-        raise SystemExit("the list ends badly")
-
-    with pytest.raises(SystemExit, match="ends badly"), ReadAhead(broken(), make, 2) as ahead:
-        assert [list(p) for _, p in ahead]
-    begun = []
-    with pytest.raises(KeyError), ReadAhead((begun.append(n) or n for n in range(1000)), make, 2) as ahead:
-        for item, _ in ahead:
-            raise KeyError
-    assert len(begun) < 10  # left early, nothing hangs and the rest is not read
-
-
-def test_a_group_hangs_on_what_it_begins_with_only():
-    """From any border at a recording's end, the groups that follow are the same."""
-    rng = np.random.default_rng(0)
-    stream = []
-    for i in range(60):
-        for _ in range(int(rng.integers(1, 40)) if i % 7 == 0 else 1):
-            stream.append(Piece(Utterance(str(i), None), np.zeros(int(rng.integers(1, 30)) * 16_000), 0, None))
-        stream.append(END)
-    found = list(groups(stream, 100))
-    assert sum(found, []) == stream
-    at = 0
-    for i, group in enumerate(found):
-        seconds = [len(e.wave) / 16_000 for e in group if e is not END]
-        assert sum(seconds) < 200 + 30
-        at += len(group)
-        if group[-1] is END:
-            assert list(groups(stream[at:], 100)) == found[i + 1:]
-
-
-def test_slamkits_files(tmp_path, capsys):
-    assert read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500)[:2] == ("a", pytest.approx([3, 49]))
-    units = [[3, 49, 7], [1, 1, 2]]
-    lines = [{"units": units[0], "duration": [2, 1, 4], "file_name": "a.wav"},
-             {"audio_repr": {"units": units[1], "duration": [2, 3, 1]}, "file_name": "b.wav"},
-             {"units": [500], "duration": [1], "file_name": "c.wav"},
-             {"units": [1, 2], "duration": [1], "file_name": "d.wav"}, {"units": [10 ** 30], "file_name": "e.wav"}, [1],
-             {"units": [3, 49, 7], "duration": [2, 1, 4], "file_name": "a.wav"}]
-    (tmp_path / "features.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
-    main(Config(input=f"{tmp_path}/features.jsonl", out=f"{tmp_path}/f", durations=True, max_bad_share=0.9))
-    reader = UnitReader(tmp_path / "f")
-    assert said(tmp_path / "f") == {"a.wav": [3, 49, 7], "b.wav": [1, 2]}  # runs are merged
-    assert reader.durations(1).tolist() == [5, 1] and reader.hours == pytest.approx(13 / 25 / 3600)
-    assert reader.fingerprint == published_fingerprint(502)  # what SlamKit makes, unless told otherwise
-    assert f"{tmp_path}/features.jsonl does not name its tokeniser" in (said_so := capsys.readouterr().err)
-    assert "slprl/mhubert-base-25hz layer 11" in said_so and "--tokenizer" in said_so
-    report = json.loads((tmp_path / "f" / "report.json").read_text())
-    assert [s["id"] for s in report["skipped"]] == [f"line {i}" for i in (3, 4, 5, 6, 8)]
-    assert report["already_there"] == 1  # a file named twice
-    assert "not units of slprl/mhubert-base-25hz" in report["skipped"][0]["reason"]
-    verify([tmp_path / "f"])
-    (tmp_path / "tokens.jsonl").write_text(json.dumps({"file_name": "a", "audio_repr": "<Un3><Un49>"}) + "\n" +
-                                           json.dumps({"file_name": "b", "audio_repr": "<Un3> 49"}) + "\n")
-    main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/t", max_bad_share=0.5))
-    assert said(tmp_path / "t") == {"a": [3, 49]}
-    capsys.readouterr()
-    main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/e", tokenizer="embedded", max_bad_share=0.5))
-    assert UnitReader(tmp_path / "e").fingerprint == SpeechTokenizer.load("embedded").fingerprint  # as it is told
-    assert "does not name" not in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="can't be used.*no durations"):
-        main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/td", durations=True))
 
 
 def test_verify_finds_what_is_wrong(fingerprint, tmp_path, capsys):
@@ -396,142 +311,6 @@ def test_verify_finds_what_is_wrong(fingerprint, tmp_path, capsys):
     assert "not a whole unit file" in wrong(tmp_path / "cut")
     assert "no unit files" in wrong(tmp_path)
     assert "usage" in refused("prepare_units.py", "verify")
-
-
-# ---------------------------------------------------------------- codebooks
-
-@pytest.mark.parametrize("minibatch", [0, 200])
-def test_kmeans_finds_blobs(minibatch):
-    g = torch.Generator().manual_seed(0)
-    centres = torch.randn(8, 5, generator=g) * 20
-    x = (centres[:, None] + torch.randn(8, 100, 5, generator=g)).flatten(0, 1)
-    centroids, inertia = kmeans(x, 8, 30, torch.Generator().manual_seed(1), minibatch)
-    assert torch.cdist(centres, centroids).min(1).values.max() < 0.5
-    assert inertia == pytest.approx(5, rel=0.1)
-    labels = assign(x, centroids, chunk=77)
-    assert torch.equal(labels, torch.cdist(x, centroids).argmin(1))
-    assert sorted(Counter(labels.tolist()).values()) == [100] * 8
-
-
-def test_empty_clusters_are_seeded_anew():
-    x = torch.cat([torch.zeros(1000, 2), torch.tensor([[10.0, 10.0]]).repeat(50, 1), torch.randn(30, 2) + 50])
-    for minibatch in (0, 500):
-        centroids, inertia = kmeans(x, 12, 40, torch.Generator().manual_seed(0), minibatch)
-        assert torch.isfinite(centroids).all() and inertia < 1
-        assert len(set(assign(x, centroids).tolist())) >= 8
-
-
-def test_fit_makes_a_tokeniser(stories, tmp_path):
-    """The documented command, on a few stories; the codebook it writes tokenises."""
-    book = tmp_path / "book.safetensors"
-    done = run("prepare_units.py", "fit", "config/fit_embedded.py", f"--input={stories / 'audio'}",
-               f"--codebook={book}", "--n_units=40", "--iterations=5")
-    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert 0.5 < report["crop_agreement"] <= 1 and report["n_units"] == 40
-    mine = SpeechTokenizer.load(str(book))
-    assert mine.fingerprint.n_units == 40
-    assert mine.fingerprint != SpeechTokenizer.load("embedded").fingerprint
-    assert "overwrite" in refused("prepare_units.py", "fit", f"--input={stories / 'audio'}", f"--codebook={book}")
-
-
-def test_check_reports_how_steady_a_tokeniser_is(recordings, tmp_path):
-    done = run("dev/check_tokenizer.py", f"--input={recordings}", "--minutes=0.5", "--dtype=bfloat16")
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["batch_agreement"] > 0.99 and report["float32_agreement"] > 0.97
-    assert 0.7 < report["crop_agreement"] < 0.95 and 15 < report["units_per_second"] < 25
-    from test_speech_tokenizer import hubert
-    hubert(tmp_path / "hubert")
-    run("prepare_units.py", "fit", f"--input={recordings}", f"--codebook={tmp_path}/h.safetensors", "--n_units=40",
-        f"--encoder={tmp_path}/hubert", "--layer=3", "--hours=0.05", "--minibatch=500")
-    done = run("dev/check_tokenizer.py", f"--input={recordings}", f"--tokenizer={tmp_path}/h.safetensors",
-               "--minutes=1.5", "--window_seconds=10", "--hop_seconds=8")
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["seams"] > 5 and report["window_seconds"] == 10 and report["batch_agreement"] >= 0.999
-    assert report["window_agreement_at_seams"] > 0.8 and report["window_agreement_elsewhere"] > 0.8
-
-
-def test_fitting_reads_a_sample(recordings, tmp_path, capsys):
-    """Only as many files as are needed, drawn at random, and no more of each than asked for; bad ones are named."""
-    (tmp_path / "in").mkdir()
-    for path in recordings.rglob("*.flac"):
-        os.symlink(path, tmp_path / "in" / path.name)
-    (tmp_path / "in" / "bad.wav").write_text("no audio")
-    found = [draw(str(tmp_path / "in"), 20.0, 5.0, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    for waves in found:
-        assert 20 <= sum(map(len, waves)) / 16_000 < 25 and max(map(len, waves)) == 5 * 16_000
-    assert all(np.array_equal(a, b) for a, b in zip(*found[:2])) and not np.array_equal(found[0][0], found[2][0])
-    everything = draw(str(tmp_path / "in"), 1e4, 300.0, np.random.default_rng(0))
-    assert len(everything) == 31 and "bad.wav" in capsys.readouterr().err
-    archive = pack(tmp_path / "in", tmp_path / "x.tar")
-    with pytest.raises(SystemExit, match="not one usable recording"):
-        draw(str(archive), 10.0, 5.0, np.random.default_rng(0))  # of links only
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch evil",)
-
-
-class SubtleEvil:
-    """Asks for something harmless-looking out of an expected package."""
-    def __reduce__(self):
-        from numpy import load
-        return load, ("evil.npy",)
-
-
-def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
-    sklearn, joblib = pytest.importorskip("sklearn.cluster"), pytest.importorskip("joblib")
-    monkeypatch.chdir(tmp_path)
-    x = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
-    for name, model in (("mini", sklearn.MiniBatchKMeans(20, random_state=np.random.RandomState(0), n_init=1)),
-                        ("full", sklearn.KMeans(20, n_init=1))):
-        model.fit(x)
-        for compress in (0, 3, ("gzip", 3)):
-            joblib.dump(model, "km.bin", compress=compress)
-            np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
-        for protocol in range(2, 6):
-            Path("km.bin").write_bytes(pickle.dumps(model, protocol))
-            np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
-    model.cluster_centers_ = np.asfortranarray(model.cluster_centers_.astype(np.float64))
-    joblib.dump(model, "km.bin")
-    np.testing.assert_allclose(read_kmeans(Path("km.bin")), model.cluster_centers_, rtol=1e-6)
-
-    for evil in (Evil(), {"cluster_centers_": Evil()}, SubtleEvil(), [model, Evil()]):
-        for write in (lambda: joblib.dump(evil, "evil.bin"), lambda: Path("evil.bin").write_bytes(pickle.dumps(evil))):
-            write()
-            with pytest.raises(SystemExit, match="nothing was run"):
-                read_kmeans(Path("evil.bin"))
-    assert not Path("evil").exists()
-    model.cluster_centers_ = np.array([Evil()], dtype=object)
-    joblib.dump(model, "evil.bin")
-    with pytest.raises(SystemExit, match="not of numbers"):
-        read_kmeans(Path("evil.bin"))
-    assert not Path("evil").exists()
-    whole = Path("km.bin").read_bytes()
-    for content in (b"", b"text", whole[:200], whole[:-50], pickle.dumps({"a": 1}), pickle.dumps([1, 2])):
-        Path("bad.bin").write_bytes(content)
-        with pytest.raises(SystemExit, match="not a k-means"):
-            read_kmeans(Path("bad.bin"))
-
-
-def test_a_kmeans_is_converted(tmp_path):
-    sklearn, joblib = pytest.importorskip("sklearn.cluster"), pytest.importorskip("joblib")
-    from test_speech_tokenizer import hubert
-    hubert(tmp_path / "hubert")
-    model = sklearn.MiniBatchKMeans(20, n_init=1).fit(np.random.default_rng(0).standard_normal((300, 32)))
-    name = "mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin"
-    joblib.dump(model, tmp_path / name)
-    command = ["prepare_units.py", "convert", f"--codebook={tmp_path}/book.safetensors", "--layer=3",
-               f"--encoder={tmp_path}/hubert"]
-    assert "03cc04a9" in refused(*command, f"--source={tmp_path / name}")  # not the published file under its name
-    os.rename(tmp_path / name, tmp_path / "km.bin")
-    assert "20 units" in run(*command, f"--source={tmp_path}/km.bin").stdout
-    assert "overwrite" in refused(*command, f"--source={tmp_path}/km.bin")
-    assert "no such file" in refused(*command, f"--source={tmp_path}/none.bin", "--overwrite")
-    tokenizer = SpeechTokenizer.load(f"{tmp_path}/book.safetensors")
-    np.testing.assert_allclose(tokenizer.centroids.numpy(), model.cluster_centers_, rtol=1e-6)
-    units, _ = tokenizer.encode(np.random.default_rng(0).standard_normal(32_000).astype(np.float32), 16_000)
-    assert units.max() < 20 and tokenizer.fingerprint.layer == 3
 
 
 def test_bpe_of_a_corpus(whole, tmp_path, capsys):
