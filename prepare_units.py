@@ -225,7 +225,7 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
     total, items = read_input(cfg.input, cfg.text, cfg.audio_column, (index, n_parts))
     out = prepare_output_dir(cfg, prefix)
     writer = UnitWriter(out, tokenizer.fingerprint, cfg.input, cfg.durations, None, prefix)
-    done = {id.rpartition("@")[0] if cfg.max_utterance_seconds else id for id in writer.done}  # recordings
+    done = Counter(id.rpartition("@")[0] if cfg.max_utterance_seconds else id for id in writer.done)  # by recording
     tally = Tally(out / f"{prefix}report.json", cfg.max_bad_share)
     bar = tqdm(total=total, disable=None, desc="units", unit="file", smoothing=0)
 
@@ -233,10 +233,10 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
         """The recordings that are not there yet."""
         for item in items:
             if item.id in done:
-                tally.already_there += 1
+                tally.already_there += done[item.id]
                 bar.update()
             else:
-                done.add(item.id)  # a list may name it again
+                done[item.id] = 1  # a list may name it again
                 yield item
 
     # ---- loop

@@ -81,10 +81,10 @@ def ahead(pool: Executor, values: Iterator, n: int) -> Iterator:
 
 
 def read_ahead(pool: Executor, recordings: Iterable[Iterator], n_recordings: int) -> Iterator:
-    """The values of each recording in turn; threads run ahead by `n_recordings`, and by 4 to 8 values of each."""
+    """The values of each recording in turn; threads run ahead by `n_recordings`, and by 3 to 6 values of each."""
     line = deque()
     for recording in ahead(pool, iter(recordings), 4):
-        line.append(ahead(pool, recording, 4))
+        line.append(ahead(pool, recording, 3))
         if len(line) > n_recordings:
             yield from line.popleft()
     while line:
