@@ -36,7 +36,7 @@ from config import load_config
 from slam.audio import SAMPLE_RATE, Item, read_input
 from slam.device import pick_device
 from slam.read_ahead import Piece, Utterance, read_ahead, read_recording
-from slam.slamkit import read_features, slamkit_tokenizer
+from slam.slamkit import slamkit_tokenizer, slamkit_units
 from slam.tokenizer import Bpe, SpeechTokenizer, codebook_fingerprints, read_codebook, write_codebook
 from slam.units import OFFSET, UnitReader, UnitWriter, require_same, vocab_size, write_atomic
 
@@ -274,7 +274,8 @@ def import_units(cfg: Config) -> None:
           UnitWriter(out, fingerprint, cfg.input, cfg.durations, cfg.shard_tokens) as writer):
         for number, line in enumerate(tqdm(lines, disable=None, desc="units", unit="line"), start=1):
             try:
-                id, units, durations = read_features(line, base.n_units)
+                record = json.loads(line)
+                id, (units, durations) = str(record["file_name"]), slamkit_units(record, base.n_units)
                 if cfg.durations and durations is None:
                     raise ValueError("no durations; import it without --durations")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:

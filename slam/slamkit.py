@@ -1,5 +1,4 @@
 """SlamKit's unit files (features.jsonl, tokens.jsonl, preference features): whose units they hold, and reading them."""
-import json
 import re
 import sys
 
@@ -24,20 +23,11 @@ def slamkit_tokenizer(path: str, tokenizer: str) -> tuple[Fingerprint, Fingerpri
     return published, published, None
 
 
-def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """A line of features.jsonl or tokens.jsonl -> id, units (T,) and, from features.jsonl, durations (T,) in frames.
-
-    read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500) -> "a", [3, 49], None
-    """
-    record = json.loads(line)
-    return str(record["file_name"]), *slamkit_units(record, n_units)
-
-
 def slamkit_units(record: dict, n_units: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Units (T,) of one recording and, if recorded, durations (T,); runs of equal units are merged.
+    """Units (T,) of a recording, a line of the file, and, if recorded, durations (T,) in frames; runs are merged.
 
     slamkit_units({"units": [1, 1, 2], "duration": [2, 3, 1]}, 500) -> [1, 2], [5, 1]
-
+    slamkit_units({"audio_repr": "<Un3><Un49>"}, 500) -> [3, 49], None
     ValueError, KeyError or TypeError if these are not units below `n_units`.
     """
     found = record.get("audio_repr", record)

@@ -249,7 +249,7 @@ def test_memory_does_not_grow_with_the_length(recordings, tmp_path):
         soundfile.write(tmp_path / f"{n}.wav", np.tile(wave, n), rate)
         done = run("-c", code, tmp_path / f"{n}.wav", tmp_path / f"u{n}")
         peaks.append(int(done.stdout.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 23 and peaks[1] < 1000, peaks
+    assert peaks[1] - peaks[0] < 35 and peaks[1] < 1000, peaks
 
 
 def test_refusals(tmp_path, recordings, corpus):

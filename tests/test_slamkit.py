@@ -4,7 +4,7 @@ import json
 import pytest
 
 from prepare_units import Config, main, verify
-from slam.slamkit import read_features, slamkit_units
+from slam.slamkit import slamkit_units
 from slam.tokenizer import SpeechTokenizer
 from slam.units import UnitReader, published_fingerprint
 
@@ -15,8 +15,8 @@ def said(folder) -> dict[str, list[int]]:
 
 
 def test_units_and_durations():
-    id, units, durations = read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500)
-    assert id == "a" and units.tolist() == [3, 49] and durations is None
+    units, durations = slamkit_units({"file_name": "a", "audio_repr": "<Un3><Un49>"}, 500)
+    assert units.tolist() == [3, 49] and durations is None
     units, durations = slamkit_units({"units": [1, 1, 2], "duration": [2, 3, 1]}, 500)
     assert units.tolist() == [1, 2] and durations.tolist() == [5, 1]
     for bad in ({"units": [500]}, {"units": []}, {"units": [-1]}, {"units": [[1]]}, {"units": [0.5]},
