@@ -1,5 +1,4 @@
-"""slam.slamkit."""
-import json
+"""SlamKit's unit files (features.jsonl, tokens.jsonl, preference features): whose units they hold, and reading them."""
 import re
 import sys
 from collections.abc import Callable
@@ -13,10 +12,10 @@ from slam.units import Fingerprint, dedup, published_fingerprint, vocab_size
 
 
 def slamkit_tokenizer(path: str, tokenizer: str) -> tuple[Fingerprint, Fingerprint, Bpe | None]:
-    """Whose units a file of SlamKit's holds: fingerprint of what to write, fingerprint of the units, BPE between them.
+    """Fingerprints of the units to write and of the units in a SlamKit file, and the BPE that makes one of the other.
 
-    The file does not say. A codebook file does, if named by `tokenizer`; else SlamKit's default, the published mHuBERT,
-    is assumed, and a line on stderr says so.
+    The file names no tokeniser. `tokenizer`, a codebook file, does; if it is empty, SlamKit's default, the published
+    mHuBERT, is assumed and a line on stderr says so.
     """
     if tokenizer:
         tensors, meta = read_codebook(tokenizer)
@@ -27,17 +26,13 @@ def slamkit_tokenizer(path: str, tokenizer: str) -> tuple[Fingerprint, Fingerpri
     return published, published, None
 
 
-def read_features(line: str, n_units: int) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """A line of SlamKit's features.jsonl or tokens.jsonl: id, units and, in features, durations; runs are merged.
-
-    read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500) -> "a", [3, 49], None
-    """
-    record = json.loads(line)
-    return str(record["file_name"]), *slamkit_units(record, n_units)
-
-
 def slamkit_units(record: dict, n_units: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Units and, if they are there, durations of what SlamKit writes of a recording. ValueError if it is none."""
+    """Units (T,) of a recording, a line of the file, and, if recorded, durations (T,) in frames; runs are merged.
+
+    slamkit_units({"units": [1, 1, 2], "duration": [2, 3, 1]}, 500) -> [1, 2], [5, 1]
+    slamkit_units({"audio_repr": "<Un3><Un49>"}, 500) -> [3, 49], None
+    ValueError, KeyError or TypeError if these are not units below `n_units`.
+    """
     found = record.get("audio_repr", record)
     if isinstance(found, str):
         if re.sub(r"<Un\d+>", "", found):

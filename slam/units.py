@@ -1,22 +1,20 @@
-"""The contract between the stages: vocabulary, tokeniser fingerprint, unit files and pair files.
+"""The contract between the stages: vocabulary, tokeniser fingerprint, unit files, pair files.
 
 Vocabulary: PAD 0, BOS = EOS 1, unit u is token u + 2. An utterance is the tokens `1 units 1`.
 
-A unit file is a safetensors file, so its JSON header can be read by eye and its tokens are memory-mapped:
-    tokens    uint16 (n_tokens,)        every utterance as `1 units 1`, one after the other
-    offsets   int64  (n_utterances + 1,)
-    durations uint16 (n_tokens,)        frames per unit, 0 at BOS and EOS; only where asked for
+A unit file is a safetensors file; its tokens are memory-mapped and its header is JSON:
+    tokens    uint16 (n_tokens,)        the utterances, each as `1 units 1`, one after the other
+    offsets   int64  (n_utterances + 1,) where each begins, and the end of the last
+    durations uint16 (n_tokens,)        frames per unit, 0 at BOS and EOS; only if asked for
     records   uint8                     JSON lines, one per utterance: {"id": ..., "text": ...}
-    header    format, version, fingerprint, source, n_utterances, n_tokens, skipped,
-              hours (0 if durations are not known)
-A corpus is a folder of numbered such shards, several processes writing each its own. A shard is written under a
-temporary name and renamed, so one that has its name is whole; the same utterances make the same bytes.
+    header    format, version, fingerprint, source, n_utterances, n_tokens, hours (0 if durations are not known)
+A corpus is a folder of numbered unit files, its shards. Processes that share a folder number their own, under a prefix.
 """
 import contextlib
 import hashlib
 import json
 import os
-import struct
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,16 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2
-
-
-VERSION = 2
+IGNORE = -100  # target that counts for nothing
+VERSION = 2  # of unit files and pair files
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
     """Write a file under another name, then rename it into place: a file that has its name is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # pids repeat on other machines
     part.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
     os.replace(part, path)
 
@@ -57,7 +54,7 @@ def to_units(tokens: Iterable[int]) -> list[int]:
 
 
 def dedup(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of equal units (T,) -> (units, durations); the durations sum to T.
+    """One unit per frame (T,) -> (units, durations): every run of equal units becomes one; durations sum to T.
 
     dedup([7, 7, 7, 2, 2, 7]) -> [7, 2, 7], [3, 2, 1]
     """
@@ -66,20 +63,16 @@ def dedup(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return frames[starts], np.diff(starts, append=len(frames))
 
 
-def to_bytes(text: str) -> bytes:
-    """UTF-8, in which a file name that is not UTF-8 survives as it is."""
-    return text.encode("utf-8", "surrogateescape")
-
-
+# ---------------------------------------------------------------- fingerprints
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a speech tokeniser is; units with different fingerprints mean different sounds."""
-    encoder: str  # a hub id or embedded:NAME
+    """The identity of a speech tokeniser; units with different fingerprints mean different sounds."""
+    encoder: str  # hub id or embedded:NAME
     layer: int  # hidden state, 0 = the input of the first transformer layer
-    unit_rate_hz: float
+    unit_rate_hz: float  # frames per second
     n_units: int
     dedup: bool
-    codebook_sha256: str
+    codebook_sha256: str  # empty: not recorded
 
     @classmethod
     def of(cls, values: dict) -> "Fingerprint":
@@ -94,21 +87,21 @@ class Fingerprint:
 
 
 def published_fingerprint(vocab: int) -> Fingerprint:
-    """What SlamKit's checkpoints and unit files, which do not say it, are taken to speak; no codebook is recorded."""
+    """The fingerprint assumed for SlamKit's checkpoints and unit files, which record none; its codebook is unknown."""
     return Fingerprint("slprl/mhubert-base-25hz", 11, 25.0, vocab - OFFSET, True, "")
 
 
 def same_units(a: Fingerprint, b: Fingerprint) -> bool:
-    """Whether both speak the same units; a codebook that is not recorded is taken to be the other's."""
+    """Whether two fingerprints are equal; a codebook that is not recorded is assumed to be the other's."""
     return a == b or "" in (a.codebook_sha256, b.codebook_sha256) and \
         replace(a, codebook_sha256="") == replace(b, codebook_sha256="")
 
 
 def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
-    """SystemExit naming both files and both fingerprints unless they are equal; says so if a codebook is unrecorded."""
+    """SystemExit, naming both files and fingerprints, unless `same_units`; a note on stderr if one has no codebook."""
     if bool(a.codebook_sha256) != bool(b.codebook_sha256):
-        silent, other = (a_name, b_name) if b.codebook_sha256 else (b_name, a_name)
-        print(f"{silent} does not say which codebook its units are of; taken to be that of {other}", file=sys.stderr)
+        unknown, other = (a_name, b_name) if b.codebook_sha256 else (b_name, a_name)
+        print(f"{unknown} does not say which codebook made its units; assumed to be that of {other}", file=sys.stderr)
     if not same_units(a, b):
         raise SystemExit(f"units of different tokenisers:\n  {a_name}: {a}\n  {b_name}: {b}\n"
                          f"  make one of them again with the other's tokeniser (prepare_units.py)")
@@ -116,30 +109,28 @@ def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
 
 def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str, tensor: str,
                   read: Callable[[Path], Fingerprint]) -> str | None:
-    """The name of the codebook or vocoder of these units: `embedded`, or else the newest file below a folder.
+    """Name of a codebook or vocoder with this fingerprint: `embedded`, or the newest such file below a folder.
 
-    embedded: the embedded one's file. tensor: by its name a file is known to be of the kind. read: its fingerprint.
+    embedded: the embedded codebook's or vocoder's file. tensor: a tensor that only files of this kind have. read: gives
+    a file's fingerprint. None if there is no such file.
     """
-    found = []
-    for path in Path(folder).rglob("*.safetensors"):
-        with contextlib.suppress(OSError):  # a broken link, or gone meanwhile
-            found.append((path.stat().st_mtime, str(path), path))
-    for name, path in [("embedded", embedded), *(x[1:] for x in sorted(found, reverse=True))]:
-        with contextlib.suppress(SafetensorError, OSError, SystemExit):  # other people's files, and half-written ones
+    files = sorted(filter(os.path.isfile, Path(folder).rglob("*.safetensors")), key=os.path.getmtime, reverse=True)
+    for name, path in [("embedded", embedded), *((str(path), path) for path in files)]:
+        with contextlib.suppress(SafetensorError, OSError, SystemExit):  # other stages' files, or damaged ones
             with safe_open(path, "numpy") as f:
-                known = tensor in f.keys()
-            if known and read(path) == fingerprint:
+                is_kind = tensor in f.keys()
+            if is_kind and read(path) == fingerprint:
                 return name
     return None
 
 
 # ---------------------------------------------------------------- unit files
-class UnitWriter:
-    """Write a corpus as numbered shards: `with UnitWriter(folder, fingerprint) as w: w.add(id, units)`.
+class UnitWriter(contextlib.AbstractContextManager):
+    """Write a corpus as numbered shards: `with UnitWriter(folder, fingerprint) as w: w.add(id, units, durations)`.
 
-    Reopening a folder resumes it: `w.done` holds the ids already there. What is not in a whole shard when the process
-    dies, or the `with` block raises, is lost, and `add` can be called for it again. A shard is written when it has
-    `shard_tokens`; with None, only when `flush` is called. Processes that share a folder each have a `prefix`.
+    A shard is written when it holds `shard_tokens` tokens (None: only by `flush`), and when the `with` block ends
+    without an error. To resume, open the folder again: `done` holds the ids of all written shards, and the caller adds
+    the others. SystemExit if the folder's units are another tokeniser's.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Fingerprint, source: str = "", durations: bool = False,
@@ -148,63 +139,57 @@ class UnitWriter:
         self.with_durations, self.shard_tokens = durations, shard_tokens
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
-        self.skipped: list[dict] = []  # what was to come before the next shard's end and is not in it, and why
-        self.shards: list[Shard] = []  # that were there under this prefix
         if any(self.folder.glob("*.safetensors")):
             there = UnitReader(self.folder)
             require_same(there.fingerprint, folder, fingerprint, "the tokeniser to write with")
             self.done = set(there.ids())
-            self.shards = [s for s in there.shards if s.path.stem.startswith(prefix)
-                           and s.path.stem.removeprefix(prefix).isdecimal()]
-        self.number = max((int(s.path.stem.removeprefix(prefix)) + 1 for s in self.shards), default=0)  # of the next
-        self._clear()
-
-    def _clear(self) -> None:
-        self.tokens, self.durations, self.records, self.lengths = [], [], [], []
-        self.n_tokens = self.n_frames = 0  # of the shard to be
+        numbers = [int(p.stem[-5:]) for p in self.folder.glob(f"{prefix}{'[0-9]' * 5}.safetensors")]
+        self.number = max(numbers, default=-1) + 1  # of the next shard
+        self.held: list[tuple[np.ndarray, np.ndarray, str]] = []  # its utterances: tokens, durations, record
+        self.n_tokens = self.n_frames = 0
 
     def add(self, id: str, units: np.ndarray, durations: np.ndarray | None, **record) -> None:
-        """Add an utterance: units and durations (T,) ints; `record`: what else to keep, e.g. text="…"."""
+        """Add an utterance: units and durations (frames), (T,) ints; `record`: more to keep of it, e.g. text="..."."""
         units = np.asarray(units)
         durations = np.zeros_like(units) if durations is None else np.asarray(durations)
         assert units.shape == durations.shape and len(units), f"{id}: {units.shape} units, {durations.shape} durations"
         assert units.min() >= 0 and units.max() < self.fingerprint.n_units, f"{id}: unit out of range"
-        self.tokens.append(np.array(to_tokens(units), dtype="<u2"))
-        self.durations.append(np.array([0, *np.minimum(durations, 65_535), 0], dtype="<u2"))  # 43 min of one unit
-        self.records.append(json.dumps({"id": id} | record, ensure_ascii=False))
-        self.lengths.append(len(units) + 2)
+        self.held.append((np.array(to_tokens(units), dtype="<u2"),
+                          np.array([0, *np.minimum(durations, 65_535), 0], dtype="<u2"),  # at most 43 min of one unit
+                          json.dumps({"id": id} | record, ensure_ascii=False)))
         self.n_tokens += len(units) + 2
         self.n_frames += int(durations.sum())
         self.done.add(id)
         if self.shard_tokens and self.n_tokens >= self.shard_tokens:
             self.flush()
 
-    def flush(self) -> None:
-        """Write what was added since the last shard as a new shard."""
-        if not self.lengths:
+    def flush(self, hours: float | None = None) -> None:
+        """Write the utterances added since the last shard as a new one; hours: of speech, if durations do not tell."""
+        if not self.held:
             return
-        tensors = {"tokens": np.concatenate(self.tokens),
-                   "offsets": np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8"),
-                   "records": np.frombuffer(to_bytes("\n".join(self.records)), dtype=np.uint8)}
+        tokens, durations, records = zip(*self.held)
+        tensors = {"tokens": np.concatenate(tokens),
+                   "offsets": np.cumsum([0, *map(len, tokens)], dtype="<i8"),
+                   "records": np.frombuffer("\n".join(records).encode("utf-8", "surrogateescape"), dtype=np.uint8)}
         if self.with_durations:
-            tensors["durations"] = np.concatenate(self.durations)
+            tensors["durations"] = np.concatenate(durations)
+        if hours is None:
+            hours = self.n_frames / self.fingerprint.unit_rate_hz / 3600
         header = {"format": "slam-units", "version": VERSION, "fingerprint": self.fingerprint.to_dict(),
-                  "source": self.source, "n_utterances": len(self.lengths), "n_tokens": self.n_tokens,
-                  "hours": self.n_frames / self.fingerprint.unit_rate_hz / 3600, "skipped": self.skipped}
-        path = self.folder / f"{self.prefix}{self.number:05d}.safetensors"
-        temporary = path.with_suffix(".part")
-        temporary.write_bytes(save(tensors, {"slam": json.dumps(header)}))  # several keys would have no fixed order
-        os.replace(temporary, path)
+                  "source": self.source, "n_utterances": len(tokens), "n_tokens": self.n_tokens, "hours": hours}
+        write_atomic(self.folder / f"{self.prefix}{self.number:05d}.safetensors",
+                     save(tensors, {"slam": json.dumps(header)}))
         self.number += 1
-        self.skipped = []
-        self._clear()
-
-    def __enter__(self) -> "UnitWriter":
-        return self
+        self.held, self.n_tokens, self.n_frames = [], 0, 0
 
     def __exit__(self, error, *_) -> None:
         if error is None:
             self.flush()
+
+
+def file_stat(path: Path) -> tuple[int, int]:
+    """Size and time of the last change of a file, by which a change is noticed."""
+    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 class Shard:
@@ -213,71 +198,51 @@ class Shard:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.stat = path.stat().st_size, path.stat().st_mtime_ns
-            with open(path, "rb") as f:
-                length, = struct.unpack("<Q", f.read(8))
-                if length > 100_000_000:
-                    raise ValueError("no safetensors header")
-                tensors = json.loads(f.read(length))
-            header = self.header = json.loads(tensors.pop("__metadata__", {}).get("slam", "{}"))
+            self.stat = file_stat(path)
+            self.file = safe_open(path, "numpy")
+            header = self.header = json.loads((self.file.metadata() or {}).get("slam", "{}"))
             if header.get("format") != "slam-units" or header.get("version") != VERSION:
                 raise ValueError(f"format {header.get('format')!r} version {header.get('version')}, expected "
                                  f"'slam-units' version {VERSION}")
             self.fingerprint = Fingerprint.of(header["fingerprint"])
             self.hours = float(header["hours"])
-            dtypes = {"U16": "<u2", "I64": "<i8", "U8": "u1"}
-            arrays = {}
-            for name, t in tensors.items():
-                begin, end = t["data_offsets"]
-                if 8 + length + end > self.stat[0]:
-                    raise ValueError("file is cut short")
-                arrays[name] = np.memmap(path, dtypes[t["dtype"]], "r", 8 + length + begin, tuple(t["shape"]))
-            self.tokens, self.offsets, self._records = arrays["tokens"], arrays["offsets"], arrays["records"]
-            self.durations = arrays.get("durations")
-            if self.offsets[-1] != len(self.tokens) or header["n_tokens"] != len(self.tokens):
+            self.offsets = self.file.get_tensor("offsets")
+            self.tokens = self.file.get_slice("tokens")  # an utterance is read when it is sliced
+            self.durations = self.file.get_slice("durations") if "durations" in self.file.keys() else None
+            if not self.offsets[-1] == header["n_tokens"] == self.tokens.get_shape()[0]:
                 raise ValueError("header, offsets and tokens disagree")
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as e:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
             raise SystemExit(f"{path}: not a whole unit file ({e}); remove it and run the stage again") from None
 
-    def check(self) -> None:
-        """SystemExit if the file is no longer there as it was: reading on would kill the process, or lie."""
-        try:
-            now = self.path.stat()
-        except OSError as e:
-            raise SystemExit(f"{self.path}: gone while in use ({e.strerror})") from None
-        if (now.st_size, now.st_mtime_ns) != self.stat:
-            raise SystemExit(f"{self.path}: changed while in use")
-
-    def problems(self) -> list[str]:
-        """What is wrong inside a file that looks whole."""
-        tokens, offsets, found = self.tokens, self.offsets, []
-        n, n_records = len(offsets) - 1, int((self._records == ord("\n")).sum()) + 1
+    def problems(self) -> Iterator[str]:
+        """Errors in the content of a file that could be opened; reads all of it."""
+        tokens, offsets, n, n_records = self.tokens[:], self.offsets, len(self.offsets) - 1, len(self.records())
         if self.header["n_utterances"] != n or n_records != n:
-            found.append(f"{n} utterances, but {self.header['n_utterances']} by its header and {n_records} records")
+            yield f"{n} utterances, but {self.header['n_utterances']} by its header and {n_records} records"
         if offsets[0] != 0 or (np.diff(offsets) < 3).any():
-            found.append("its offsets do not rise by an utterance each")
-            return found
-        special = np.zeros(len(tokens), bool)
-        special[offsets[:-1]] = special[offsets[1:] - 1] = True
-        if (tokens[special] != BOS).any() or (tokens[~special] < OFFSET).any():
-            found.append("its utterances are not `1 units 1`")
+            yield "its offsets do not rise by an utterance each"
+            return
+        ends = np.concatenate([offsets[:-1], offsets[1:] - 1])  # the places of BOS and EOS
+        if (tokens[ends] != BOS).any() or (tokens < OFFSET).sum() != len(ends):
+            yield "its utterances are not `1 units 1`"
         if tokens.max() >= vocab_size(self.fingerprint.n_units):
-            found.append(f"token {tokens.max()}, but a vocabulary of {vocab_size(self.fingerprint.n_units)}")
+            yield f"token {tokens.max()}, but a vocabulary of {vocab_size(self.fingerprint.n_units)}"
         if self.durations is not None:
-            hours = self.durations.sum(dtype=np.int64) / self.fingerprint.unit_rate_hz / 3600
-            if self.durations[special].any() or not self.durations[~special].all() or abs(hours - self.hours) > 1e-6:
-                found.append(f"its durations are not one or more frames per unit, {self.hours:.4f} h in all")
-        return found
+            frames = self.durations[:]
+            hours = frames.sum(dtype=np.int64) / self.fingerprint.unit_rate_hz / 3600
+            if frames[ends].any() or (frames == 0).sum() != len(ends) or abs(hours - self.hours) > 1e-6:
+                yield f"its durations are not one or more frames per unit, {self.hours:.4f} h in all"
 
     def records(self) -> list[dict]:
-        return [json.loads(x) for x in self._records.tobytes().decode("utf-8", "surrogateescape").split("\n")]
+        text = self.file.get_tensor("records").tobytes().decode("utf-8", "surrogateescape")
+        return [json.loads(line) for line in text.split("\n")]
 
 
 class UnitReader:
-    """Read a unit file, a folder of them, or several; utterance i of all of them in order.
+    """Read unit files: one, a folder of them, or several of these; utterances are numbered through all of them.
 
-    `tokens(i)` -> uint16 `1 units 1`; `units(i)` -> int64 (T,); `durations(i)` -> (T,) or None; `records()`.
-    SystemExit if a path is missing, a shard is not whole, or two have different fingerprints.
+    `tokens(i)` -> uint16 `1 units 1`; `units(i)` -> int64 (T,); `durations(i)` -> int64 (T,) in frames, or None.
+    SystemExit if a path is missing, a shard is not whole, or fingerprints differ.
     """
 
     def __init__(self, *paths: str | Path):
@@ -304,28 +269,29 @@ class UnitReader:
         return int(self.starts[-1])
 
     def digest(self) -> str:
-        """sha256 of the shards' headers, which differ if a shard is added, removed or written anew; reads no tokens."""
+        """sha256 of the shards' headers: another one if a shard was added, removed or rewritten. Reads no tokens."""
         return hashlib.sha256(json.dumps([self.sizes, [s.header for s in self.shards]]).encode()).hexdigest()
 
     def check(self) -> None:
-        """SystemExit, naming it, if a file has vanished or changed since it was opened."""
+        """SystemExit, naming it, if a file has vanished or changed: reading its mapping could kill the process."""
         for shard in self.shards:
-            shard.check()
+            if not shard.path.exists() or file_stat(shard.path) != shard.stat:
+                raise SystemExit(f"{shard.path}: {'changed' if shard.path.exists() else 'gone'} while in use")
 
-    def _slice(self, i: int) -> tuple[Shard, slice]:
+    def _find(self, i: int) -> tuple[Shard, slice]:
         s = int(np.searchsorted(self.starts, i, side="right")) - 1
         shard, j = self.shards[s], i - self.starts[s]
         return shard, slice(shard.offsets[j], shard.offsets[j + 1])
 
     def tokens(self, i: int) -> np.ndarray:
-        shard, span = self._slice(i)
+        shard, span = self._find(i)
         return shard.tokens[span]
 
     def units(self, i: int) -> np.ndarray:
         return self.tokens(i)[1:-1].astype(np.int64) - OFFSET
 
     def durations(self, i: int) -> np.ndarray | None:
-        shard, span = self._slice(i)
+        shard, span = self._find(i)
         return None if shard.durations is None else shard.durations[span][1:-1].astype(np.int64)
 
     def records(self) -> Iterator[dict]:
@@ -338,25 +304,19 @@ class UnitReader:
 
 # ---------------------------------------------------------------- pair files
 def write_pairs(path: str | Path, fingerprint: Fingerprint, pairs: Iterable[dict]) -> int:
-    """Write preference pairs as JSON lines, the first one the fingerprint; the number of pairs.
+    """Write preference pairs as JSON lines after a line with the fingerprint; returns the number of pairs.
 
-    A pair: {"id", "prompt", "chosen", "rejected"} (lists of units) and, if known, their texts. "chosen_ended" and
-    "rejected_ended": false if the completion was cut off rather than ended, so that no EOS follows it; absent: true.
+    A pair: {"id", "prompt", "chosen", "rejected"} (lists of units) and, if known, "prompt_text" etc. "chosen_ended" and
+    "rejected_ended" (default true): false if the completion was cut off, so that no EOS follows it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, n = path.with_name(path.name + ".part"), 0
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(json.dumps({"format": "slam-pairs", "version": VERSION, "fingerprint": fingerprint.to_dict()}) + "\n")
-        for pair in pairs:
-            f.write(json.dumps(pair, ensure_ascii=False) + "\n")
-            n += 1
-    os.replace(temporary, path)
-    return n
+    header = {"format": "slam-pairs", "version": VERSION, "fingerprint": fingerprint.to_dict()}
+    lines = [json.dumps(line, ensure_ascii=False) for line in (header, *pairs)]
+    write_atomic(path, "\n".join(lines) + "\n")
+    return len(lines) - 1
 
 
 def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
-    """Read a pair file. SystemExit, naming file and line, if it is missing or malformed."""
+    """Read a pair file. SystemExit, naming file and pair, if it is missing or malformed."""
     pairs = []
     try:
         with open(path, encoding="utf-8") as f:
@@ -375,6 +335,3 @@ def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
     except (ValueError, KeyError, TypeError) as e:
         raise SystemExit(f"{path}: pair {len(pairs) + 1}: not a preference pair ({type(e).__name__}: {e})") from None
     return fingerprint, pairs
-
-
-IGNORE = -100  # target that counts for nothing

@@ -1,4 +1,4 @@
-"""prepare_units.py: whole corpora, killed or shared; fitting, reading and checking codebooks."""
+"""prepare_units.py: whole corpora, killed or shared; verify; BPE."""
 import json
 import os
 import shutil
@@ -13,10 +13,9 @@ from conftest import ROOT, refused, run, start
 from test_audio import bad, librispeech, pack, tone  # noqa: F401
 
 from config import load_config
-from prepare_units import END, Config, Piece, ReadAhead, Utterance, groups, main, verify
-from slam.slamkit import read_features
+from prepare_units import Config, main, verify
 from slam.tokenizer import SpeechTokenizer
-from slam.units import UnitReader, UnitWriter, published_fingerprint
+from slam.units import UnitReader, UnitWriter
 
 
 def said(folder) -> dict[str, list[int]]:
@@ -80,27 +79,25 @@ def test_a_corpus_has_the_units_that_its_files_have_alone(recordings, whole):
     assert equal / n >= 0.999
 
 
-@pytest.mark.parametrize("after", [0, 3])
-def test_killed_and_resumed_is_as_if_never_killed(recordings, whole, tmp_path, after):
-    """kill -9 as soon as so many shards are there, and half a shard under its temporary name."""
+def test_killed_and_resumed_loses_nothing_and_has_nothing_twice(recordings, whole, tmp_path):
+    """kill -9 as soon as three shards are there, and half a shard under its temporary name."""
     out = tmp_path / "units"
     command = ["prepare_units.py", f"--input={recordings}", f"--out={out}", *SMALL]
     process = start(*command)
-    process.until(lambda: (out / "config.json").exists() and len(shards(out)) >= after)
+    process.until(lambda: len(shards(out)) >= 3)
     process.kill()
     assert process.end().returncode == -signal.SIGKILL
-    done = len(shards(out))
-    assert done < len(shards(whole))
-    if after:
-        assert "not finished" in str(pytest.raises(SystemExit, verify, [out]).value)
-    (out / f"{done:05d}.part").write_bytes(b"half a shard")
+    kept = shards(out)
+    assert len(kept) < len(shards(whole))
+    assert "not finished" in str(pytest.raises(SystemExit, verify, [out]).value)
+    (out / "00099.safetensors.0.part").write_bytes(b"half a shard")
     again = run(*command).stdout
-    assert "; 4 skipped" in again and shards(out) == shards(whole)
+    assert f"{len(UnitReader(*[out / name for name in kept]))} were there already; 4 skipped" in again
+    assert shards(out).items() > kept.items() and sorted(UnitReader(out).ids()) == sorted(UnitReader(whole).ids())
     assert {s["id"] for s in json.loads((out / "report.json").read_text())["skipped"]} == BAD
     verify([out])
-    if after:
-        again = run(*command).stdout
-        assert "31 were there already; 4 skipped" in again and shards(out) == shards(whole)
+    finished = shards(out)
+    assert "31 were there already; 4 skipped" in run(*command).stdout and shards(out) == finished
 
 
 def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
@@ -149,22 +146,32 @@ def test_archives_and_text(librispeech, tmp_path):  # noqa: F811
 
 
 def test_long_recordings_are_cut_at_silences(recordings, tmp_path, capsys):
-    """In utterances of at most 12 s; of a recording cut short there is what came before, and a word about it."""
-    cfg = Config(input=str(recordings / "b"), out=f"{tmp_path}/u", max_utterance_seconds=12, durations=True,
-                 max_bad_share=0.1)
+    """In utterances of at most 12 s; a silent one is left out, and so is all of a recording that is damaged."""
+    (tmp_path / "in").mkdir()
+    for name in ("long.flac", "00_cut.flac"):
+        shutil.copy(recordings / "b" / name, tmp_path / "in" / name)
+    speech, rate = soundfile.read(tmp_path / "in" / "long.flac", frames=12 * 16_000)
+    soundfile.write(tmp_path / "in" / "pause.flac", np.concatenate([speech, np.zeros(20 * 16_000)]), rate)
+    cfg = Config(input=f"{tmp_path}/in", out=f"{tmp_path}/u", max_utterance_seconds=12, durations=True,
+                 max_bad_share=0.3)
     main(cfg)
     reader = UnitReader(tmp_path / "u")
     long = [id for id in reader.ids() if id.startswith("long.flac@")]
     starts = [float(id.partition("@")[2]) for id in long]
     assert starts[0] == 0 and starts == sorted(starts) and 10 <= len(long) <= 20
-    assert 4 < len([id for id in reader.ids() if id.startswith("00_cut.flac@")]) < len(long)
     assert max(reader.durations(i).sum() for i in range(len(reader))) <= 12 * 25
-    report = json.loads((tmp_path / "u" / "report.json").read_text())
-    assert [s["id"] for s in report["skipped"]] == ["00_cut.flac"]
+    assert {id.partition("@")[0] for id in reader.ids()} == {"long.flac", "pause.flac"}
+    skipped = {s["id"]: s["reason"] for s in json.loads((tmp_path / "u" / "report.json").read_text())["skipped"]}
+    assert "00_cut.flac" in skipped and len(skipped) > 1
+    assert all("silent" in reason for id, reason in skipped.items() if id.startswith("pause.flac@"))
     main(cfg)
     assert len(UnitReader(tmp_path / "u")) == len(reader) and "; 1 skipped" in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(SystemExit, match="max_utterance_seconds 12.*now 0"):
         main(replace(cfg, max_utterance_seconds=0.0))
+    shutil.copy(recordings / "b" / "long.flac", tmp_path / "in" / "00_cut.flac")  # mended
+    main(cfg)
+    ids = UnitReader(tmp_path / "u").ids()
+    assert [id for id in ids if id.startswith("00_cut")] == [id.replace("long", "00_cut") for id in long]
 
 
 def test_bad_files_are_skipped_listed_and_counted(bad, tmp_path, capsys):  # noqa: F811
@@ -202,7 +209,6 @@ def test_mended_files_are_tried_again(recordings, tmp_path):
     with pytest.raises(SystemExit, match="1 of 2 can't be used"):
         main(cfg)
     shutil.copy(recordings / "b" / "long.flac", tmp_path / "in" / "00_cut.flac")
-    os.utime(tmp_path / "in" / "00_cut.flac", (2e9, 2e9))
     main(cfg)
     assert UnitReader(tmp_path / "u").ids() == ["long.flac", "00_cut.flac"]
     main(cfg)
@@ -243,7 +249,7 @@ def test_memory_does_not_grow_with_the_length(recordings, tmp_path):
         soundfile.write(tmp_path / f"{n}.wav", np.tile(wave, n), rate)
         done = run("-c", code, tmp_path / f"{n}.wav", tmp_path / f"u{n}")
         peaks.append(int(done.stdout.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 23 and peaks[1] < 1000, peaks
+    assert peaks[1] - peaks[0] < 35 and peaks[1] < 1000, peaks
 
 
 def test_refusals(tmp_path, recordings, corpus):
@@ -262,94 +268,11 @@ def test_refusals(tmp_path, recordings, corpus):
     with pytest.raises(SystemExit, match="no recordings in it"):
         main(Config(input=f"{tmp_path}/empty.txt", out=f"{tmp_path}/u"))
     shutil.copy(ROOT / "assets" / "codebook.safetensors", tmp_path / "codebook.safetensors")
-    with pytest.raises(SystemExit, match="not a unit file by its name"):
+    with pytest.raises(SystemExit, match="codebook.safetensors: not a whole unit file"):
         verify([tmp_path])
     with pytest.raises(SystemExit, match="imported by one process"):
         (tmp_path / "x.jsonl").write_text("")
         main(Config(input=f"{tmp_path}/x.jsonl", out=f"{tmp_path}/u", shard="1/2"))
-
-
-# ---------------------------------------------------------------- the pieces
-
-def test_reading_ahead_keeps_the_order_and_passes_errors_on():
-    def make(n):
-        for i in range(n):
-            if n == 7 and i == 3:
-                raise ValueError("seven")
-            yield n, i
-
-    with ReadAhead(range(40), make, workers=3, depth=2) as ahead:
-        seen = []
-        for item, pieces in ahead:
-            try:
-                seen.append((item, list(pieces)))
-            except ValueError as e:
-                assert str(e) == "seven" and item == 7
-    assert seen == [(n, [(n, i) for i in range(n)]) for n in range(40) if n != 7]
-
-    def broken():
-        yield 1
-        raise SystemExit("the list ends badly")
-
-    with pytest.raises(SystemExit, match="ends badly"), ReadAhead(broken(), make, 2) as ahead:
-        assert [list(p) for _, p in ahead]
-    begun = []
-    with pytest.raises(KeyError), ReadAhead((begun.append(n) or n for n in range(1000)), make, 2) as ahead:
-        for item, _ in ahead:
-            raise KeyError
-    assert len(begun) < 10  # left early, nothing hangs and the rest is not read
-
-
-def test_a_group_hangs_on_what_it_begins_with_only():
-    """From any border at a recording's end, the groups that follow are the same."""
-    rng = np.random.default_rng(0)
-    stream = []
-    for i in range(60):
-        for _ in range(int(rng.integers(1, 40)) if i % 7 == 0 else 1):
-            stream.append(Piece(Utterance(str(i), None), np.zeros(int(rng.integers(1, 30)) * 16_000), 0, None))
-        stream.append(END)
-    found = list(groups(stream, 100))
-    assert sum(found, []) == stream
-    at = 0
-    for i, group in enumerate(found):
-        seconds = [len(e.wave) / 16_000 for e in group if e is not END]
-        assert sum(seconds) < 200 + 30
-        at += len(group)
-        if group[-1] is END:
-            assert list(groups(stream[at:], 100)) == found[i + 1:]
-
-
-def test_slamkits_files(tmp_path, capsys):
-    assert read_features('{"file_name": "a", "audio_repr": "<Un3><Un49>"}', 500)[:2] == ("a", pytest.approx([3, 49]))
-    units = [[3, 49, 7], [1, 1, 2]]
-    lines = [{"units": units[0], "duration": [2, 1, 4], "file_name": "a.wav"},
-             {"audio_repr": {"units": units[1], "duration": [2, 3, 1]}, "file_name": "b.wav"},
-             {"units": [500], "duration": [1], "file_name": "c.wav"},
-             {"units": [1, 2], "duration": [1], "file_name": "d.wav"}, {"units": [10 ** 30], "file_name": "e.wav"}, [1],
-             {"units": [3, 49, 7], "duration": [2, 1, 4], "file_name": "a.wav"}]
-    (tmp_path / "features.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
-    main(Config(input=f"{tmp_path}/features.jsonl", out=f"{tmp_path}/f", durations=True, max_bad_share=0.9))
-    reader = UnitReader(tmp_path / "f")
-    assert said(tmp_path / "f") == {"a.wav": [3, 49, 7], "b.wav": [1, 2]}  # runs are merged
-    assert reader.durations(1).tolist() == [5, 1] and reader.hours == pytest.approx(13 / 25 / 3600)
-    assert reader.fingerprint == published_fingerprint(502)  # what SlamKit makes, unless told otherwise
-    assert f"{tmp_path}/features.jsonl does not name its tokeniser" in (said_so := capsys.readouterr().err)
-    assert "slprl/mhubert-base-25hz layer 11" in said_so and "--tokenizer" in said_so
-    report = json.loads((tmp_path / "f" / "report.json").read_text())
-    assert [s["id"] for s in report["skipped"]] == [f"line {i}" for i in (3, 4, 5, 6, 8)]
-    assert report["already_there"] == 1  # a file named twice
-    assert "not units of slprl/mhubert-base-25hz" in report["skipped"][0]["reason"]
-    verify([tmp_path / "f"])
-    (tmp_path / "tokens.jsonl").write_text(json.dumps({"file_name": "a", "audio_repr": "<Un3><Un49>"}) + "\n" +
-                                           json.dumps({"file_name": "b", "audio_repr": "<Un3> 49"}) + "\n")
-    main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/t", max_bad_share=0.5))
-    assert said(tmp_path / "t") == {"a": [3, 49]}
-    capsys.readouterr()
-    main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/e", tokenizer="embedded", max_bad_share=0.5))
-    assert UnitReader(tmp_path / "e").fingerprint == SpeechTokenizer.load("embedded").fingerprint  # as it is told
-    assert "does not name" not in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="can't be used.*no durations"):
-        main(Config(input=f"{tmp_path}/tokens.jsonl", out=f"{tmp_path}/td", durations=True))
 
 
 def test_verify_finds_what_is_wrong(fingerprint, tmp_path, capsys):

@@ -1,9 +1,13 @@
-"""units.py: the contract between the stages."""
+"""slam/units.py: the contract between the stages."""
+import json
+import os
 from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from slam.units import (
     Fingerprint,
@@ -55,7 +59,7 @@ def test_resume_keeps_whole_shards_and_loses_the_rest(tmp_path, fingerprint):
     writer = UnitWriter(tmp_path, fingerprint, shard_tokens=10)
     writer.add("a", np.arange(10), np.ones(10))
     writer.add("b", np.arange(3), np.ones(3))  # not flushed: as if killed
-    (tmp_path / "00001.part").write_bytes(b"half a shard")
+    (tmp_path / "00001.safetensors.0.part").write_bytes(b"half a shard")
     with UnitWriter(tmp_path, fingerprint, shard_tokens=10) as again:
         assert again.done == {"a"}
         again.add("b", np.arange(3), np.ones(3))
@@ -90,6 +94,31 @@ def test_an_unrecorded_codebook_joins_only_one_other(tmp_path, fingerprint, caps
         UnitReader(tmp_path / "unrecorded", tmp_path / "a", tmp_path / "b")
 
 
+def test_files_of_earlier_versions_still_load(tmp_path, fingerprint):
+    """Their headers list skipped recordings too."""
+    with UnitWriter(tmp_path, fingerprint) as writer:
+        writer.add("x", np.arange(3), np.ones(3))
+    path = tmp_path / "00000.safetensors"
+    with safe_open(path, "numpy") as f:
+        tensors, header = {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["slam"])
+    path.write_bytes(save(tensors, {"slam": json.dumps(header | {"skipped": [{"id": "y", "reason": "silent"}]})}))
+    assert UnitReader(path).units(0).tolist() == [0, 1, 2]
+
+
+def test_files_that_change_while_in_use_are_named(tmp_path, fingerprint):
+    for name in ("a", "b"):
+        with UnitWriter(tmp_path / name, fingerprint) as writer:
+            writer.add("x", np.arange(3), np.ones(3))
+    reader = UnitReader(tmp_path / "a", tmp_path / "b")
+    reader.check()
+    os.utime(tmp_path / "a" / "00000.safetensors", (0, 0))
+    with pytest.raises(SystemExit, match="a/00000.safetensors: changed while in use"):
+        reader.check()
+    (tmp_path / "a" / "00000.safetensors").unlink()
+    with pytest.raises(SystemExit, match="a/00000.safetensors: gone while in use"):
+        reader.check()
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing"])
 def test_damaged_unit_files_are_named(tmp_path, fingerprint, damage):
     with UnitWriter(tmp_path, fingerprint) as writer:
@@ -106,7 +135,8 @@ def test_damaged_unit_files_are_named(tmp_path, fingerprint, damage):
 def test_pairs(tmp_path, fingerprint):
     path = tmp_path / "pairs.jsonl"
     pairs = [{"id": "a", "prompt": [1, 2], "chosen": [3], "rejected": [4], "prompt_text": "hi"},
-             {"id": "b", "prompt": [1, 2], "chosen": [3], "rejected": [4], "chosen_ended": True, "rejected_ended": False}]
+             {"id": "b", "prompt": [1, 2], "chosen": [3], "rejected": [4], "chosen_ended": True,
+              "rejected_ended": False}]
     assert write_pairs(path, fingerprint, pairs) == 2
     assert read_pairs(path) == (fingerprint, pairs)
     for bad in ({"prompt": [1], "chosen": [], "rejected": [2]}, {"prompt": [1], "chosen": [2]},
