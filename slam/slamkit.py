@@ -1,4 +1,5 @@
 """SlamKit's unit files (features.jsonl, tokens.jsonl, preference features): whose units they hold, and reading them."""
+import json
 import re
 import sys
 from collections.abc import Callable
