@@ -1,9 +1,9 @@
 """Slam's pre-training, the paper's row -DPO, settings of table 4: one day on one 24 GB GPU.
 
-1.4B tokens; 23.5 h on an A5000 in the paper, in 17,625 steps of 128 chunks of about 620 tokens. Our rows are
-filled, so a run has 10,700 steps of 131,000 tokens. Peak memory: config/gpu_24gb.py. Weights and optimiser are in
-bfloat16, as in SlamKit's `model=slam`; --dtype=bfloat16 keeps them in fp32, as slam_fast.py does. The paper's validation loss, 1.64
-to 1.67, is on 1 % of Libri-Light, dev-clean and dev-other; put all three into val to compare.
+1.4B tokens; 23.5 h on an A5000 in the paper, in 17,625 steps of 128 chunks of about 620 tokens. Our rows are filled, so
+a run has 10,700 steps of 131,000 tokens. Peak memory: config/gpu_24gb.py. Weights and optimiser are in bfloat16, as in
+SlamKit's `model=slam`; --dtype=bfloat16 keeps them in fp32, as slam_fast.py does. The paper's validation loss, 1.64 to
+1.67, is on 1 % of Libri-Light, dev-clean and dev-other; put all three into val to compare.
 """
 out = "out/slam"
 train = ("out/units/libri_light", "out/units/librispeech", "out/units/stinystories")

@@ -1,7 +1,7 @@
 """Speed and memory of the stages, beside the peer's way of doing the same, in one process.
 
     python dev/bench.py train config/slam.py                 # tokens/s of training: ours, and as SlamKit trains
-    python dev/bench.py dpo --checkpoint out/demo/lm         # pairs/s of DPO: ours, as SlamKit tunes, and TRL if installed
+    python dev/bench.py dpo --checkpoint out/demo/lm         # pairs/s of DPO: ours, SlamKit's way, TRL if installed
     python dev/bench.py generate --checkpoint out/demo/lm    # tokens/s of sampling: ours, and transformers' generate
     python dev/bench.py eval --checkpoint out/demo/lm        # pairs/s of scoring: ours, and SlamKit's loop
     python dev/bench.py memory config/slam.py                # GPU memory of a training run, counted without a GPU
@@ -513,7 +513,8 @@ def bench_memory(cfg: BenchMemory) -> None:
         "case": "memory", "parameters": lm.n_params(), "weights_and_gradients_gb": round(2 * weights / gb, 2),
         "optimizer_gb": round(state / gb, 2), "activations_gb_per_row": round(row / gb, 3),
         "activations_gb_fixed": round(fixed / gb, 2), "micro_batch": cfg.micro_batch, "total_gb": round(total / gb, 1),
-        "optimizer": cfg.optimizer, "dtype": cfg.dtype, "activation_checkpointing": cfg.activation_checkpointing, "context": cfg.context}))
+        "optimizer": cfg.optimizer, "dtype": cfg.dtype,
+        "activation_checkpointing": cfg.activation_checkpointing, "context": cfg.context}))
 
 
 # ---------------------------------------------------------------- speech to units
@@ -691,6 +692,7 @@ if __name__ == "__main__":
              "generate": (BenchGenerate, bench_generate), "memory": (BenchMemory, bench_memory),
              "units": (BenchUnits, bench_units), "vocoder": (BenchVocoder, bench_vocoder)}
     if len(sys.argv) < 2 or sys.argv[1] not in cases:
-        raise SystemExit(f"{__doc__.strip()}\n\nusage: python dev/bench.py {'|'.join(cases)} [CONFIG.py ...] [--key=value]")
+        raise SystemExit(f"{__doc__.strip()}\n\nusage: python dev/bench.py {'|'.join(cases)} "
+                         f"[CONFIG.py ...] [--key=value]")
     Config, run = cases[sys.argv[1]]
     run(load_config(Config, sys.argv[2:], __doc__))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROWS = [("before DPO", "lm", ""), ("own continuations, 15 steps", "own_dpo", ""), ("own continuations, 60 steps", "own_long", ""),
+ROWS = [("before DPO", "lm", ""), ("own continuations, 15 steps", "own_dpo", ""),
+        ("own continuations, 60 steps", "own_long", ""),
         ("before DPO, no repetition penalty", "lm", "_free"),
         ("own continuations, 15 steps, no penalty", "own_dpo", "_free"),
         ("own continuations, 60 steps, no penalty", "own_long", "_free")]

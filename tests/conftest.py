@@ -28,7 +28,8 @@ N_UNITS = 20
 LIMIT = 300  # seconds that any one wait for a process may take, on a machine ten times too busy; pytest.ini's is longer
 
 
-LONG = "synth_stories train prepare_units dpo hub_lm bench train_vocoder vocoder pipeline sample".split()  # half a minute and more
+# half a minute and more
+LONG = "synth_stories train align_pairs prepare_units dpo hub_lm bench train_vocoder vocoder pipeline sample".split()
 
 
 def pytest_collection_modifyitems(items):
