@@ -52,18 +52,16 @@ def whisper_state_dict(ct2: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """
     out = {}
     for name, value in ct2.items():
-        if value.ndim == 0 or name.startswith("decoder/alignment"):  # settings, not weights
+        if value.ndim == 0:  # a setting, not a weight
             continue
         for theirs, ours in WHISPER_NAMES.items():
             name = name.replace(theirs, ours)
-        block, _, tensor = name.rpartition(".")
-        block, _, stacked = block.rpartition(".")
-        parts = stacked if stacked in ("qkv", "q", "kv") else ""
-        for letter, part in zip(parts, np.split(value, len(parts)) if parts else ()):
-            if (letter, tensor) != ("k", "bias"):
-                out[f"model.{block}.{letter}_proj.{tensor}"] = torch.tensor(part, dtype=torch.float32)
-        if not parts:
-            out[f"model.{name}"] = torch.tensor(value, dtype=torch.float32)
+        stacked = name.split(".")[-2]
+        letters = stacked if stacked in ("qkv", "q", "kv") else ""
+        names = [name.replace(f".{stacked}.", f".{letter}_proj.") for letter in letters] or [name]
+        for name, part in zip(names, np.split(value, len(names))):
+            if not name.endswith("k_proj.bias"):
+                out[f"model.{name}"] = torch.tensor(part, dtype=torch.float32)
     out["proj_out.weight"] = out["model.decoder.embed_tokens.weight"]
     return out
 

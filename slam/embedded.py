@@ -142,7 +142,7 @@ def part_folder(name: str, build: bool = True) -> Path:
     from slam.build_embedded import BUILDERS
     print(f"embedded:{name}: {why}; building {folder}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
         whole = Path(temporary, name)  # inside: the temporary folder itself is private, but a cache may be shared
         whole.mkdir()
         BUILDERS[name](files, whole)

@@ -24,7 +24,7 @@ from slam.metrics import auto_bleu
 from slam.slamkit import slamkit_tokenizer, slamkit_units
 from slam.tokenizer import SpeechTokenizer
 from slam.tts import TTS, speakers, spoken
-from slam.units import write_pairs
+from slam.units import write_atomic, write_pairs
 
 SIDES = ("prompt", "chosen", "rejected")
 
@@ -136,45 +136,55 @@ def usable(rows: Iterable[dict | str], max_auto_bleu: float) -> tuple[list[dict]
 
 
 # ---------------------------------------------------------------- pair files
-def stored_waves(input: str, wanted: dict[str, dict]) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Yield (id and side, [wave (T,) at 16 kHz]) of the wanted rows; a wave that can't be read has no samples."""
-    bar = tqdm(total=len(wanted), disable=None, desc="tokenising", unit="pair")
+def is_sound(wave: np.ndarray) -> bool:
+    """Whether a wave (T,) at 16 kHz holds anything that a tokeniser can hear."""
+    with contextlib.suppress(ValueError):
+        check_wave(wave)
+        return True
+    return False
+
+
+def stored_wave(audio: dict | None) -> np.ndarray:
+    """A cell {"bytes", "path"} of an audio column -> wave (T,) at 16 kHz; no samples if it can't be read."""
+    try:
+        return load_audio(io.BytesIO((audio or {}).get("bytes") or b""))
+    except ValueError:
+        return np.zeros(0, np.float32)
+
+
+def stored_waves(input: str, pairs: list[dict]) -> Iterator[list[np.ndarray]]:
+    """Waves of prompt, chosen and rejected for each of the pairs, which must be in the order of the files."""
+    ids = {p["id"] for p in pairs}
     for path, name in parquet_files(input):
-        for number, row in enumerate(parquet_rows(path, list(SIDES))):
-            if (id := f"{name}/{number:07d}") in wanted:
-                for side in SIDES:
-                    wave = np.zeros(0, np.float32)
-                    with contextlib.suppress(ValueError):
-                        wave = load_audio(io.BytesIO((row[side] or {}).get("bytes") or b""), f"{id} {side}")
-                    yield f"{id} {side}", [wave]
-                bar.update()
+        if any(id.startswith(f"{name}/") for id in ids):
+            for number, row in enumerate(parquet_rows(path, list(SIDES))):
+                if f"{name}/{number:07d}" in ids:
+                    yield [stored_wave(row[side]) for side in SIDES]
 
 
 def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, say: Callable) -> int:
-    """Write a pair file of what `say({id: pair})` yields as (id and side, [wave]), each tokenised by itself.
+    """Write a pair file; returns how many pairs are left out because a side has no sound.
 
-    Pairs go to PATH.kept as they come, so a killed run continues with the next one. Returns how many gave no units.
+    say(pairs) yields the waves of prompt, chosen and rejected, each tokenised by itself. Pairs go to PATH.kept as they
+    come, so a killed run continues with the next one.
     """
     if path.exists():
         return 0
     kept = path.with_name(path.name + ".kept")
     lines = kept.read_text(encoding="utf-8").split("\n")[:-1] if kept.exists() else []  # a kill may have cut the last
-    kept.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_atomic(kept, "".join(line + "\n" for line in lines))
     found = [json.loads(line) for line in lines]
-    todo = {p["id"]: p for p in pairs[len(found):]}
+    said = zip(pairs[len(found):], say(pairs[len(found):]))
     with open(kept, "a", encoding="utf-8") as f:
-        said = iter(say(todo) if todo else ())
-        while batch := list(islice(said, 16 * len(SIDES))):  # whole pairs, tokenised together
-            sound = {}
-            for name, (wave,) in batch:
-                with contextlib.suppress(ValueError):
-                    check_wave(wave)
-                    sound[name] = wave
-            units = dict(zip(sound, (u.tolist() for u, _ in tokenizer.encode_batch(list(sound.values())))))
-            for id in dict.fromkeys(name.rpartition(" ")[0] for name, _ in batch):
-                found.append(todo[id] | {side: units.get(f"{id} {side}") for side in SIDES})
-                f.write(json.dumps(found[-1], ensure_ascii=False) + "\n")
+        while batch := list(islice(said, 16)):
+            units = [pair | dict.fromkeys(SIDES) for pair, _ in batch]
+            sound = [(i, side, wave) for i, (_, waves) in enumerate(batch) for side, wave in zip(SIDES, waves)
+                     if is_sound(wave)]
+            for (i, side, _), (x, _) in zip(sound, tokenizer.encode_batch([wave for *_, wave in sound])):
+                units[i][side] = x.tolist()
+            f.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in units)
             f.flush()
+            found += units
     whole = [p for p in found if all(p[side] for side in SIDES)]
     write_pairs(path, tokenizer.fingerprint, whole)
     kept.unlink()
@@ -208,15 +218,15 @@ def make_swag_pairs(cfg) -> None:
         raise SystemExit(f"{cfg.swag}: {len(pairs)} usable rows ({dict(skipped)}); more than n_val, {cfg.n_val}, are "
                          f"needed")
 
-    def say(todo: dict[str, dict]) -> Iterator[tuple[str, list[np.ndarray]]]:
+    def say(part: list[dict]) -> Iterator[list[np.ndarray]]:
         if stored:
-            return stored_waves(cfg.swag, todo)
-        texts = {f"{id} {side}": [p[f"{side}_text"]] for id, p in todo.items() for side in SIDES}
-        speaker = {name: todo[name.rpartition(" ")[0]]["speaker"] for name in texts}
-        return spoken(cfg, pool, texts, "speaking pairs", speaker)
+            return tqdm(stored_waves(cfg.swag, part), total=len(part), disable=None, desc="tokenising", unit="pair")
+        texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in part for side in SIDES}
+        speaker = {f"{p['id']} {side}": p["speaker"] for p in part for side in SIDES}
+        waves = (wave for _, (wave,) in spoken(cfg, pool, texts, "speaking pairs", speaker))
+        return zip(waves, waves, waves)
 
-    needs_voice = tokenizer and not stored
-    with speakers(cfg.tts, cfg.workers) if needs_voice else contextlib.nullcontext() as pool:
+    with speakers(cfg.tts, cfg.workers) if tokenizer and not stored else contextlib.nullcontext() as pool:
         for split, part in (("val", val), ("train", train[:cfg.n_pairs])):
             path, part, silent = Path(cfg.out) / f"pairs_{split}.jsonl", [pairs[i] for i in sorted(part)], 0
             if tokenizer:

@@ -139,7 +139,7 @@ def test_an_altered_cache_is_noticed_and_rebuilt(empty_cache, capsys):
 
 def test_check_builds_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("SLAM_CACHE", str(tmp_path / "cache"))
-    result = run("embedded.py", "--check", check=False)
+    result = run("-m", "slam.embedded", "--check", check=False)
     assert result.returncode == 1 and "not built yet; `python -m slam.embedded` builds it" in result.stderr
     assert not (tmp_path / "cache").exists()
 
