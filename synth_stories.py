@@ -171,7 +171,7 @@ def speak_stories(cfg: Config, pool, stories: list[dict], split: str, tokenizer:
             write_audio(audio / f"{id}.flac", wave)
         if writer and id not in writer.done:
             writer.add(id, *tokenizer.encode(wave, SAMPLE_RATE), text=" ".join(todo[id]))
-    if writer and todo:
+    if writer and stories:
         writer.flush()
         reader = UnitReader(units)
         print(f"{units}: {len(reader)} stories, {reader.hours:.2f} h, {reader.n_tokens:,} tokens")

@@ -9,18 +9,18 @@ A config file is plain Python assignments and may compute; `from config.slam imp
 Names that begin with `_`, modules, functions and classes are ignored; every other name must be a setting.
 A field is a bool, int, float, str or Literal, a list or tuple of these, or `... | None`.
 """
+import argparse
 import contextlib
 import difflib
+import functools
 import inspect
 import json
 import os
 import re
 import runpy
 import sys
-import textwrap
 import traceback
 from dataclasses import MISSING, fields
-from itertools import zip_longest
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -54,9 +54,9 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
                 problems.append(f"{where}{name}: no such setting; {nearest(name, known, '--help lists them')}")
         except ValueError:
             problems.append(f"{where}{name}: expected {type_name(kinds[name])}, found {value!r}")
-    missing = [name for name in required if name not in {name for _, name, _, _ in given}]
-    if all_read:  # otherwise they may be in what could not be read
-        problems += [f"--{name}: required, {type_name(kinds[name])}" for name in missing]
+    if all_read:  # otherwise a required setting may be in what could not be read
+        named = {name for _, name, _, _ in given}
+        problems += [f"--{name}: required, {type_name(kinds[name])}" for name in required if name not in named]
     if all(name in values for name in required):  # a default stands in for a wrong value
         cfg = Config(**values)
         problems += cfg.problems() if hasattr(cfg, "problems") else []
@@ -182,20 +182,19 @@ def type_name(kind: Any) -> str:
 
 
 def help_text(Config: type, kinds: dict[str, Any], description: str) -> str:
-    """The description, the usage, and a table of all settings, its columns wrapped to fit into 120 characters."""
-    rows, comments = [("setting", "type", "default", "")], read_comments(Config)
+    """The usage, the description, and for each setting its type, [default] and comment, at most 120 characters wide."""
+    parser = argparse.ArgumentParser(
+        f"python {Path(sys.argv[0]).name}", "%(prog)s [CONFIG.py ...] [--key=value ...]", description.strip(),
+        add_help=False, formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=120, max_help_position=36))
+    comments = read_comments(Config)
     for f in fields(Config):
         if f.init:
             default = f.default if f.default_factory is MISSING else f.default_factory()
             shown = "required" if default is MISSING else str(default) or '""'
-            rows.append((f"--{f.name}", type_name(kinds[f.name]), shown, comments.get(f.name, "")))
-    widths = [min(max(map(len, column)), 28) for column in list(zip(*rows))[:3]]
-    widths.append(120 - 8 - sum(widths))
-    lines = [description.strip(), "", f"usage: python {Path(sys.argv[0]).name} [CONFIG.py ...] [--key=value ...]", ""]
-    for row in rows:
-        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths)]
-        lines += ["  " + "  ".join(map(str.ljust, parts, widths)) for parts in zip_longest(*cells, fillvalue="")]
-    return "\n".join(map(str.rstrip, lines)).lstrip()
+            text = f"[{shown}] {comments.get(f.name, '')}".replace("%", "%%")
+            parser.add_argument(f"--{f.name}", metavar=type_name(kinds[f.name]), help=text)
+    return parser.format_help()
 
 
 def read_comments(Config: type) -> dict[str, str]:

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +26,20 @@ def exchange(items: list, seed: int) -> list:
     return [items[source[i]] for i in range(len(items))]
 
 
-def write_benchmark(cfg, pool, name: str, pairs: list[dict], texts: dict[str, list[str]], recipe: Callable) -> None:
+def write_benchmark(cfg, pool, name: str, pairs: list[dict], texts: dict[str, list[str]]) -> None:
     """Speak `texts` {id: sentences}; write two wavs a pair and manifest.jsonl; nothing if the manifest is there.
 
-    recipe(pair, "positive" or "negative") -> ids of the texts whose waves make up that side.
+    A pair's "positive" and "negative" are ids of the texts that make up the side; they become names of wav files.
     """
     folder = Path(cfg.out) / name
     if (folder / "manifest.jsonl").exists():
         return
     waves = dict(spoken(cfg, pool, texts, f"speaking {name}"))
-    lines = []
     for pair in pairs:
         for side in ("positive", "negative"):
-            pair[side] = f"{pair['id']}_{side}.wav"
-            write_audio(folder / pair[side], np.concatenate([w for id in recipe(pair, side) for w in waves[id]]))
-        lines.append(json.dumps(pair) + "\n")
-    write_atomic(folder / "manifest.jsonl", "".join(lines))
+            parts, pair[side] = [wave for id in pair[side] for wave in waves[id]], f"{pair['id']}_{side}.wav"
+            write_audio(folder / pair[side], np.concatenate(parts))
+    write_atomic(folder / "manifest.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
 def make_tstorycloze(cfg, pool, stories: list[dict]) -> None:
@@ -51,10 +48,11 @@ def make_tstorycloze(cfg, pool, stories: list[dict]) -> None:
     for story, other in zip(stories, exchange(stories, cfg.seed)):
         id, (*beginning, ending) = story["id"], story["sentences"][:5]
         texts |= {f"{id} beginning": beginning, f"{id} ending": [ending]}
-        pairs.append({"id": id, "other": other["id"], "positive_text": " ".join(story["sentences"][:5]),
-                      "negative_text": " ".join([*beginning, other["sentences"][4]])})
-    write_benchmark(cfg, pool, "tstorycloze", pairs, texts, lambda pair, side: [
-        f"{pair['id']} beginning", f"{pair['id'] if side == 'positive' else pair['other']} ending"])
+        pairs.append({"id": id, "other": other["id"], "positive_text": " ".join([*beginning, ending]),
+                      "negative_text": " ".join([*beginning, other["sentences"][4]]),
+                      "positive": [f"{id} beginning", f"{id} ending"],
+                      "negative": [f"{id} beginning", f"{other['id']} ending"]})
+    write_benchmark(cfg, pool, "tstorycloze", pairs, texts)
 
 
 def things(text: str) -> set[str]:
@@ -99,10 +97,10 @@ def make_sstorycloze(cfg, pool, stories: list[dict], n_candidates: int = 6, min_
             id, (j, worse) = story["id"], fits_less[0]
             used.add(j)
             texts |= {f"{id} beginning": story["sentences"][:4], f"{id} positive": [ending], f"{id} negative": [worse]}
-            pairs.append({"id": id, "positive_text": f"{beginning} {ending}", "negative_text": f"{beginning} {worse}"})
+            pairs.append({"id": id, "positive_text": f"{beginning} {ending}", "negative_text": f"{beginning} {worse}",
+                          **{side: [f"{id} beginning", f"{id} {side}"] for side in ("positive", "negative")}})
     print(f"sstorycloze: {len(pairs)} pairs; {len(stories) - len(pairs)} stories have no close ending that fits less")
-    write_benchmark(cfg, pool, "sstorycloze", pairs, texts, lambda pair, side: [
-        f"{pair['id']} beginning", f"{pair['id']} {side}"])
+    write_benchmark(cfg, pool, "sstorycloze", pairs, texts)
 
 
 def grammar_pair(kind: str, i: int, rng: np.random.Generator) -> tuple[str, str]:
@@ -146,16 +144,15 @@ GRAMMAR = "subject_verb_agreement determiner_noun_agreement reflexive word_order
 
 def make_sblimp(cfg, pool) -> None:
     """sBLIMP-style pairs: a grammatical and an ungrammatical sentence from templates, each kind equally often."""
-    rng, pairs, seen = np.random.default_rng((cfg.seed, 1)), [], set()
+    rng, pairs, texts, seen = np.random.default_rng((cfg.seed, 1)), [], {}, set()
     for i in range(cfg.n_sblimp):
-        kind = GRAMMAR[i % len(GRAMMAR)]
-        for _ in range(1000):
-            positive, negative = grammar_pair(kind, i // len(GRAMMAR), rng)
-            if (positive, negative) not in seen:
-                break
-        else:
+        id, kind = f"{i:05d}", GRAMMAR[i % len(GRAMMAR)]
+        drawn = (grammar_pair(kind, i // len(GRAMMAR), rng) for _ in range(1000))
+        new = next((pair for pair in drawn if pair not in seen), None)
+        if new is None:
             raise SystemExit(f"n_sblimp: the templates give some {len(pairs):,} different pairs, not {cfg.n_sblimp:,}")
-        seen.add((positive, negative))
-        pairs.append({"id": f"{i:05d}", "type": kind, "positive_text": positive, "negative_text": negative})
-    texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in pairs for side in ("positive", "negative")}
-    write_benchmark(cfg, pool, "sblimp", pairs, texts, lambda pair, side: [f"{pair['id']} {side}"])
+        seen.add(new)
+        texts |= {f"{id} positive": [new[0]], f"{id} negative": [new[1]]}
+        pairs.append({"id": id, "type": kind, "positive_text": new[0], "negative_text": new[1],
+                      "positive": [f"{id} positive"], "negative": [f"{id} negative"]})
+    write_benchmark(cfg, pool, "sblimp", pairs, texts)

@@ -67,5 +67,5 @@ def test_too_many_sentences_for_the_templates(tmp_path):
 
 
 def test_a_benchmark_without_pairs_is_an_empty_manifest(tmp_path):
-    write_benchmark(Config(out=str(tmp_path / "new")), None, "sstorycloze", [], {}, None)
+    write_benchmark(Config(out=str(tmp_path / "new")), None, "sstorycloze", [], {})
     assert (tmp_path / "new" / "sstorycloze" / "manifest.jsonl").read_text() == ""
