@@ -85,7 +85,7 @@ PLACES = """a small house by the sea|a big green forest|a quiet village|an old f
 a little town|a warm nest|a house on the hill|a garden full of flowers|a snowy valley|a tiny cottage
 """.replace("\n", "").split("|")
 LOVES = """to play in the park|to sing songs|to look at the stars|to eat apples|to run in the rain|to read books|
-to paint pictures|to swim in the lake|to help his friends|to bake bread|to climb trees|to dance|to collect shells|
+to paint pictures|to swim in the lake|to help friends|to bake bread|to climb trees|to dance|to collect shells|
 to fly a kite|to plant flowers|to build towers""".replace("\n", "").split("|")
 EVENTS = """found a shiny key|heard a strange noise|lost a red ball|met a new friend|saw a big rainbow|found a map|
 woke up very early|got lost in the woods|found a small egg|saw a bird that could not fly|wanted to go on a trip|
@@ -97,7 +97,6 @@ def opening(rng: np.random.Generator) -> str:
     """The first three sentences of a story, drawn from the lists above."""
     name, hero, trait, place, love, event = (str(rng.choice(x)) for x in (NAMES, HEROES, TRAITS, PLACES, LOVES, EVENTS))
     article = "an" if trait[0] in "aeiou" else "a"
-    love = love.replace("his friends", "friends")
     start = rng.choice(["Once upon a time, there was", "There once was", "Once there was"])
     day = rng.choice(["One day,", "One morning,", "One sunny day,", "One evening,", "Then one day,"])
     return (f"{start} {article} {trait} {hero} named {name}. {name} lived in {place} and loved {love}. "

@@ -1,7 +1,7 @@
 """Settings of a stage. In order of force: the defaults of its dataclass < config files, as given < flags.
 
     python train.py config/slam.py --lr=5e-4 --seed 7 --overwrite
-    python sample.py --prompt a.wav --prompt b.wav   # a list of any length: both; so does --prompt=a.wav,b.wav
+    python sample.py --prompt a.wav --prompt b.wav   # a list: both; so does --prompt=a.wav,b.wav
     python train.py --help                           # every setting: type, default and the comment beside its field
     python train.py out/slam/config.json --seed=8    # what `save_config` wrote is a config file too
 
@@ -97,8 +97,8 @@ def split_argv(argv: list[str], kinds: dict[str, Any]) -> tuple[list[str], dict[
             continue
         else:
             text = words.pop(0)
-        # A repeated flag adds to a list; any other setting has its last value.
-        flags[name] = f"{flags[name]},{text}" if flags.get(name) and is_open_list(kinds.get(name)) else text
+        is_list = get_origin(kinds.get(name)) in (list, tuple)  # to which a repeated flag adds; others are replaced
+        flags[name] = f"{flags[name]},{text}" if is_list and flags.get(name) else text
     return files, flags, problems
 
 
@@ -161,11 +161,6 @@ def convert(value: Any, kind: Any, is_flag: bool) -> Any:
         if kind is float and is_number or kind is int and is_number and value % 1 == 0:
             return kind(value)
     raise ValueError(f"not {type_name(kind)}")
-
-
-def is_open_list(kind: Any) -> bool:
-    """Whether the annotation is a list or a tuple of any length."""
-    return get_origin(kind) is list or get_origin(kind) is tuple and ... in get_args(kind)
 
 
 def nearest(name: str, known: dict[str, str], otherwise: str) -> str:

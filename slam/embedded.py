@@ -4,7 +4,7 @@
     python -m slam.embedded --check    # only verify, build nothing
 
 In:  weight wheels (requirements-embedded.txt), whose files are read as data and never imported.
-Out: `$SLAM_CACHE/<part>` (default ~/.cache/slam), each a folder that `from_pretrained` loads. 0.7 GB, 20 s.
+Out: `$SLAM_CACHE/<part>` (default ~/.cache/slam), each a folder that `from_pretrained` loads. 0.7 GB, half a minute.
 
 A model is named by a hub id, a local folder or `embedded:NAME`; after `resolve` all three take the same code path.
 """

@@ -94,7 +94,7 @@ def test_flags_over_files_in_order_over_defaults(write):
     assert load_config(Config, ["--steps=1", "--steps=2"]).steps == 2
 
 
-def test_a_repeated_flag_adds_to_an_open_list(write):
+def test_a_repeated_flag_adds_to_a_list(write):
     @dataclass
     class Lists:
         names: tuple[str, ...] = ("default",)
@@ -102,8 +102,8 @@ def test_a_repeated_flag_adds_to_an_open_list(write):
         numbers: list[int] = field(default_factory=list)
         text: str = ""
 
-    cfg = load_config(Lists, [write("names = ('of', 'file')"), "--names=a,b", "--names", "c", "--pair=3,4",
-                              "--pair=5,6", "--numbers=1", "--numbers=2", "--text=x", "--text=y"])
+    cfg = load_config(Lists, [write("names = ('of', 'file')"), "--names=a,b", "--names", "c", "--pair=5",
+                              "--pair=6", "--numbers=1", "--numbers=2", "--text=x", "--text=y"])
     assert cfg == Lists(("a", "b", "c"), (5.0, 6.0), [1, 2], "y")
     assert load_config(Lists, [write("names = ('of', 'file')")]).names == ("of", "file")
 
