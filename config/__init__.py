@@ -1,27 +1,26 @@
 """Settings of a stage. In order of force: the defaults of its dataclass < config files, as given < flags.
 
     python train.py config/slam.py --lr=5e-4 --seed 7 --overwrite
-    python sample.py --prompt a.wav --prompt b.wav   # a list of any length: both; so does --prompt=a.wav,b.wav
+    python sample.py --prompt a.wav --prompt b.wav   # a list: both; so does --prompt=a.wav,b.wav
     python train.py --help                           # every setting: type, default and the comment beside its field
     python train.py out/slam/config.json --seed=8    # what `save_config` wrote is a config file too
 
 A config file is plain Python assignments and may compute; `from config.slam import *` starts from another one.
-Names beginning with `_`, modules, functions and classes are its own business; every other name must be a setting.
+Names that begin with `_`, modules, functions and classes are ignored; every other name must be a setting.
+A field is a bool, int, float, str or Literal, a list or tuple of these, or `... | None`.
 """
-import ast
+import argparse
 import contextlib
 import difflib
+import functools
 import inspect
 import json
 import os
 import re
 import runpy
 import sys
-import textwrap
-import tokenize
 import traceback
 from dataclasses import MISSING, fields
-from itertools import zip_longest
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -38,38 +37,28 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
     """
     hints = get_type_hints(Config)  # not field.type: that is text under `from __future__ import annotations`
     kinds = {f.name: hints[f.name] for f in fields(Config) if f.init}
-    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory()
-                for f in fields(Config) if f.init}
+    required = [f.name for f in fields(Config) if f.init and f.default is MISSING and f.default_factory is MISSING]
     files, flags, problems = split_argv(sys.argv[1:] if argv is None else argv, kinds)
-    if ("help", "") in flags:
-        print(help_text(kinds, defaults, read_comments(Config), description))
+    if "help" in flags:
+        print(help_text(Config, kinds, description))
         raise SystemExit(0)
 
     given = [(f"{file}: ", name, value, False) for file in files for name, value in read_file(file, kinds, problems)]
-    given += [("--", name, text, True) for name, text in flags]
-    all_read = not problems
-    values, repeated = {}, set()
+    given += [("--", name, text, True) for name, text in flags.items()]
+    values, all_read, known = {}, not problems, dict(zip(kinds, kinds))
     for where, name, value, is_flag in given:
-        if name not in kinds:
-            hint = nearest(name, dict(zip(kinds, kinds)), "--help lists them")
-            problems.append(f"{where}{name}: no such setting; {hint}")
-            continue
         try:
-            value = convert(value, kinds[name], is_flag)
-            # A flag's list replaces a config file's, and is added to an earlier flag's.
-            more = is_flag and name in repeated and is_open_list(kinds[name])
-            values[name] = values[name] + value if more else value
-            repeated |= {name} if is_flag else set()
+            if name in kinds:
+                values[name] = convert(value, kinds[name], is_flag)
+            else:
+                problems.append(f"{where}{name}: no such setting; {nearest(name, known, '--help lists them')}")
         except ValueError:
             problems.append(f"{where}{name}: expected {type_name(kinds[name])}, found {value!r}")
-            values.setdefault(name, defaults[name])  # so that what follows can still be checked
-
-    missing = [name for name, default in defaults.items() if default is MISSING and name not in values]
-    if all_read:  # else it may be in what could not be read
-        problems += [f"--{name}: required, {type_name(kinds[name])}" for name in missing]
-    settings = {**defaults, **values}
-    if MISSING not in settings.values():
-        cfg = Config(**settings)
+    if all_read:  # otherwise a required setting may be in what could not be read
+        named = {name for _, name, _, _ in given}
+        problems += [f"--{name}: required, {type_name(kinds[name])}" for name in required if name not in named]
+    if all(name in values for name in required):  # a default stands in for a wrong value
+        cfg = Config(**values)
         problems += cfg.problems() if hasattr(cfg, "problems") else []
     if problems:
         raise SystemExit("\n".join("config: " + " ".join(problem.split()) for problem in problems))
@@ -77,35 +66,39 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
 
 
 def save_config(cfg: Any, path: str | Path) -> None:
-    """Write the resolved settings as JSON, paths as strings; `load_config` reads the file back to an equal config."""
+    """Write the resolved settings as JSON; `load_config` reads the file back to an equal config."""
     settings = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.init}
-    Path(path).write_text(json.dumps(settings, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def split_argv(argv: list[str], kinds: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]], list[str]]:
-    """argv -> config files, flags [(name, text)], problems; `--help` is the flag ("help", "").
+def split_argv(argv: list[str], kinds: dict[str, Any]) -> tuple[list[str], dict[str, str], list[str]]:
+    """argv -> config files, flags {name: text}, problems; `--help` is the flag "help".
 
-    By hand, as argparse takes `-1` for a flag, stops at the first problem, and lets a bare bool eat a config file.
+    By hand, because argparse stops at the first problem and takes a config file after a bare bool for its value.
     """
-    files, flags, problems, words = [], [], [], list(argv)
+    files, flags, problems, words = [], {}, [], list(argv)
     while words:
         word = words.pop(0)
         name, equals, text = word.lstrip("-").partition("=")
         after = words[0] if words else "--"
         if not word.startswith("-"):
             files.append(word)
-        elif word in ("-h", "--help"):
-            flags.append(("help", ""))
+            continue
+        if word in ("-h", "--help"):
+            name = "help"
         elif equals:
-            flags.append((name, text))
+            pass
         elif kinds.get(name) in (bool, bool | None):
-            flags.append((name, words.pop(0) if after.lower() in (*BOOLS, *NONES) else "true"))
-        elif name not in kinds:  # the word after it is its value, surely, and not a config file that is missing
-            flags.append((name, "" if after.startswith("--") or after.endswith((".py", ".json")) else words.pop(0)))
+            text = words.pop(0) if after.lower() in (*BOOLS, *NONES) else "true"
+        elif name not in kinds:  # the next word is probably its value, unless it is a flag or a config file
+            text = "" if after.startswith("--") or after.endswith((".py", ".json")) else words.pop(0)
         elif after.startswith("--"):
             problems.append(f"--{name}: needs a value (one that begins with -- is given as --{name}=--value)")
+            continue
         else:
-            flags.append((name, words.pop(0)))
+            text = words.pop(0)
+        is_list = get_origin(kinds.get(name)) in (list, tuple)  # to which a repeated flag adds; others are replaced
+        flags[name] = f"{flags[name]},{text}" if is_list and flags.get(name) else text
     return files, flags, problems
 
 
@@ -125,113 +118,93 @@ def read_file(file: str, kinds: dict[str, Any], problems: list[str]) -> list[tup
         reason = error
         if isinstance(error, SyntaxError):
             where, reason = [*where, (error.filename, error.lineno)], error.msg
-        # The deepest line of a config file, be it of one that this one starts from, but not of a library it calls.
+        # The deepest line in a config file: this one or one that it starts from, not a library that it calls.
         folders = (HERE, Path(file).resolve().parent)
         lines = [f"{path}, line {line}" for path, line in where
-                 if path and path != __file__ and Path(path).is_file() and Path(path).resolve().parent in folders]
+                 if path not in (None, __file__) and Path(path).is_file() and Path(path).resolve().parent in folders]
         problems.append(f"{[file, *lines][-1]}: {type(error).__name__}: {reason}")
         return []
     return [(name, value) for name, value in names.items()
             if name in kinds or not (name.startswith("_") or inspect.ismodule(value) or callable(value))]
 
 
-def number(text: str) -> int | float:
-    """number("1_000") -> 1000; a whole number does not pass through a float, which would round a large one."""
-    return int(text) if text.lstrip("+-").replace("_", "").isdecimal() else float(text)
-
-
-# The text of a flag -> what a config file would have said; what a list holds is still text, to be converted in turn.
-FROM_TEXT = {bool: lambda text: BOOLS.get(text.lower()), NoneType: lambda text: None if text.lower() in NONES else text,
-             int: number, float: number, dict: json.loads,
-             **dict.fromkeys((list, tuple), lambda text: [part.strip() for part in text.split(",")] if text else [])}
-
-
 def convert(value: Any, kind: Any, is_flag: bool) -> Any:
-    """`value`, the text of a flag or an object out of a file, as the annotation `kind`. ValueError where it is none.
+    """`value`, the text of a flag or a value from a file, as the type `kind`. Raises ValueError if it is not one.
 
     convert("1e3", int, True) -> 1000; convert("0.9,0.95", tuple[float, ...], True) -> (0.9, 0.95)
     """
     origin, args = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, UnionType):
-        for option in sorted(args, key=lambda option: option is not NoneType):  # None first: "none" is a fine str too
+        for option in sorted(args, key=lambda option: option is not NoneType):  # None first: "none" is also a str
             with contextlib.suppress(ValueError):
                 return convert(value, option, is_flag)
-    for choice in args if origin is Literal else ():
-        if value == (str(choice) if is_flag else choice):
-            return choice
-    value = FROM_TEXT.get(origin, str)(value) if is_flag else value
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is Any or origin in (bool, str, NoneType) and isinstance(value, origin):
-        return value
-    if origin is float and is_number or origin is int and is_number and value % 1 == 0:
-        return origin(value)
-    if origin is Path and isinstance(value, (str, Path)):
-        return Path(value).expanduser()  # the shell leaves the ~ of --out=~/x alone
-    if origin is dict and isinstance(value, dict):
-        key_kind, value_kind = args or (Any, Any)
-        return {convert(k, key_kind, False): convert(v, value_kind, False) for k, v in value.items()}
-    if origin in (list, tuple) and isinstance(value, (list, tuple)):
-        parts = args if origin is tuple and args and ... not in args else (*args, Any)[:1] * len(value)
-        return origin(convert(part, part_kind, is_flag) for part, part_kind in zip(value, parts, strict=True))
+    elif origin is Literal:
+        for choice in args:
+            if value == (str(choice) if is_flag else choice):
+                return choice
+    elif origin in (list, tuple):
+        parts = value if not is_flag else [part.strip() for part in value.split(",")] if value else []
+        if isinstance(parts, (list, tuple)):
+            part_kinds = args if origin is tuple and ... not in args else args[:1] * len(parts)
+            return origin(convert(part, part_kind, is_flag) for part, part_kind in zip(parts, part_kinds, strict=True))
+    elif kind is NoneType:
+        if value is None or is_flag and value.lower() in NONES:
+            return None
+    elif kind in (bool, str):
+        value = BOOLS.get(value.lower()) if is_flag and kind is bool else value
+        if isinstance(value, kind):
+            return value
+    elif kind in (int, float):
+        if is_flag:  # a whole number does not pass through a float, which would round a large one
+            value = int(value) if value.lstrip("+-").replace("_", "").isdecimal() else float(value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if kind is float and is_number or kind is int and is_number and value % 1 == 0:
+            return kind(value)
     raise ValueError(f"not {type_name(kind)}")
 
 
-def is_open_list(kind: Any) -> bool:
-    """Whether the annotation is a list or a tuple of any length."""
-    return get_origin(kind) is list or get_origin(kind) is tuple and ... in get_args(kind)
-
-
 def nearest(name: str, known: dict[str, str], otherwise: str) -> str:
-    """A hint at what an unknown name may mean, of `known` {name: how to write it}; `otherwise` if none comes close."""
+    """A hint at the names in `known` {name: how to write it} that are close to an unknown one; else `otherwise`."""
     close = difflib.get_close_matches(name, known)
     return f"did you mean {' or '.join(known[match] for match in close)}?" if close else otherwise
 
 
 def type_name(kind: Any) -> str:
-    """type_name(pathlib.Path | None) -> "Path | None"; a Literal by its choices."""
+    """type_name(tuple[int, ...] | None) -> "tuple[int, ...] | None"; a Literal by its choices."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else re.sub(r"\w+\.(?=\w)", "", str(kind))
 
 
-def help_text(kinds: dict[str, Any], defaults: dict[str, Any], comments: dict[str, str], description: str) -> str:
-    """The description, the usage, and a table of all settings, its columns wrapped to fit into 120 characters."""
-    rows = [("setting", "type", "default", "")]
-    for name, default in defaults.items():
-        shown = "required" if default is MISSING else str(default)
-        rows.append((f"--{name}", type_name(kinds[name]), shown or '""', comments.get(name, "")))
-    widths = [min(max(map(len, column)), 28) for column in list(zip(*rows))[:3]]
-    widths.append(120 - 8 - sum(widths))
-    lines = [description.strip(), "", f"usage: python {Path(sys.argv[0]).name} [CONFIG.py ...] [--key=value ...]", ""]
-    for row in rows:
-        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths)]
-        lines += ["  " + "  ".join(map(str.ljust, parts, widths)) for parts in zip_longest(*cells, fillvalue="")]
-    return "\n".join(map(str.rstrip, lines)).lstrip()
+def help_text(Config: type, kinds: dict[str, Any], description: str) -> str:
+    """The usage, the description, and for each setting its type, [default] and comment, at most 120 characters wide."""
+    parser = argparse.ArgumentParser(
+        f"python {Path(sys.argv[0]).name}", "%(prog)s [CONFIG.py ...] [--key=value ...]", description.strip(),
+        add_help=False, formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=120, max_help_position=36))
+    comments = read_comments(Config)
+    for f in fields(Config):
+        if f.init:
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            shown = "required" if default is MISSING else str(default) or '""'
+            text = f"[{shown}] {comments.get(f.name, '')}".replace("%", "%%")
+            parser.add_argument(f"--{f.name}", metavar=type_name(kinds[f.name]), help=text)
+    return parser.format_help()
 
 
 def read_comments(Config: type) -> dict[str, str]:
-    """{field: comment}, from the source of the class: beside a field, directly above it, or running on below it.
+    """{field: comment} from the source of the class: the comment beside a field and the comment lines that follow it.
 
-    A line between two fields runs on from the upper one if it is indented more than they are, or if both have a
-    comment beside them; otherwise it is about the lower one. Without a source, as in a shell, there are no comments.
+    A class without source, as in a shell, has no comments.
     """
-    comments = {}
-    for cls in reversed(Config.__mro__):
-        try:
-            source = textwrap.dedent(inspect.getsource(cls))
-            nodes = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-        except (OSError, TypeError, SyntaxError):
-            continue
-        tokens = tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__)
-        notes = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
-        indents = {line: note.start[1] for line, note in notes.items() if note.line.lstrip().startswith("#")}
-        for node, lower in zip_longest(nodes, nodes[1:]):
-            first, last = node.lineno, node.end_lineno
-            while first - 1 in indents:
-                first -= 1
-            while last in notes and last + 1 in indents and (
-                    indents[last + 1] > node.col_offset or lower is None or lower.end_lineno in notes):
-                last += 1
-            texts = [notes.pop(line).string.strip("# ") for line in range(first, last + 1) if line in notes]
-            comments[node.target.id] = " ".join(texts) or comments.get(node.target.id, "")
+    comments, name = {}, ""
+    for cls in reversed(Config.__mro__[:-1]):
+        with contextlib.suppress(OSError, TypeError):
+            for line in inspect.getsource(cls).splitlines():
+                if re.match(r"\s+def ", line):
+                    break
+                if field := re.match(r"\s+(\w+): ", line):
+                    name = field[1]
+                if note := re.search(r"(?:^|\s)#+ (.*)", line):
+                    comments[name] = note[1] if field else f"{comments.get(name, '')} {note[1]}".strip()
     return comments

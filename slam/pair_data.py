@@ -1,30 +1,42 @@
-"""slam.pair_data."""
+"""Preference pairs from data sets: SWAG's text, SpokenSwag's audio, SlamKit's units -> pair files.
+
+    python synth_stories.py config/spoken_swag.py --swag train.csv      # calls make_swag_pairs
+
+Each reader yields a row as a pair {"id", "prompt_text", "chosen_text", "rejected_text", ...}, or the reason (a string)
+why the row is skipped.
+"""
 import contextlib
 import csv
+import io
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from slam.audio import check_wave, load_audio, read_parquet
+from slam.audio import check_wave, load_audio
+from slam.device import pick_device
 from slam.metrics import auto_bleu
-from slam.slamkit import slamkit_units
-from slam.tts import TTS
+from slam.slamkit import slamkit_tokenizer, slamkit_units
+from slam.tokenizer import SpeechTokenizer
+from slam.tts import TTS, speakers, spoken
+from slam.units import write_atomic, write_pairs
 
 SIDES = ("prompt", "chosen", "rejected")
 
 
-def read_swag(path: str, cfg) -> tuple[list[dict], Counter]:
-    """SWAG's original CSV -> texts of preference pairs, as SpokenSwag has them, and the rows skipped, by reason.
+# ---------------------------------------------------------------- readers
+def read_swag(path: str, seed: int, voices: tuple[str, ...]) -> Iterator[dict | str]:
+    """Gold rows of SWAG's original CSV: prompt is sent1, chosen sent2 with the right ending, rejected with a wrong one.
 
-    Of gold rows, prompt is sent1, chosen sent2 with the right ending, rejected sent2 with a wrong one drawn by (seed,
-    row). A pair stays if the bigram auto-BLEU of "prompt chosen" is below `max_auto_bleu`. SystemExit if it is no such
-    file.
+    Wrong ending and voice ("speaker") are drawn by (seed, row). SystemExit if the file is not such a CSV.
     """
     columns = ["sent1", "sent2", "gold-source", "ending0", "ending1", "ending2", "ending3", "label"]
-    pairs, skipped = [], Counter()
+    number = -1
     try:
         with open(path, newline="", encoding="utf-8") as f:
             rows = csv.DictReader(f, strict=True)
@@ -33,110 +45,194 @@ def read_swag(path: str, cfg) -> tuple[list[dict], Counter]:
             for number, row in enumerate(rows):
                 prompt, start, source, *endings, label = (" ".join((row[c] or "").split()) for c in columns)
                 if source != "gold":
-                    skipped["not gold"] += 1
-                    continue
-                if not (prompt and start and all(endings)) or label not in ("0", "1", "2", "3") or None in row:
-                    skipped["malformed"] += 1
-                    continue
-                rng = np.random.default_rng((cfg.seed, number))
-                right, (*wrong,) = endings[int(label)], (e for i, e in enumerate(endings) if i != int(label))
-                chosen, rejected = f"{start} {right}", f"{start} {wrong[rng.integers(3)]}"
-                if chosen == rejected:
-                    skipped["with a wrong ending that is the right one"] += 1
-                    continue
-                if auto_bleu(f"{prompt} {chosen}") >= cfg.max_auto_bleu:
-                    skipped["repetitive"] += 1
-                    continue
-                voice = str(rng.choice(cfg.voices or TTS[cfg.tts][1]))
-                pairs.append({"id": f"swag{number:06d}", "speaker": voice, "prompt_text": prompt, "chosen_text": chosen,
-                              "rejected_text": rejected})
+                    yield "not gold"
+                elif not (prompt and start and all(endings)) or label not in ("0", "1", "2", "3") or None in row:
+                    yield "malformed"
+                else:
+                    rng = np.random.default_rng((seed, number))
+                    right = endings.pop(int(label))
+                    wrong = endings[rng.integers(3)]
+                    yield "with a wrong ending that is the right one" if wrong == right else {
+                        "id": f"swag{number:06d}", "speaker": str(rng.choice(voices)), "prompt_text": prompt,
+                        "chosen_text": f"{start} {right}", "rejected_text": f"{start} {wrong}"}
     except OSError as e:
         raise SystemExit(f"--swag={path}: not readable ({e.strerror})") from None
     except (csv.Error, UnicodeDecodeError) as e:
-        raise SystemExit(f"{path}: row {len(pairs) + skipped.total() + 2}: not CSV ({e})") from None
-    return pairs, skipped
-
-
-def read_spoken_swag(input: str, cfg) -> tuple[list[dict], Counter]:
-    """Hugging Face's slprl/SpokenSwag, a folder of its parquet files or one: texts of pairs, and the rows skipped.
-
-    A pair's "split" is that of its file's name or folder. It stays if its `auto_bleu2`, or where it has none that of
-    "prompt chosen", is below `max_auto_bleu`. SystemExit if it is no such file, or pyarrow is not there.
-    """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise SystemExit(f"{input}: reading parquet needs pyarrow: pip install pyarrow") from None
-    pairs, skipped = [], Counter()
-    for path, name in parquet_files(input):
-        try:
-            names = parquet.read_schema(path).names
-            if missing := {x for side in SIDES for x in (side, f"{side}_text")} - set(names):
-                raise SystemExit(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(names)}")
-            columns = [f"{side}_text" for side in SIDES] + [x for x in ("speaker", "auto_bleu2") if x in names]
-            rows = parquet.read_table(path, columns=columns).to_pylist()
-        except (OSError, ValueError) as e:  # pyarrow's own are of these
-            raise SystemExit(f"{path}: not a whole parquet file ({str(e).splitlines()[0]})") from None
-        split = "val" if re.search(r"\b(val|test|dev)", name) else "train"
-        for number, row in enumerate(rows):
-            value = row.pop("auto_bleu2", None)
-            if value is None:
-                value = auto_bleu(f"{row['prompt_text']} {row['chosen_text']}")
-            if value >= cfg.max_auto_bleu:
-                skipped["repetitive"] += 1
-            else:
-                pairs.append({"id": f"{name}/{number:07d}", "split": split} | row)
-    return pairs, skipped
+        raise SystemExit(f"{path}: row {number + 3}: not CSV ({e})") from None
 
 
 def parquet_files(input: str) -> list[tuple[Path, str]]:
-    """Parquet files of a folder, or one, each with what it is called there: default/train/0000."""
+    """Parquet files of a folder, or one file, each with its name inside the folder: default/train/0000."""
     if not Path(input).is_dir():
         return [(Path(input), Path(input).stem)]
     return [(p, p.relative_to(input).with_suffix("").as_posix()) for p in sorted(Path(input).rglob("*.parquet"))]
 
 
-def read_slamkit_pairs(path: str, cfg, n_units: int) -> tuple[list[dict], Counter]:
-    """SlamKit's preference features, JSON lines of prompt, chosen and rejected with their units: pairs, rows skipped.
+def parquet_rows(path: Path, columns: list[str], optional: tuple[str, ...] = ()) -> Iterator[dict]:
+    """Rows of a parquet file. SystemExit if pyarrow is missing, the file is not whole, or a column is not there."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise SystemExit(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := sorted(set(columns) - set(names)):
+                raise SystemExit(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}")
+            for batch in file.iter_batches(16, columns=columns + [x for x in optional if x in names]):
+                yield from batch.to_pylist()
+    except (OSError, ValueError) as e:  # pyarrow's own errors are subclasses of these
+        raise SystemExit(f"{path}: not a whole parquet file ({str(e).splitlines()[0]})") from None
 
-    {"prompt": {"units", "duration"}, "chosen": …, "rejected": …, "prompt_text", …}; also with "audio_repr" around the
-    units, as its documentation has it.
+
+def read_spoken_swag(input: str) -> Iterator[dict]:
+    """Texts of Hugging Face's slprl/SpokenSwag, a folder of its parquet files or one of them.
+
+    "split" is val for a file with val, test or dev in its name or folder. The set's own "auto_bleu2" is handed on.
     """
-    pairs, skipped = [], Counter()
+    for path, name in parquet_files(input):
+        split = "val" if re.search(r"\b(val|test|dev)", name) else "train"
+        rows = parquet_rows(path, [f"{side}_text" for side in SIDES], optional=("speaker", "auto_bleu2"))
+        for number, row in enumerate(rows):
+            yield {"id": f"{name}/{number:07d}", "split": split} | row
+
+
+def read_slamkit_pairs(path: str, n_units: int) -> Iterator[dict]:
+    """SlamKit's preference features, JSON lines {"prompt": {"units", "duration"}, "chosen": …, "rejected": …}.
+
+    Texts are kept where they are given. The units may be inside "audio_repr", as SlamKit's documentation has them.
+    """
+    number = 0
     try:
         with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f):
+            for number, line in enumerate(f, 1):
                 row = json.loads(line)
-                texts = {k: row[k] for side in SIDES if (k := f"{side}_text") in row}
-                if auto_bleu(f"{texts.get('prompt_text', '')} {texts.get('chosen_text', '')}") >= cfg.max_auto_bleu:
-                    skipped["repetitive"] += 1
-                    continue
-                units = {side: slamkit_units(row[side], n_units)[0].tolist() for side in SIDES}
-                pairs.append({"id": f"{Path(path).stem}/{number:07d}"} | units | texts)
+                yield {"id": f"{Path(path).stem}/{number - 1:07d}"} | {
+                    side: slamkit_units(row[side], n_units)[0].tolist() for side in SIDES} | {
+                    key: row[key] for side in SIDES if (key := f"{side}_text") in row}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SystemExit(f"{path}: line {len(pairs) + skipped.total() + 1}: not a pair with units ({e!r}), as "
-                         f"SlamKit's preference_alignment_feature_extractor writes them") from None
+        raise SystemExit(f"{path}: line {number}: not a pair with units ({e!r}), as SlamKit's "
+                         f"preference_alignment_feature_extractor writes them") from None
+
+
+def usable(rows: Iterable[dict | str], max_auto_bleu: float) -> tuple[list[dict], Counter]:
+    """Pairs that do not repeat themselves, and the number of rows skipped by reason.
+
+    A pair stays if its "auto_bleu2", or without one the bigram auto-BLEU of "prompt chosen", is below `max_auto_bleu`.
+    """
+    pairs, skipped = [], Counter()
+    for row in rows:
+        if isinstance(row, str):
+            skipped[row] += 1
+            continue
+        value = row.pop("auto_bleu2", None)
+        if value is None:
+            value = auto_bleu(f"{row.get('prompt_text', '')} {row.get('chosen_text', '')}")
+        if value < max_auto_bleu:
+            pairs.append(row)
+        else:
+            skipped["repetitive"] += 1
     return pairs, skipped
 
 
-def stored_waves(files: list[tuple[Path, str]], wanted: dict[str, dict]):
-    """Yield (id and side, [wave]) of parquet files' rows; a wave of no samples for one that can't be read."""
-    for path, name in files:
-        prefix = f"{name}/"
-        columns = [read_parquet(str(path), prefix, False, side, lambda id: id[:len(prefix) + 7] in wanted)
-                   for side in SIDES]
-        for items in zip(*columns):
-            for side, item in zip(SIDES, items):
-                if item.fatal:
-                    raise SystemExit(f"{path}: {item.problem}")
-                with contextlib.suppress(ValueError):
-                    yield f"{item.id[:len(prefix) + 7]} {side}", [load_audio(item.source, item.id)]
-                    continue
-                yield f"{item.id[:len(prefix) + 7]} {side}", [np.zeros(0, np.float32)]
-
-
+# ---------------------------------------------------------------- pair files
 def is_sound(wave: np.ndarray) -> bool:
+    """Whether a wave (T,) at 16 kHz holds anything that a tokeniser can hear."""
     with contextlib.suppress(ValueError):
         check_wave(wave)
         return True
     return False
+
+
+def stored_wave(audio: dict | None) -> np.ndarray:
+    """A cell {"bytes", "path"} of an audio column -> wave (T,) at 16 kHz; no samples if it can't be read."""
+    try:
+        return load_audio(io.BytesIO((audio or {}).get("bytes") or b""))
+    except ValueError:
+        return np.zeros(0, np.float32)
+
+
+def stored_waves(input: str, pairs: list[dict]) -> Iterator[list[np.ndarray]]:
+    """Waves of prompt, chosen and rejected for each of the pairs, which must be in the order of the files."""
+    ids = {p["id"] for p in pairs}
+    for path, name in parquet_files(input):
+        if any(id.startswith(f"{name}/") for id in ids):
+            for number, row in enumerate(parquet_rows(path, list(SIDES))):
+                if f"{name}/{number:07d}" in ids:
+                    yield [stored_wave(row[side]) for side in SIDES]
+
+
+def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, say: Callable) -> int:
+    """Write a pair file; returns how many pairs are left out because a side has no sound.
+
+    say(pairs) yields the waves of prompt, chosen and rejected, each tokenised by itself. Pairs go to PATH.kept as they
+    come, so a killed run continues with the next one.
+    """
+    if path.exists():
+        return 0
+    kept = path.with_name(path.name + ".kept")
+    lines = kept.read_text(encoding="utf-8").split("\n")[:-1] if kept.exists() else []  # a kill may have cut the last
+    write_atomic(kept, "".join(line + "\n" for line in lines))
+    found = [json.loads(line) for line in lines]
+    said = zip(pairs[len(found):], say(pairs[len(found):]))
+    with open(kept, "a", encoding="utf-8") as f:
+        while batch := list(islice(said, 16)):
+            units = [pair | dict.fromkeys(SIDES) for pair, _ in batch]
+            sound = [(i, side, wave) for i, (_, waves) in enumerate(batch) for side, wave in zip(SIDES, waves)
+                     if is_sound(wave)]
+            for (i, side, _), (x, _) in zip(sound, tokenizer.encode_batch([wave for *_, wave in sound])):
+                units[i][side] = x.tolist()
+            f.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in units)
+            f.flush()
+            found += units
+    whole = [p for p in found if all(p[side] for side in SIDES)]
+    write_pairs(path, tokenizer.fingerprint, whole)
+    kept.unlink()
+    return len(found) - len(whole)
+
+
+def make_swag_pairs(cfg) -> None:
+    """Write pairs_val.jsonl, `n_val` rows drawn by the seed, and pairs_train.jsonl, at most `n_pairs` of the others.
+
+    Rows of a data set with a validation split are drawn from that. cfg: of synth_stories.py. SystemExit if there are
+    too few rows.
+    """
+    kind, voices = Path(cfg.swag).suffix, cfg.voices or TTS[cfg.tts][1]
+    stored, tokenizer = kind == ".parquet" or Path(cfg.swag).is_dir(), None
+    if kind == ".jsonl":
+        fingerprint, base, _ = slamkit_tokenizer(cfg.swag, cfg.tokenizer)
+        if fingerprint != base:
+            raise SystemExit(f"{cfg.swag} has units, and {cfg.tokenizer} makes pieces of several; name the codebook")
+        rows = read_slamkit_pairs(cfg.swag, fingerprint.n_units)
+    else:
+        tokenizer = SpeechTokenizer.load(cfg.tokenizer, pick_device().type)
+        rows = read_spoken_swag(cfg.swag) if stored else read_swag(cfg.swag, cfg.seed, voices)
+    pairs, skipped = usable(rows, cfg.max_auto_bleu)
+
+    splits = [p.pop("split", "") for p in pairs]
+    order = np.random.default_rng(cfg.seed).permutation(len(pairs))
+    own = "val" in splits and "train" in splits
+    val = [i for i in order if not own or splits[i] == "val"][:cfg.n_val]
+    train = [i for i in order if splits[i] == "train"] if own else order[len(val):]
+    if len(val) < cfg.n_val or not len(train):
+        raise SystemExit(f"{cfg.swag}: {len(pairs)} usable rows ({dict(skipped)}); more than n_val, {cfg.n_val}, are "
+                         f"needed")
+
+    def say(part: list[dict]) -> Iterator[list[np.ndarray]]:
+        if stored:
+            return tqdm(stored_waves(cfg.swag, part), total=len(part), disable=None, desc="tokenising", unit="pair")
+        texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in part for side in SIDES}
+        speaker = {f"{p['id']} {side}": p["speaker"] for p in part for side in SIDES}
+        waves = (wave for _, (wave,) in spoken(cfg, pool, texts, "speaking pairs", speaker))
+        return zip(waves, waves, waves)
+
+    with speakers(cfg.tts, cfg.workers) if tokenizer and not stored else contextlib.nullcontext() as pool:
+        for split, part in (("val", val), ("train", train[:cfg.n_pairs])):
+            path, part, silent = Path(cfg.out) / f"pairs_{split}.jsonl", [pairs[i] for i in sorted(part)], 0
+            if tokenizer:
+                silent = tokenize_pairs(part, path, tokenizer, say)
+            elif not path.exists():
+                write_pairs(path, fingerprint, part)
+            print(f"{path}: {len(part) - silent:,} pairs; {silent} gave no sound")
+    print(f"{cfg.swag}: {len(pairs) + skipped.total():,} rows, of which were skipped: "
+          + (", ".join(f"{n:,} {why}" for why, n in skipped.items()) or "none"))

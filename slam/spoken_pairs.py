@@ -1,48 +1,45 @@
-"""slam.spoken_pairs."""
+"""Spoken benchmark pairs in the style of tStoryCloze, sStoryCloze and sBLIMP: folders of wav files and manifest.jsonl.
+
+    make_sblimp(cfg, pool)    # writes OUT/sblimp; eval.py --sblimp=OUT/sblimp scores it
+
+`cfg` is synth_stories.py's Config, `pool` a pool of slam.tts.speakers. A story is {"id", "sentences"}.
+"""
 import json
 import math
-import os
 import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from slam.speech import continuation_scores
 from slam.tts import spoken, write_audio
+from slam.units import write_atomic
 
-# ---------------------------------------------------------------- writing
-
-# A story opens with two or three sentences drawn from these lists and is continued by the text LM: an opening keeps a
-# small LM on its rails, and the product of the lists keeps the openings from repeating.
 NAMES = """Lily Tom Mia Ben Sue Max Anna Jack Lucy Sam Ella Tim Rosie Leo Amy Finn Zoe Pip Daisy Oscar Nora Bobby Grace
 Henry Ruby Charlie Molly George Kitty Peter Sally Rex Bella Toby Clara Milo Polly Hugo Ivy Felix""".split()
 
 
 def exchange(items: list, seed: int) -> list:
-    """A seeded permutation in which nothing stays in its place."""
+    """A seeded permutation of items in which none keeps its place."""
     order = np.random.default_rng(seed).permutation(len(items))
-    out = [None] * len(items)
-    for i, j in zip(order, np.roll(order, 1)):
-        out[i] = items[j]
-    return out
+    source = dict(zip(order, np.roll(order, 1)))  # one cycle through all places
+    return [items[source[i]] for i in range(len(items))]
 
 
-def write_benchmark(cfg, pool, name: str, pairs: list[dict], texts: dict[str, list[str]], recipe) -> None:
-    """Speak `texts`, write each pair's two wavs (`recipe(pair, side)` -> ids of texts to join) and manifest.jsonl."""
+def write_benchmark(cfg, pool, name: str, pairs: list[dict], texts: dict[str, list[str]]) -> None:
+    """Speak `texts` {id: sentences}; write two wavs a pair and manifest.jsonl; nothing if the manifest is there.
+
+    A pair's "positive" and "negative" are ids of the texts that make up the side; they become names of wav files.
+    """
     folder = Path(cfg.out) / name
     if (folder / "manifest.jsonl").exists():
         return
     waves = dict(spoken(cfg, pool, texts, f"speaking {name}"))
-    lines = []
     for pair in pairs:
         for side in ("positive", "negative"):
-            pair[side] = f"{pair['id']}_{side}.wav"
-            write_audio(folder / pair[side], np.concatenate([w for id in recipe(pair, side) for w in waves[id]]))
-        lines.append(json.dumps(pair) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)  # of no pairs nothing was written
-    (folder / "manifest.part").write_text("".join(lines))
-    os.replace(folder / "manifest.part", folder / "manifest.jsonl")
+            parts, pair[side] = [wave for id in pair[side] for wave in waves[id]], f"{pair['id']}_{side}.wav"
+            write_audio(folder / pair[side], np.concatenate(parts))
+    write_atomic(folder / "manifest.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
 def make_tstorycloze(cfg, pool, stories: list[dict]) -> None:
@@ -51,62 +48,65 @@ def make_tstorycloze(cfg, pool, stories: list[dict]) -> None:
     for story, other in zip(stories, exchange(stories, cfg.seed)):
         id, (*beginning, ending) = story["id"], story["sentences"][:5]
         texts |= {f"{id} beginning": beginning, f"{id} ending": [ending]}
-        pairs.append({"id": id, "other": other["id"], "positive_text": " ".join(story["sentences"][:5]),
-                      "negative_text": " ".join([*beginning, other["sentences"][4]])})
-    write_benchmark(cfg, pool, "tstorycloze", pairs, texts, lambda pair, side: [
-        f"{pair['id']} beginning", f"{pair['id'] if side == 'positive' else pair['other']} ending"])
+        pairs.append({"id": id, "other": other["id"], "positive_text": " ".join([*beginning, ending]),
+                      "negative_text": " ".join([*beginning, other["sentences"][4]]),
+                      "positive": [f"{id} beginning", f"{id} ending"],
+                      "negative": [f"{id} beginning", f"{other['id']} ending"]})
+    write_benchmark(cfg, pool, "tstorycloze", pairs, texts)
 
 
 def things(text: str) -> set[str]:
-    """Words that say what a text is about, roughly: the longer ones, names aside."""
+    """The content words of a text, roughly: those of four letters and more, without names."""
     return {word.lower() for word in re.findall(r"\w{4,}", text) if word not in NAMES}
 
 
 def pronouns(text: str) -> set[str]:
-    """Of which sexes the third persons of a text are."""
-    return {sex for sex in ("he|him|his", "she|her|hers") if re.search(rf"\b({sex})\b", text, re.IGNORECASE)}
+    """The grammatical genders of a text's pronouns: {"he|him|his"}, {"she|her|hers"}, both or none."""
+    return {gender for gender in ("he|him|his", "she|her|hers") if re.search(rf"\b({gender})\b", text, re.IGNORECASE)}
 
 
 def make_sstorycloze(cfg, pool, stories: list[dict], n_candidates: int = 6, min_gap: float = 0.3) -> None:
-    """sStoryCloze-style pairs: four sentences and their true fifth, against a close one that fits less.
+    """sStoryCloze-style pairs: four sentences and their true fifth, against a close ending that fits less.
 
-    The wrong ending is another story's, with this one's name and no other pronouns in it, that shares the rarest words
-    with this story and that the writer finds at least `min_gap` nats per token less likely here. None is used twice; a
-    story for which there is none is left out.
+    Candidates are the endings of other stories that share the rarest words with this beginning and add no pronoun; this
+    story's name replaces theirs. The first is taken that the writer (a text LM) finds at least `min_gap` nats per token
+    less likely than the true one. No ending is used twice; a story without a candidate is left out.
     """
     if (Path(cfg.out) / "sstorycloze" / "manifest.jsonl").exists():
         return
+    from slam.speech import continuation_scores
     beginnings, endings = [" ".join(s["sentences"][:4]) for s in stories], [s["sentences"][4] for s in stories]
     about, said = list(map(things, beginnings)), list(map(things, endings))
     found_in = Counter(word for words in about for word in words)
-    todo, offered = [], Counter()  # of each story: endings that are close to it, the closest first
+    candidates, offered = [], Counter()  # for each story [(index of the other story, its ending)], the closest first
     for i, beginning in enumerate(beginnings):
         name = next((word for word in re.findall(r"\w+", beginning) if word in NAMES), None)
         shared = [sum(math.log(len(stories) / found_in[word]) for word in about[i] & words) for words in said]
-        fine = [j for j, ending in enumerate(endings) if name and ending != endings[i] and shared[j] > 0
-                and offered[j] < n_candidates and pronouns(ending) <= pronouns(f"{beginning} {endings[i]}")]
-        fine = sorted(fine, key=lambda j: -shared[j])[:n_candidates]
-        offered.update(fine)  # the same ones suit many stories; enough must be left for the last
-        todo.append([(j, re.sub(r"\w+", lambda m: name if m[0] in NAMES else m[0], endings[j])) for j in fine])
-    asked = [(beginnings[i], x) for i, others in enumerate(todo) for x in (endings[i], *(x for _, x in others))]
+        close = [j for j, ending in enumerate(endings) if name and ending != endings[i] and shared[j] > 0
+                 and offered[j] < n_candidates and pronouns(ending) <= pronouns(f"{beginning} {endings[i]}")]
+        close = sorted(close, key=lambda j: -shared[j])[:n_candidates]
+        offered.update(close)  # an ending that suits many stories is offered to a few, so that each has its own
+        candidates.append([(j, re.sub(r"\w+", lambda m: name if m[0] in NAMES else m[0], endings[j])) for j in close])
+    asked = [(beginnings[i], x) for i, others in enumerate(candidates) for x in (endings[i], *(x for _, x in others))]
     scores = iter(continuation_scores(*map(list, zip(*asked)), cfg.writer))
     texts, pairs, used = {}, [], set()
-    for story, beginning, ending, others in zip(stories, beginnings, endings, todo):
+    for story, beginning, ending, others in zip(stories, beginnings, endings, candidates):
         true, *theirs = [next(scores) for _ in range(1 + len(others))]
-        wrong = next((x for x, score in zip(others, theirs) if score <= true - min_gap and x[0] not in used), None)
-        if wrong:
-            id, (j, worse) = story["id"], wrong
+        fits_less = [x for x, score in zip(others, theirs) if score <= true - min_gap and x[0] not in used]
+        if fits_less:
+            id, (j, worse) = story["id"], fits_less[0]
             used.add(j)
             texts |= {f"{id} beginning": story["sentences"][:4], f"{id} positive": [ending], f"{id} negative": [worse]}
-            pairs.append({"id": id, "positive_text": f"{beginning} {ending}", "negative_text": f"{beginning} {worse}"})
+            pairs.append({"id": id, "positive_text": f"{beginning} {ending}", "negative_text": f"{beginning} {worse}",
+                          **{side: [f"{id} beginning", f"{id} {side}"] for side in ("positive", "negative")}})
     print(f"sstorycloze: {len(pairs)} pairs; {len(stories) - len(pairs)} stories have no close ending that fits less")
-    write_benchmark(cfg, pool, "sstorycloze", pairs, texts, lambda pair, side: [
-        f"{pair['id']} beginning", f"{pair['id']} {side}"])
+    write_benchmark(cfg, pool, "sstorycloze", pairs, texts)
 
 
 def grammar_pair(kind: str, i: int, rng: np.random.Generator) -> tuple[str, str]:
-    """A grammatical and an ungrammatical sentence of the same words' kinds; i alternates what is right.
+    """A grammatical and an ungrammatical sentence that differ in one point; the right form alternates with i.
 
+    So single words give nothing away: `is` is right for even i, `are` for odd i.
     grammar_pair("subject_verb_agreement", 0, rng) -> ("The dog near the tree is sleeping.", "… are sleeping.")
     """
     def pick(words):
@@ -143,17 +143,16 @@ GRAMMAR = "subject_verb_agreement determiner_noun_agreement reflexive word_order
 
 
 def make_sblimp(cfg, pool) -> None:
-    """sBLIMP-style pairs: a grammatical and an ungrammatical sentence, by templates, the four kinds in equal shares."""
-    rng, pairs, seen = np.random.default_rng((cfg.seed, 1)), [], set()
+    """sBLIMP-style pairs: a grammatical and an ungrammatical sentence from templates, each kind equally often."""
+    rng, pairs, texts, seen = np.random.default_rng((cfg.seed, 1)), [], {}, set()
     for i in range(cfg.n_sblimp):
-        kind = GRAMMAR[i % len(GRAMMAR)]
-        for _ in range(1000):
-            positive, negative = grammar_pair(kind, i // len(GRAMMAR), rng)
-            if (positive, negative) not in seen:
-                break
-        else:
+        id, kind = f"{i:05d}", GRAMMAR[i % len(GRAMMAR)]
+        drawn = (grammar_pair(kind, i // len(GRAMMAR), rng) for _ in range(1000))
+        new = next((pair for pair in drawn if pair not in seen), None)
+        if new is None:
             raise SystemExit(f"n_sblimp: the templates give some {len(pairs):,} different pairs, not {cfg.n_sblimp:,}")
-        seen.add((positive, negative))
-        pairs.append({"id": f"{i:05d}", "type": kind, "positive_text": positive, "negative_text": negative})
-    texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in pairs for side in ("positive", "negative")}
-    write_benchmark(cfg, pool, "sblimp", pairs, texts, lambda pair, side: [f"{pair['id']} {side}"])
+        seen.add(new)
+        texts |= {f"{id} positive": [new[0]], f"{id} negative": [new[1]]}
+        pairs.append({"id": id, "type": kind, "positive_text": new[0], "negative_text": new[1],
+                      "positive": [f"{id} positive"], "negative": [f"{id} negative"]})
+    write_benchmark(cfg, pool, "sblimp", pairs, texts)

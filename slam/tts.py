@@ -1,22 +1,27 @@
-"""slam.tts."""
-import contextlib
+"""Text to speech: three voices by name, and a pool of processes that speak.
+
+    with speakers("hibari", workers=2) as pool:
+        for id, waves in spoken(cfg, pool, {"a": ["Hello.", "How are you?"]}, "speaking"):
+            write_audio(Path(f"{id}.flac"), np.concatenate(waves))
+
+Another TTS is a loader here and its line in `TTS`.
+"""
 import functools
+import io
 import multiprocessing
-import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import torch
 from tqdm import tqdm
 
 from slam.audio import SAMPLE_RATE, resample
+from slam.units import write_atomic
 
 
-# ---------------------------------------------------------------- speaking
 def load_hibari():
-    """hibari (Apache-2.0): one American English voice; (text, seed, voice) -> float32 at 24 kHz."""
+    """hibari (Apache-2.0): one American English voice; (text, seed, voice) -> (float32 wave (T,), 24 kHz)."""
     try:
         from hibari import Hibari
     except ImportError:
@@ -38,6 +43,7 @@ def load_kokoro():
 
 def load_fastspeech2():
     """FastSpeech2Conformer with HiFi-GAN (ESPnet, LJSpeech) from the hub, by transformers; needs g2p_en; 22.05 kHz."""
+    import torch
     from transformers import FastSpeech2ConformerTokenizer, FastSpeech2ConformerWithHifiGan
     try:
         tokenizer = FastSpeech2ConformerTokenizer.from_pretrained("espnet/fastspeech2_conformer")
@@ -58,58 +64,47 @@ TTS = {"hibari": (load_hibari, ("american",)),
        "fastspeech2": (load_fastspeech2, ("ljspeech",))}
 
 
-_speak = None  # a worker process's voice
+@functools.cache
+def load(tts: str):
+    """A TTS by name, once per process. SystemExit if it can't be loaded."""
+    return TTS[tts][0]()
 
 
-def _start_worker(tts: str) -> None:
-    global _speak
-    _speak = TTS[tts][0]()
-
-
-def speak(job: tuple[list[str], int, str]) -> list[np.ndarray]:
-    """Sentences -> waves at 16 kHz, each padded to whole frames (40 ms) so that sentence borders are frame borders."""
-    sentences, seed, voice = job
+def speak(job: tuple[str, list[str], int, str]) -> list[np.ndarray]:
+    """Sentences -> waves (T,) float32 at 16 kHz, each padded to whole frames (40 ms), so borders are frame borders."""
+    tts, sentences, seed, voice = job
     waves = []
     for i, sentence in enumerate(sentences):
-        wave = resample(*(_speak(sentence, seed + i, voice)), SAMPLE_RATE)
+        wave = resample(*load(tts)(sentence, seed + i, voice), SAMPLE_RATE)
         waves.append(np.pad(wave, (0, -len(wave) % 640)).astype(np.float32))
     return waves
 
 
-@contextlib.contextmanager
-def speakers(cfg):
-    """A pool of processes that speak; None where all has been said already. SystemExit if the TTS can't be loaded."""
-    if kind_of(cfg.swag) in ("parquet", "jsonl"):
-        yield None
-        return
-    TTS[cfg.tts][0]()  # what it lacks is said here, and once
+def speakers(tts: str, workers: int):
+    """A pool of processes that speak, a context manager. SystemExit if the TTS can't be loaded."""
+    load(tts)  # so that one process says what is missing, and not each worker
     # spawn, not fork: a forked child of a process that has run torch's threads may hang
-    with multiprocessing.get_context("spawn").Pool(cfg.workers, _start_worker, (cfg.tts,)) as pool:
-        yield pool
+    return multiprocessing.get_context("spawn").Pool(workers)
 
 
-def spoken(cfg, pool, texts: dict[str, list[str]], desc: str, voices: dict[str, str] | None = None):
-    """Yield (id, sentence waves) of each text in order, spoken by the pool's processes; seeded by (seed, id).
+def spoken(cfg, pool, texts: dict[str, list[str]], desc: str,
+           voices: dict[str, str] | None = None) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Speak {id: sentences} with `cfg.tts`; yields (id, a wave per sentence) in order. Seeded by (cfg.seed, id).
 
-    voices: {id: voice}; without, all are in the first.
+    voices: {id: voice}; without them, all are spoken in the first of `cfg.voices`, or of the TTS.
     """
     first = (cfg.voices or TTS[cfg.tts][1])[0]
-    jobs = [(sentences, zlib.crc32(f"{cfg.seed} {id}".encode()), voices[id] if voices else first)
+    jobs = [(cfg.tts, sentences, zlib.crc32(f"{cfg.seed} {id}".encode()), voices[id] if voices else first)
             for id, sentences in texts.items()]
-    parts = (jobs[at:at + 512] for at in range(0, len(jobs), 512))  # lest waves pile up that nobody takes
-    waves = (wave for part in parts for wave in pool.imap(speak, part, chunksize=2))
-    waves = tqdm(waves, total=len(jobs), disable=None, desc=desc, unit="text")
-    yield from ((id, w) for w, id in zip(waves, texts))  # in this order zip exhausts the bar
+    # By 512: imap speaks all its jobs at once, and the waves of a large set don't fit into memory.
+    waves = (wave for at in range(0, len(jobs), 512) for wave in pool.imap(speak, jobs[at:at + 512], chunksize=2))
+    bar = tqdm(waves, total=len(jobs), disable=None, desc=desc, unit="text")
+    yield from ((id, wave) for wave, id in zip(bar, texts))  # in this order zip exhausts the bar
 
 
 def write_audio(path: Path, wave: np.ndarray) -> None:
-    """Write a wave (T,) at 16 kHz; a file that has its name is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    soundfile.write(temporary, wave, SAMPLE_RATE, format=path.suffix[1:].upper())
-    os.replace(temporary, path)
-
-
-def kind_of(swag: str) -> str:
-    """parquet (audio), jsonl (units) or csv (text); empty for nothing."""
-    return "parquet" if swag and Path(swag).is_dir() else Path(swag).suffix[1:]
+    """Write a wave (T,) at 16 kHz in the format of the file's suffix; a file that has its name is whole."""
+    import soundfile
+    content = io.BytesIO()
+    soundfile.write(content, wave, SAMPLE_RATE, format=path.suffix[1:].upper())
+    write_atomic(path, content.getvalue())

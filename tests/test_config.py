@@ -21,26 +21,21 @@ class Config:
     steps: int = 1000  # optimiser steps
     lr: float = 1e-3  # peak learning rate,
                       # after the warm-up
-    # how the rate
+    schedule: Literal["cosine", "constant"] = "cosine"  # how the rate
     # comes down again
-    schedule: Literal["cosine", "constant"] = "cosine"
     name: str = "a#b"  # of the run
     note: str | None = None  # free text
     # that runs on
     overwrite: bool = False  # replace an output that exists
     compile: bool | None = None  # none: where it helps
-
-    # where it goes
-    out: Path = Path("out/slam")
-    init: Path | None = None  # a checkpoint folder
+    out: str = "out/slam"  # where it goes
+    init: str | None = None  # a checkpoint folder
     betas: tuple[float, float] = (  # of AdamW
         0.9,
         0.95,
     )
     layers: tuple[int, ...] = ()  # hidden states
     names: list[str] = field(default_factory=lambda: ["x", "y"])  # corpora
-    weights: dict[str, float] = field(default_factory=dict)  # of the corpora
-    anything: dict = field(default_factory=lambda: {"k": [1, 2]})  # passed on as it is
     seed: Optional[int] = 7  # of everything random
     bare: int = 3
 
@@ -53,13 +48,13 @@ COMMENTS = {
     "schedule": "how the rate comes down again", "name": "of the run", "note": "free text that runs on",
     "overwrite": "replace an output that exists", "compile": "none: where it helps", "out": "where it goes",
     "init": "a checkpoint folder", "betas": "of AdamW", "layers": "hidden states", "names": "corpora",
-    "weights": "of the corpora", "anything": "passed on as it is", "seed": "of everything random", "bare": "",
+    "seed": "of everything random", "bare": "",
 }
 
 
 @dataclass(frozen=True)
 class Frozen:
-    data: Path  # unit files
+    data: str  # unit files
     lr: float = 0.5  # rate
     n_params: int = field(default=0, init=False)  # not a setting
 
@@ -99,7 +94,7 @@ def test_flags_over_files_in_order_over_defaults(write):
     assert load_config(Config, ["--steps=1", "--steps=2"]).steps == 2
 
 
-def test_a_repeated_flag_adds_to_an_open_list(write):
+def test_a_repeated_flag_adds_to_a_list(write):
     @dataclass
     class Lists:
         names: tuple[str, ...] = ("default",)
@@ -107,8 +102,8 @@ def test_a_repeated_flag_adds_to_an_open_list(write):
         numbers: list[int] = field(default_factory=list)
         text: str = ""
 
-    cfg = load_config(Lists, [write("names = ('of', 'file')"), "--names=a,b", "--names", "c", "--pair=3,4",
-                              "--pair=5,6", "--numbers=1", "--numbers=2", "--text=x", "--text=y"])
+    cfg = load_config(Lists, [write("names = ('of', 'file')"), "--names=a,b", "--names", "c", "--pair=5",
+                              "--pair=6", "--numbers=1", "--numbers=2", "--text=x", "--text=y"])
     assert cfg == Lists(("a", "b", "c"), (5.0, 6.0), [1, 2], "y")
     assert load_config(Lists, [write("names = ('of', 'file')")]).names == ("of", "file")
 
@@ -120,11 +115,11 @@ def test_argv_is_the_command_line_by_default(monkeypatch):
 
 def test_frozen_required_and_not_init():
     cfg = load_config(Frozen, ["--data", "units", "--lr=1"])
-    assert (cfg.data, cfg.lr, cfg.n_params) == (Path("units"), 1.0, 0)
+    assert (cfg.data, cfg.lr, cfg.n_params) == ("units", 1.0, 0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.lr = 2.0
     assert problems(Frozen, "--lr=x", "--n_params=3") == [
-        "--lr: expected float, found 'x'", "--n_params: no such setting; --help lists them", "--data: required, Path"]
+        "--lr: expected float, found 'x'", "--n_params: no such setting; --help lists them", "--data: required, str"]
     assert len(problems(Frozen, "no_such.py")) == 1  # `data` may well be in that file
     typed = dataclasses.make_dataclass("Typed", [("steps", int)])
     assert problems(typed, "--steps=x") == ["--steps: expected int, found 'x'"]  # and not missing as well
@@ -141,10 +136,9 @@ def test_frozen_required_and_not_init():
     ("overwrite=TRUE", True), ("overwrite=yes", True), ("overwrite=On", True), ("overwrite=1", True),
     ("overwrite=no", False), ("overwrite=off", False), ("overwrite=0", False), ("overwrite=False", False),
     ("compile=none", None), ("compile=false", False),
-    ("out=a/b", Path("a/b")), ("out=~/a", Path.home() / "a"), ("init=null", None), ("init=a", Path("a")),
+    ("out=a/b", "a/b"), ("init=null", None), ("init=a", "a"),
     ("betas=0.8, 0.9", (0.8, 0.9)), ("betas=0,1", (0.0, 1.0)), ("layers=1,2e0,3", (1, 2, 3)), ("layers=", ()),
     ("names=p,q r", ["p", "q r"]), ("names=", []),
-    ('weights={"a": 1, "b": 0.5}', {"a": 1.0, "b": 0.5}), ('anything={"a": [null]}', {"a": [None]}),
 ])
 def test_flag_values(flag, expected):
     name, _, text = flag.partition("=")
@@ -158,8 +152,7 @@ def test_flag_values(flag, expected):
 @pytest.mark.parametrize("flag", [
     "steps=1.5", "steps=inf", "steps=nan", "steps=", "steps=true", "steps=none", "steps=1,2", "lr=fast", "lr=",
     "overwrite=2", "overwrite=none", "overwrite=", "compile=maybe", "schedule=Cosine", "seed=x",
-    "betas=0.9", "betas=1,2,3", "betas=a,b", "layers=1,,2", "layers=1.5", "weights=[1]", "weights={a}",
-    'weights={"a": "b"}', 'weights={"a": true}'])
+    "betas=0.9", "betas=1,2,3", "betas=a,b", "layers=1,,2", "layers=1.5"])
 def test_wrong_flag_values(flag):
     name, _, text = flag.partition("=")
     line, = problems(Config, f"--{flag}")
@@ -169,10 +162,10 @@ def test_wrong_flag_values(flag):
 @pytest.mark.parametrize("line, expected", [
     ("steps = 8 * 1024", 8192), ("steps = 1e3", 1000), ("lr = 1", 1.0), ("overwrite = True", True),
     ("note = None", None),
-    ("out = 'a'", Path("a")), ("from pathlib import Path\nout = Path('a') / 'b'", Path("a/b")), ("init = None", None),
+    ("import os\nout = os.path.join('a', 'b')", "a/b"), ("init = None", None),
     ("betas = [0, 1]", (0.0, 1.0)), ("names = ('a', 'b')", ["a", "b"]), ("names = []", []),
     ("layers = (1, 2.0)", (1, 2)),
-    ("weights = dict(a=1)", {"a": 1.0}), ("anything = {1: None}", {1: None}), ("schedule = 'constant'", "constant"),
+    ("schedule = 'constant'", "constant"),
     ("note = 'none'", "none")])
 def test_file_values(write, line, expected):
     value = getattr(load_config(Config, [write(line)]), line.splitlines()[-1].split(" = ")[0])
@@ -182,7 +175,7 @@ def test_file_values(write, line, expected):
 @pytest.mark.parametrize("line", [
     "steps = 1.5", "steps = True", "steps = '3'", "steps = None", "lr = '1e-3'", "lr = False", "lr = max",
     "overwrite = 1", "overwrite = 'true'", "name = 3", "name = None", "out = 3", "betas = 0.9", "betas = (1,)",
-    "names = 'abc'", "names = [1]", "layers = [True]", "weights = [1]", "weights = {1: 1.0}", "schedule = 'linear'"])
+    "names = 'abc'", "names = [1]", "layers = [True]", "schedule = 'linear'"])
 def test_wrong_file_values(write, line):
     path = write(line)
     problem, = problems(Config, path)
@@ -274,7 +267,7 @@ def test_no_such_file(tmp_path, monkeypatch):
     ("steps = 1\n\n  lr = 2\n", 3, "IndentationError: unexpected indent"),
     ("steps = 1\nlr = 1 / 0\n", 2, "ZeroDivisionError: division by zero"),
     ("def f():\n    return undefined\n\nlr = f()\n", 2, "NameError: name 'undefined' is not defined"),
-    ("import json\n\n\nanything = json.loads('{')\n", 4, "JSONDecodeError: Expecting"),  # this line, not one of json's
+    ("import json\n\n\nnames = json.loads('{')\n", 4, "JSONDecodeError: Expecting"),  # this line, not one of json's
     ("from config.no_such_file import *\n", 1, "ModuleNotFoundError: No module named 'config.no_such_file'"),
     ("raise ValueError('two\\nlines')\n", 1, "ValueError: two lines"),
 ])
@@ -311,41 +304,39 @@ def run_help(capsys, Config, argv, description="") -> str:
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--steps=wrong", "no_such.py", "--help"]])
 def test_help_has_every_field(capsys, argv):
     text = run_help(capsys, Config, argv, "\nWhat goes in, what comes out.\n")
-    assert text.startswith("What goes in, what comes out.\n\nusage: python ")
+    assert text.startswith("usage: python ") and "\n\nWhat goes in, what comes out.\n\n" in text
     assert max(map(len, text.splitlines())) <= 120
-    lines = text.splitlines()
-    table = lines[[line.split()[:1] for line in lines].index(["setting"]):]
-    default_at = table[0].index("default")
+    settings = help_of(text)
+    assert list(settings) == [f.name for f in dataclasses.fields(Config)]
     for f in dataclasses.fields(Config):
-        row = next(i for i, line in enumerate(table) if line.split()[0] == f"--{f.name}")
-        block = [table[row]]
-        while row + len(block) < len(table) and not table[row + len(block)].startswith("  --"):
-            block.append(table[row + len(block)])
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        assert block[0][default_at:].startswith(str(default))  # columns are aligned
-        comment = [block[0][default_at + len(str(default)):], *block[1:]]
-        assert " ".join(" ".join(comment).split()) == COMMENTS[f.name]
-    assert "Literal" not in text and "one of cosine," in text and "tuple[int, ...]" in text and "Path | None" in text
+        assert settings[f.name].endswith(f" [{default}] {COMMENTS[f.name]}".rstrip())
+    assert settings["lr"] == "float [0.001] peak learning rate, after the warm-up"
+    assert settings["schedule"].startswith("one of cosine, constant [cosine] ")
+    assert settings["layers"].startswith("tuple[int, ...] [()] ") and settings["note"].startswith("str | None [None] ")
+
+
+def help_of(text: str) -> dict[str, str]:
+    """{setting: type, default and comment}"""
+    blocks = " ".join(text.split()).split(" --")[1:]
+    return dict(block.split(" ", 1) for block in blocks if "--key" not in f"--{block}")
 
 
 def test_help_wraps_what_is_long(capsys):
     @dataclass
     class Long:
         folder: str = "word " * 20  # this comment, too, goes on and on, until it is longer than the screen is wide
-        hub_id: str = "one of: somebody/a-model-of-25hz-v2"
-        other: int = 1  # short
+        share: str = ""  # of all, in %
 
     text = run_help(capsys, Long, ["-h"])
     assert max(map(len, text.splitlines())) <= 120
-    assert text.count("word") == 20 and "somebody/a-model-of-25hz-v2" in text
-    comment_at = next(line for line in text.splitlines() if "--other" in line).index("short")
-    folder = text[text.index("--folder"):text.index("--other")].splitlines()
-    assert " ".join(" ".join(line[comment_at - 2:] for line in folder).split()).startswith("this comment, too")
+    assert text.count("word") == 20 and "this comment, too, goes on" in help_of(text)["folder"]
+    assert help_of(text)["share"] == 'str [""] of all, in %'
 
 
 def test_help_marks_what_is_required_and_leaves_out_what_is_no_setting(capsys):
     text = run_help(capsys, Frozen, ["-h"])
-    assert "required  unit files" in text and "n_params" not in text
+    assert help_of(text)["data"] == "str [required] unit files" and "n_params" not in text
 
 
 def test_help_of_inherited_fields_and_without_source(capsys):
@@ -354,17 +345,18 @@ def test_help_of_inherited_fields_and_without_source(capsys):
         lr: float = 0.25
         extra: int = 1  # of the child's own
 
-    text = run_help(capsys, Child, ["-h"])
-    assert "unit files" in text and "0.25      rate" in text and "of the child's own" in text
+    settings = help_of(run_help(capsys, Child, ["-h"]))
+    assert settings == {"data": "str [required] unit files", "lr": "float [0.25] rate",
+                        "extra": "int [1] of the child's own"}
     typed_in = dataclasses.make_dataclass("TypedIn", [("steps", int, 5)])
-    assert "--steps  int   5" in run_help(capsys, typed_in, ["-h"])
+    assert help_of(run_help(capsys, typed_in, ["-h"])) == {"steps": "int [5]"}
 
 
 # ---------------------------------------------------------------- saving
 
 def test_saved_settings_can_be_applied_again(tmp_path):
     argv = ["--steps=5", "--lr=1e-5", "--out=a/b", "--betas=0.5,0.6", "--layers=1,2", "--note=Grüße", "--compile",
-            '--weights={"a": 2}', "--names=", "--seed=none"]
+            "--names=", "--seed=none"]
     cfg = load_config(Config, argv)
     save_config(cfg, tmp_path / "config.json")
     text = (tmp_path / "config.json").read_text(encoding="utf-8")
@@ -414,5 +406,5 @@ def test_a_stage_from_another_folder(tmp_path):
         f"config: bse.py: no such config file; did you mean {Path('..', 'repo', 'config', 'base.py')}?",
         "config: --lrr: no such setting; did you mean lr?"]
     done = stage("--help")
-    assert done.returncode == 0 and done.stdout.startswith("The stage.\n\nusage: python stage.py ")
-    assert "a comment of the stage" in done.stdout
+    assert done.returncode == 0 and done.stdout.startswith("usage: python stage.py ")
+    assert "\nThe stage.\n" in done.stdout and "a comment of the stage" in done.stdout
