@@ -29,7 +29,8 @@ LIMIT = 300  # seconds that any one wait for a process may take, on a machine te
 
 
 # half a minute and more
-LONG = "synth_stories pair_data train align_pairs prepare_units dpo hub_lm bench train_vocoder vocoder pipeline sample".split()
+LONG = """synth_stories pair_data train align_pairs prepare_units dpo hub_lm bench train_vocoder vocoder
+pipeline sample""".split()
 
 
 def pytest_collection_modifyitems(items):
