@@ -147,6 +147,10 @@ def convert(value: Any, kind: Any, is_flag: bool) -> Any:
         if isinstance(parts, (list, tuple)):
             part_kinds = args if origin is tuple and ... not in args else args[:1] * len(parts)
             return origin(convert(part, part_kind, is_flag) for part, part_kind in zip(parts, part_kinds, strict=True))
+    elif origin is dict:
+        value = json.loads(value) if is_flag else value  # JSON's errors are ValueErrors
+        if isinstance(value, dict):
+            return value
     elif kind is NoneType:
         if value is None or is_flag and value.lower() in NONES:
             return None

@@ -1,4 +1,4 @@
-"""Speech to fit the embedded codebook and vocoder on: 4 h of stories in one voice, audio only (docs/embedded.md)."""
+"""Speech to fit the embedded codebook and vocoder on: 5.3 h of stories in one voice, audio only (docs/embedded.md)."""
 out = "out/corpus"
 tokenizer = "none"
 keep_audio = True

@@ -16,7 +16,7 @@ train_pieces() {  # pieces, tokens, run
 for seed in 0 1 2; do
     python train.py config/slam_fast.py config/study.py --out=out/study/units_$seed --seed=$seed --resume
     for pieces in 1000 2000; do
-        same_speech=$(python -c "from units import UnitReader; print(round(4e5 * \
+        same_speech=$(python -c "from slam.units import UnitReader; print(round(4e5 * \
             UnitReader('out/study/bpe$pieces/train').n_tokens / UnitReader('$data/train').n_tokens))")
         train_pieces $pieces $same_speech pieces${pieces}_$seed
     done

@@ -408,3 +408,14 @@ def test_a_stage_from_another_folder(tmp_path):
     done = stage("--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: python stage.py ")
     assert "\nThe stage.\n" in done.stdout and "a comment of the stage" in done.stdout
+
+
+def test_a_dict_is_json_in_a_flag_and_survives_saving(tmp_path):
+    from train import Config
+    given = ["--train=a", "--val=b", "--steps=1", '--shape={"hidden_size": 64}']
+    cfg = load_config(Config, given)
+    assert cfg.shape == {"hidden_size": 64}
+    save_config(cfg, tmp_path / "config.json")
+    assert load_config(Config, [str(tmp_path / "config.json")]) == cfg
+    with pytest.raises(SystemExit, match="--shape: expected dict, found '64'"):
+        load_config(Config, [*given[:3], "--shape=64"])

@@ -23,10 +23,10 @@ def test_pictures_of_runs(runs, tmp_path):
     assert lm["flops"] == 6 * lm["n_params"] * slam["tokens"] > 0
     tuned = json.loads((tmp_path / "dpo" / "checkpoint" / "slam.json").read_text())["tokens"]
     assert dpo["flops"] == pytest.approx(lm["flops"] + 6 * lm["n_params"] * tuned) and tuned > 0
-    said = run("eval.py", "plot", f"--run={tmp_path}/lm", f"--run={tmp_path}/dpo", f"--out={tmp_path}/plots").stdout
+    said = run("dev/plot.py", f"--run={tmp_path}/lm", f"--run={tmp_path}/dpo", f"--out={tmp_path}/plots").stdout
     assert "tstorycloze.png" in said
     svg = (tmp_path / "plots" / "tstorycloze.svg").read_text()
     assert len(re.findall(r"PathCollection_\d+", svg)) == 12  # ten published, two of ours
     assert (tmp_path / "plots" / "tstorycloze.png").stat().st_size > 10_000
-    assert "no run folder" in refused("eval.py", "plot", f"--run={tmp_path}/plots")
-    assert "no run has nothing" in refused("eval.py", "plot", f"--run={tmp_path}/lm", "--metric=nothing")
+    assert "no run folder" in refused("dev/plot.py", f"--run={tmp_path}/plots")
+    assert "no run has nothing" in refused("dev/plot.py", f"--run={tmp_path}/lm", "--metric=nothing")
