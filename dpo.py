@@ -212,7 +212,7 @@ def backward(forward: Callable, data: Data, rows: list[list[int]], cfg: Config, 
 
 # ---------------------------------------------------------------- the run
 def evaluate(run: Run, lm: UnitLM, val: Data, cfg: Config, fingerprint: Fingerprint) -> None:
-    """Log loss, margin and accuracies on held-out pairs, and what Whisper hears in continuations of their prompts."""
+    """Log loss, margin and accuracies on held-out pairs, and transcripts of continuations of their prompts."""
     logps = completion_logps(lm, val.pairs, cfg, "validation")
     loss, margin, accuracy, *_ = loss_and_statistics(cfg, logps, val.reference, val.lengths)[1].tolist()
     found = {"val_dpo_loss": loss, "val_margin": margin, "val_reward_accuracy": accuracy,

@@ -146,7 +146,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
             wave = load_audio(path)[:round(cfg.prompt_seconds * SAMPLE_RATE)]
             prompts.append(tokenizer.encode(wave, SAMPLE_RATE)[0].tolist())
         except ValueError as e:
-            raise SystemExit(f"{path}: its beginning is no prompt: {e}") from None
+            raise SystemExit(f"{path}: its first {cfg.prompt_seconds:g} s can't be used as a prompt: {e}") from None
     said = []
     for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
         new = continue_units(lm, prompts, cfg.new_units, cfg.batch, seed, "continuing", temperature=cfg.temperature,
@@ -196,8 +196,11 @@ def perplexity(texts: list[str], cfg: Config) -> dict:
 
 
 def resynthesis(cfg: Config) -> dict:
-    """What tokeniser and vocoder lose: word error rate between the transcripts of re-synthesised and original speech,
-    with original and with predicted durations; mel-cepstral distance (dB) and clipped samples with the former."""
+    """What tokeniser and vocoder lose on the positives of a manifest, of which the first 30 s are re-synthesised.
+
+    Word error rate between Whisper's transcripts of re-synthesised and original speech, with original and with
+    predicted durations. With original durations also: mel-cepstral distance (dB), share of clipped samples, speed.
+    """
     from slam.audio import SAMPLE_RATE, load_audio, resample
     from slam.mel import mel_cepstral_distance
     from slam.speech import transcribe

@@ -119,7 +119,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
         groups = q.shape[1] // k.shape[1]  # query heads that share a key and value head
-        if T == 1 and cache is not None:  # they see the same keys: as queries of one head, keys need no copies
+        if T == 1 and cache is not None:  # grouped heads share keys: as queries of one head, keys need no copies
             q, groups = q.view(B, k.shape[1], groups, self.head_dim), 1
         elif q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
             # CUDA's fused kernels do not share heads in these cases
@@ -238,7 +238,7 @@ class UnitLM(nn.Module):
         """Sample a continuation of each prompt: its new tokens, without the stop token that ends it.
 
         temperature: 0 takes the most likely token; the other settings are those of `sample`.
-        stop: tokens that end a row; one that draws none gets `max_new_tokens`.
+        stop: tokens that end a row; without one it has max_new_tokens. forbid: tokens that are never drawn.
         progress: called every 8 steps with the tokens so far, (B, n) int64, -1 after a row's end; True ends all rows.
         compile: compile the step, over a cache of fixed size; pays where many batches of the same size follow.
         generate([[1, 17]], 3, temperature=0) -> [[44, 9, 300]]

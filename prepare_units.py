@@ -116,7 +116,7 @@ class Tally:
         self.refuse_bad(1000)
 
     def refuse_bad(self, of_at_least: int) -> None:
-        """SystemExit if there were so many recordings and too large a share of them is bad."""
+        """SystemExit if, of at least `of_at_least` recordings, more than max_bad_share are bad."""
         n = self.utterances + self.already_there + len(self.skipped)
         if n >= of_at_least and len(self.skipped) > self.max_bad_share * n:
             self.report(complete=False)
@@ -151,8 +151,8 @@ def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
     out = Path(cfg.out)
     made_by = out / "config.json"
     if cfg.overwrite and prefix and out.exists():
-        raise SystemExit(f"{out}: several processes share it, none of which may empty it: remove it, then start them")
-    if cfg.overwrite:  # unit files, and nothing that only ends like them
+        raise SystemExit(f"{out}: several processes share it, so none may empty it; remove the folder, then start them")
+    if cfg.overwrite:  # unit files, by their exact names
         for old in (*out.glob("[0-9]" * 5 + ".safetensors"), *out.glob("part*of*-" + "[0-9]" * 5 + ".safetensors")):
             old.unlink()
     elif made_by.exists():
@@ -236,7 +236,7 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
                 tally.already_there += done[item.id]
                 bar.update()
             else:
-                done[item.id] = 1  # a list may name it again
+                done[item.id] = 1  # a list of paths may name it twice
                 yield item
 
     # ---- loop

@@ -50,7 +50,7 @@ class Config:
     base: str = "Qwen/Qwen2.5-0.5B"  # text LM that gives shape and weights: hub id, folder or embedded:NAME
     init: Literal["first_rows", "random", "none"] = "first_rows"  # unit embeddings: the text embedding's first rows,
     # new ones N(0, 0.02), or `none`: keep only the shape and train from scratch
-    n_layers: int | None = None  # keep only the first so many layers of the base
+    n_layers: int | None = None  # number of the base's first layers to keep; none: all
     shape: dict = field(default_factory=dict)  # fields of ModelConfig; builds a new model from scratch, without a base
     rope_theta: float = 10000.0  # base of the rotary position embedding
     context: int = 1024  # tokens in a row
@@ -157,7 +157,7 @@ def main(cfg: Config) -> None:
     reader, val = UnitReader(*cfg.train), UnitReader(*cfg.val)
     require_same(reader.fingerprint, cfg.train[0], val.fingerprint, cfg.val[0])
     run = Run(cfg, "train", rank)  # --resume: at the step of its checkpoint, the optimiser's state in `run.trainer`
-    run.starts_from(train=reader.digest(), val=val.digest())  # another corpus would give other rows
+    run.starts_from(train=reader.digest(), val=val.digest())  # a resumed run needs the same data
     if run.trainer and run.progress() >= 1 and run.evaluated():
         return
     rows = Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world)

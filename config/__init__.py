@@ -7,7 +7,7 @@
 
 A config file is plain Python assignments and may compute; `from config.slam import *` starts from another one.
 Names that begin with `_`, modules, functions and classes are ignored; every other name must be a setting.
-A field is a bool, int, float, str or Literal, a list or tuple of these, or `... | None`.
+A field is a bool, int, float, str, Literal or dict, a list or tuple of these, or `... | None`.
 """
 import argparse
 import contextlib

@@ -62,7 +62,7 @@ class Segments:
 
 
 def packed_mask(positions: Tensor) -> Tensor | Segments:
-    """What attention over packed rows takes: the segments on a CPU, the mask on other devices."""
+    """The attention mask of packed rows, positions (B, T): as Segments on a CPU, as a tensor on other devices."""
     return Segments(segments(positions)) if positions.device.type == "cpu" else attention_mask(positions)
 
 

@@ -89,7 +89,7 @@ def fetch(name: str) -> Path:
             snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
         return folder
     except Exception as e:  # huggingface_hub raises a dozen types here; to the user they are one
-        raise SystemExit(f"{name}: no such folder here, and not to be had from the Hugging Face hub "
+        raise SystemExit(f"{name}: no such folder here, and downloading it from the Hugging Face hub failed "
                          f"({type(e).__name__}); check the name and the network") from None
 
 

@@ -78,7 +78,7 @@ def draw(input: str, seconds: float, seconds_per_file: float, rng: np.random.Gen
         try:
             if item.problem:
                 raise ValueError(f"{item.id}: {item.problem}")
-            # Two blocks: that a file is cut short shows where its first block ends early.
+            # Two blocks: a truncated file is noticed only after its first block.
             blocks = islice(read_blocks(item.source, item.id, seconds_per_file), 2)
             wave = np.concatenate([np.zeros(0, np.float32), *blocks])[:round(seconds_per_file * SAMPLE_RATE)]
             check_wave(wave, item.id)

@@ -33,9 +33,9 @@ def log_mel(wave: Tensor, sample_rate: int = SAMPLE_RATE, n_mels: int = 80) -> T
 
 
 def mel_cepstral_distance(a: np.ndarray, b: np.ndarray, sample_rate: int = SAMPLE_RATE) -> float:
-    """Mean mel-cepstral distance in dB of two waves (T,) aligned in time (Kubichek 1993); the longer one is cut.
+    """Mean mel-cepstral distance in dB of two waves (T,) compared frame by frame (Kubichek 1993), without warping.
 
-    0 for equal waves. Stories in the embedded voice are 9.5 dB apart, and 3.3 dB from themselves 20 ms later.
+    The longer wave is truncated. Two stories in the embedded voice are 9.5 dB apart; one shifted by 20 ms, 3.3 dB.
     """
     n = min(len(a), len(b))
     mel_a, mel_b = (log_mel(torch.from_numpy(x[:n]).float(), sample_rate) for x in (a, b))

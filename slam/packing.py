@@ -112,7 +112,7 @@ class Rows:
         self.order = Epochs(len(self.packed), seed, 0)
 
     def step(self, step: int) -> tuple[list[np.ndarray], int]:
-        """This rank's rows of an optimiser step, and the number of targets in the rows of all ranks."""
+        """This rank's rows of an optimiser step, each its chunks (n, 3), and the number of targets over all ranks."""
         first = step * self.rows_per_step
         rows = [self.packed[self.order[i]] for i in range(first, first + self.rows_per_step)]
         return rows[self.rank::self.world], sum(int(row[:, 2].sum()) for row in rows)

@@ -153,7 +153,10 @@ def stored_wave(audio: dict | None) -> np.ndarray:
 
 
 def stored_waves(input: str, pairs: list[dict]) -> Iterator[list[np.ndarray]]:
-    """Waves of prompt, chosen and rejected for each of the pairs, which must be in the order of the files."""
+    """Yield the recordings [prompt, chosen, rejected], each (T,) float32 at 16 kHz, of pairs in the order of the files.
+
+    An unreadable recording gives an empty wave. SystemExit if a file is damaged.
+    """
     ids = {p["id"] for p in pairs}
     for path, name in parquet_files(input):
         if any(id.startswith(f"{name}/") for id in ids):

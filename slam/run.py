@@ -60,7 +60,7 @@ class Run:
         self.asked_to_stop = self.stopping = 0  # a signal came to this process; all processes know of it
         if not rank:
             recover(self.checkpoint)
-        over_ranks([0.0])  # the others look after that
+        over_ranks([0.0])  # a barrier: the other ranks read the folder after it is mended
         if cfg.overwrite:
             if self.out.exists() and any(self.out.iterdir()) and not self.log_file.exists():
                 raise SystemExit(f"{self.out} exists and is not a run's folder, so --overwrite leaves it alone; choose "
@@ -88,8 +88,8 @@ class Run:
     def starts_from(self, **digests: str) -> None:
         """Record digests of the data. SystemExit if a resumed run had others; checkpoints of older code have none."""
         if changed := [k for k, v in digests.items() if self.inputs.get(k, v) != v]:
-            raise SystemExit(f"{self.out}: cannot resume, as these are not what they were: {', '.join(changed)}; put "
-                             f"them back, or choose another --out")
+            raise SystemExit(f"{self.out}: cannot resume, as this data has changed: {', '.join(changed)}; restore it, "
+                             f"or choose another --out")
         self.inputs = digests
 
     def open(self) -> None:

@@ -161,7 +161,7 @@ def ngram_loss(logp: np.ndarray, val: list[np.ndarray]) -> float:
 
 
 def ngram_nlls(logp: np.ndarray, pair: tuple[list[int], list[int]], score: str, score_prompt: bool) -> list[float]:
-    """`pair_nlls` of one pair by one of the `ngrams`."""
+    """NLLs (nats) of a pair's two utterances under an n-gram model, logp (V, V) of `ngrams`; options as `pair_nlls`."""
     start = 0 if score_prompt else PrefixPair.of(*pair).lengths[0]
     nlls = [-logp[x[:-1], x[1:]][start:] for x in pair]
     return [nll.sum() / max(1, len(nll)) if score == "mean" else nll.sum() for nll in nlls]

@@ -20,7 +20,7 @@ Henry Ruby Charlie Molly George Kitty Peter Sally Rex Bella Toby Clara Milo Poll
 
 
 def exchange(items: list, seed: int) -> list:
-    """A seeded permutation of items in which none keeps its place."""
+    """Permute two or more items along one random cycle, so that none keeps its place; seeded."""
     order = np.random.default_rng(seed).permutation(len(items))
     source = dict(zip(order, np.roll(order, 1)))  # one cycle through all places
     return [items[source[i]] for i in range(len(items))]

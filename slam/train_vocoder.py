@@ -56,14 +56,14 @@ class Config:
     disc_width: int = 32  # channels of the discriminators' first layers
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; spectra are float32
     max_hours: float = 50.0  # audio kept in memory, 0.12 GB an hour; of a larger corpus its beginning
-    val_every: int = 25  # one utterance in so many is held out
+    val_every: int = 25  # every so many utterances, one is held out
     log_every: int = 50  # steps
     save_every: int = 1000  # steps; at each save held-out utterances are spoken into samples/
     seed: int = 0  # of weights and crops
     resume: bool = False  # go on with the run in `out`
     overwrite: bool = False  # start anew
 
-    tokens = None  # these two are no settings; `Run` asks for them
+    tokens = None  # not settings: `Run` reads these two
     time_budget_hours = property(lambda self: self.minutes / 60)
 
     def problems(self) -> list[str]:
@@ -296,7 +296,7 @@ def main(cfg: Config) -> None:
     # ------------------------------------------------ model and optimiser
     vocoder, discs, spectral = model.vocoder, model.discs, SpectralLoss().to(device)
     optimizer = torch.optim.AdamW([*vocoder.parameters(), *discs.parameters()], betas=(0.8, 0.99), weight_decay=0.01,
-                                  fused=True)  # a step moves the weights that have gradients: the ones or the others
+                                  fused=True)  # a step updates only weights with gradients: either network's
     if run.trainer:
         model.load_state_dict(load_file(run.checkpoint / "model.safetensors"))
         optimizer.load_state_dict(run.trainer["optimizer"])

@@ -31,7 +31,7 @@ def load_hibari():
 
 
 def load_kokoro():
-    """Kokoro-82M (Apache-2.0) by its package, which fetches it from the hub: SpokenSwag's four voices, 24 kHz."""
+    """Kokoro-82M (Apache-2.0; its package downloads it): speak(text, seed, voice) -> (wave (T,), 24000); no seed."""
     try:
         from kokoro import KPipeline
     except ImportError:
@@ -99,7 +99,7 @@ def spoken(cfg, pool, texts: dict[str, list[str]], desc: str,
     # By 512: imap speaks all its jobs at once, and the waves of a large set don't fit into memory.
     waves = (wave for at in range(0, len(jobs), 512) for wave in pool.imap(speak, jobs[at:at + 512], chunksize=2))
     bar = tqdm(waves, total=len(jobs), disable=None, desc=desc, unit="text")
-    yield from ((id, wave) for wave, id in zip(bar, texts))  # in this order zip exhausts the bar
+    yield from ((id, wave) for wave, id in zip(bar, texts))  # the bar comes first in zip, so that it reaches its end
 
 
 def write_audio(path: Path, wave: np.ndarray) -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2
-IGNORE = -100  # target that counts for nothing
+IGNORE = -100  # target that the loss ignores
 VERSION = 2  # of unit files and pair files
 
 

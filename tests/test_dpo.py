@@ -216,7 +216,7 @@ def test_the_reference_is_computed_once(start, pairs, tmp_path):
     torch.testing.assert_close(torch.from_numpy(np.load(folder / name)), expected, atol=1e-4, rtol=1e-5)
     done = run("dpo.py", *dpo_flags(start, folder, tmp_path / "e", steps=0, n_samples=1))
     assert "val dpo loss 0.6931" in done.stdout and "no samples: " in done.stderr  # log 2; nothing speaks these units
-    assert "are not what they were: val" in refused("dpo.py", *dpo_flags(start, folder, tmp_path / "a", steps=3),
+    assert "has changed: val" in refused("dpo.py", *dpo_flags(start, folder, tmp_path / "a", steps=3),
                                                     "--resume")
     assert "own folder" in refused("dpo.py", *dpo_flags(start, folder, folder, steps=1), "--overwrite")
     broken = UnitLM.from_pretrained(str(start))
