@@ -81,7 +81,7 @@ class AdaLomo(torch.optim.Optimizer):
     """AdaLomo (Lv et al. 2023, algorithm 1): Adafactor's factored second moment, steps scaled by each weight's RMS.
 
     A matrix keeps only the row means r and column means c of g^2, and v = r c / mean(r), as in Adafactor (Shazeer &
-    Stern 2018); a vector keeps v. They are moving averages with beta_t = 1 - t^decay_rate, which need no bias correction. Then
+    Stern 2018); a vector keeps v. They are moving averages with beta_t = 1 - t^decay_rate: no bias correction. Then
 
     u = g / sqrt(v)    w -= lr max(eps[1], rms(w)) (u / max(1, rms(u) / clip_threshold) + weight_decay w)
 
