@@ -285,8 +285,9 @@ def main(cfg: Config) -> None:
         with run.pause():  # compile before the clock runs
             backward(forward, train, step_rows([0], train.pairs, cfg, width), cfg, width)
             optimizer.zero_grad(set_to_none=True)
+    first = run.step
     while run.progress() < 1 and not run.stopping:
-        if run.step % cfg.eval_every == 0 and not (run.step and run.evaluated("val_dpo_loss")):
+        if run.step % cfg.eval_every == 0 and (not run.step or run.step > first or not run.evaluated("val_dpo_loss")):
             with run.pause():
                 evaluate(run, lm, val, cfg, fingerprint)
 
@@ -304,6 +305,7 @@ def main(cfg: Config) -> None:
         if log_due or save_due or run.stopping:
             run.check_finite([x[0].item() for x in statistics], norm.item())  # waits for the GPU, so not at every step
             run.tick()
+            log_due = log_due or run.progress() >= 1
         if log_due:
             found = dict(zip(STATISTICS, torch.stack(statistics).mean(0).tolist())) | {"lr": lr, "gnorm": norm.item()}
             line = " | ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in found.items())

@@ -253,10 +253,11 @@ def natural(path: Path) -> list:
 def results_folder(checkpoint: str) -> Path:
     """Where a checkpoint's results.json goes: its run folder; for a hub id, a folder under out/."""
     folder = Path(checkpoint)
+    folder = folder.parent if folder.name == "checkpoint" else folder
     if not folder.is_dir():
         folder = Path("out") / checkpoint.replace("/", "--")
         folder.mkdir(parents=True, exist_ok=True)
-    return folder.parent if folder.name == "checkpoint" else folder
+    return folder
 
 
 def main(cfg: Config) -> None:

@@ -139,9 +139,9 @@ class Run:
         """The time inside is not training time: compiling, evaluating, saving."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # what is still in the GPU's queue is training
-        self.tick()
+        counted = time.perf_counter() - self.started  # at the next tick, as progress must not change within a step
         yield
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - counted
 
     def progress(self) -> float:
         """Share of the run that is done, by steps, tokens or hours, whichever is set."""

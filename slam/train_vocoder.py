@@ -225,10 +225,10 @@ METRIC = "val_mel_cepstral_distance_db"
 class Training(nn.Module):
     """All weights of a run: the vocoder, their running average (the run's product), the discriminators."""
 
-    def __init__(self, cfg: Config, fingerprint: Fingerprint):
+    def __init__(self, cfg: Config, fingerprint: Fingerprint, resuming: bool = False):
         super().__init__()
         self.vocoder = Vocos(fingerprint, cfg.width, cfg.blocks)
-        if cfg.init:
+        if cfg.init and not resuming:
             start = Vocos.read(EMBEDDED_VOCODER if cfg.init == "embedded" else Path(cfg.init))
             require_same(fingerprint, cfg.units, start.fingerprint, cfg.init)
             if (start.width, start.blocks) != (cfg.width, cfg.blocks):
@@ -287,7 +287,7 @@ def main(cfg: Config) -> None:
     if run.trainer and run.progress() >= 1 and run.evaluated(METRIC):
         return
     try:
-        model = Training(cfg, reader.fingerprint).to(device)
+        model = Training(cfg, reader.fingerprint, bool(run.trainer)).to(device)
     except ValueError as e:
         raise SystemExit(f"{cfg.units}: {e}") from None
     corpus = load_corpus(cfg, reader)

@@ -34,8 +34,12 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # pids repeat on other machines
-    part.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def vocab_size(n_units: int) -> int:
@@ -114,8 +118,11 @@ def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str, tensor:
     embedded: the embedded codebook's or vocoder's file. tensor: a tensor that only files of this kind have. read: gives
     a file's fingerprint. None if there is no such file.
     """
-    files = sorted(filter(os.path.isfile, Path(folder).rglob("*.safetensors")), key=os.path.getmtime, reverse=True)
-    for name, path in [("embedded", embedded), *((str(path), path) for path in files)]:
+    files = []
+    for path in Path(folder).rglob("*.safetensors"):
+        with contextlib.suppress(OSError):  # a broken link, or gone meanwhile
+            files.append((path.stat().st_mtime, str(path), path))
+    for name, path in [("embedded", embedded), *(x[1:] for x in sorted(files, reverse=True))]:
         with contextlib.suppress(SafetensorError, OSError, SystemExit):  # other stages' files, or damaged ones
             with safe_open(path, "numpy") as f:
                 is_kind = tensor in f.keys()
@@ -269,7 +276,7 @@ class UnitReader:
         return int(self.starts[-1])
 
     def digest(self) -> str:
-        """sha256 of the shards' headers: another one if a shard was added, removed or rewritten. Reads no tokens."""
+        """sha256 of the shards' headers: it changes with their number, counts, hours and order. Reads no tokens."""
         return hashlib.sha256(json.dumps([self.sizes, [s.header for s in self.shards]]).encode()).hexdigest()
 
     def check(self) -> None:
