@@ -71,7 +71,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_a_hub_id_out_of_reach_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit, match="nobody/no-such-model: no such folder here, and not to be had"):
+    with pytest.raises(SystemExit, match="nobody/no-such-model: no such folder here, and downloading it"):
         UnitLM.from_pretrained("nobody/no-such-model")
 
 

@@ -120,7 +120,7 @@ def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
     main(replace(cfg, shard="2/2"))
     assert len(UnitReader(out)) == 31
     verify([out])
-    with pytest.raises(SystemExit, match="none of which may empty it"):
+    with pytest.raises(SystemExit, match="so none may empty it"):
         main(replace(cfg, shard="1/3", overwrite=True))
 
 
