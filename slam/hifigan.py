@@ -5,6 +5,7 @@
 """
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,7 +118,11 @@ class HifiGan(Vocoder):
             config_path = path.with_name("config.json")
         try:
             config = json.loads(config_path.read_text())
-            rate_hz = config["sampling_rate"] / math.prod(config["upsample_rates"])
+            hop = math.prod(config["upsample_rates"])
+            if config.get("code_hop_size", hop) != hop:
+                print(f"{config_path}: code_hop_size is {config['code_hop_size']}, but the product of upsample_rates, "
+                      f"which is used, is {hop}", file=sys.stderr)
+            rate_hz = config["sampling_rate"] / hop
             fingerprint = replace(published_fingerprint(config["num_embeddings"] + 2), unit_rate_hz=rate_hz)
             if "fingerprint" in config:  # not in the published files, whose units are mHuBERT's
                 fingerprint = Fingerprint.of(config["fingerprint"])

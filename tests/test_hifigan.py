@@ -93,8 +93,8 @@ def test_published_layout(variant, tmp_path):
     check_batch_and_stream(ours)
 
 
-def test_the_hop_is_the_upsampling(tmp_path):
-    """`code_hop_size` may be missing or stale: neither changes what is spoken."""
+def test_the_hop_is_the_upsampling(tmp_path, capsys):
+    """`code_hop_size` may be missing, or stale, with a warning: neither changes what is spoken."""
     name, _ = write_published(tmp_path)
     right = Vocoder.load(name)
     path = tmp_path / "vocoder_config.json"
@@ -104,6 +104,8 @@ def test_the_hop_is_the_upsampling(tmp_path):
         vocoder = Vocoder.load(name)
         assert (vocoder.hop, vocoder.fingerprint) == (640, right.fingerprint) and right.fingerprint.unit_rate_hz == 25
         np.testing.assert_array_equal(*(v.synthesize([3, 49, 7], [2, 1, 4])[0] for v in (vocoder, right)))
+        said = capsys.readouterr().err
+        assert ("code_hop_size is 320" in said and "is 640" in said) if "code_hop_size" in changed else not said
 
 
 def test_refusals(tmp_path):
