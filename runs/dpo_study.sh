@@ -10,6 +10,9 @@ data=out/study/data out=out/study/dpo
 score() {  # score RUN SEED [FLAGS]
     grep -qs '"gen_ppl"' "$1/results.json" || python eval.py --checkpoint="$1" --val=$data/units/val \
         --train=$data/units/train --generate_from=$data/tstorycloze --n_generate=50 --allow_eos=false --seed="${@:2}"
+}
+
+unpenalised() {  # unpenalised RUN SEED [FLAGS]: generated once more, without the repetition penalty
     grep -qs '"gen_ppl_free"' "$1/results.json" || python eval.py --checkpoint="$1" \
         --generate_from=$data/tstorycloze --n_generate=50 --allow_eos=false --repetition_penalty=1 --suffix=_free \
         --seed="${@:2}"
@@ -29,5 +32,10 @@ score $out/lm_0 0 --n_seeds=3
 for seed in 0 1 2; do
     tune own_dpo 15 $seed
     tune own_long 60 $seed
+done
+unpenalised $out/lm_0 0 --n_seeds=3
+for seed in 0 1 2; do
+    unpenalised $out/own_dpo_$seed $seed
+    unpenalised $out/own_long_$seed $seed
 done
 python dev/dpo_study_report.py $out
