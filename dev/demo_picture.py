@@ -28,7 +28,8 @@ def main(demo: Path) -> None:
     for x, text in ((starts / 2, "prompt"), ((starts + seconds) / 2, "continuation")):
         left.text(x, 0.9, text, color="white", ha="center", weight="bold")
     left.set(xlabel="seconds", yticks=[], ylabel="mel frequency")
-    for key, label, style in (("loss", "training", {"lw": 1}), ("val_loss", "validation", {"marker": "o", "ms": 5, "ls": ""})):
+    for key, label, style in (("loss", "training", {"lw": 1}),
+                              ("val_loss", "validation", {"marker": "o", "ms": 5, "ls": ""})):
         right.plot(*zip(*((r["tokens"] / 1e3, r[key]) for r in records if key in r)), label=label, **style)
     right.axhline(bigram, color="0.5", ls=":", label="bigram model")
     right.set(xlabel="thousand tokens", ylabel="nats per unit", ylim=(1, 4))
