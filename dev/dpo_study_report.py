@@ -8,11 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROWS = [("before DPO", "lm", ""), ("own continuations, 15 steps", "own_dpo", ""),
-        ("own continuations, 60 steps", "own_long", ""),
-        ("before DPO, no repetition penalty", "lm", "_free"),
-        ("own continuations, 15 steps, no penalty", "own_dpo", "_free"),
-        ("own continuations, 60 steps, no penalty", "own_long", "_free")]
+ROWS = [("before DPO", "lm"), ("own continuations, 15 steps", "own_dpo"), ("own continuations, 60 steps", "own_long")]
 COLUMNS = [("chosen likelier, held out, %", "val_chosen_preferred", "value", 100),
            ("margin positive, %", "val_reward_accuracy", "value", 100), ("val. loss", "val_loss", "value", 1),
            ("GenPPL", "gen_ppl", "value", 1), ("GenPPL, continuation", "gen_ppl", "continuation_only", 1),
@@ -21,14 +17,13 @@ COLUMNS = [("chosen likelier, held out, %", "val_chosen_preferred", "value", 100
 
 def main(folder: Path) -> None:
     print(f"| | {' | '.join(name for name, *_ in COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
-    for label, run, suffix in ROWS:
+    for label, run in ROWS:
         found = [json.loads(p.read_text()) for p in sorted(folder.glob(f"{run}_[0-9]/results.json"))]
         cells = []
         for _, metric, key, scale in COLUMNS:
-            sampled = metric in ("gen_ppl", "auto_bleu")
             values = []  # of every seed of DPO; of every seed of sampling, where there is no DPO
-            for r in found if sampled or not suffix else ():
-                if result := r.get(metric + suffix * sampled):
+            for r in found:
+                if result := r.get(metric):
                     seeds = result.get({"value": "seeds", "continuation_only": "continuation_seeds"}[key])
                     values += [scale * x for x in seeds or [result[key]]]
             se = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""

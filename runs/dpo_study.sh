@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What DPO on a small model's own continuations (AlignSLM) does, three seeds: 15 steps and 60, with and without a
-# repetition penalty in evaluation. About an hour on two CPU cores, a third of it for the data. Killed, it goes on.
+# What DPO on a small model's own continuations (AlignSLM) does, three seeds: 15 steps and 60. About an hour
+# on two CPU cores, a third of it for the data. Killed, it goes on.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 data=out/study/data out=out/study/dpo
@@ -10,12 +10,6 @@ data=out/study/data out=out/study/dpo
 score() {  # score RUN SEED [FLAGS]
     grep -qs '"gen_ppl"' "$1/results.json" || python eval.py --checkpoint="$1" --val=$data/units/val \
         --train=$data/units/train --generate_from=$data/tstorycloze --n_generate=50 --allow_eos=false --seed="${@:2}"
-}
-
-unpenalised() {  # unpenalised RUN SEED [FLAGS]: generated once more, without the repetition penalty
-    grep -qs '"gen_ppl_free"' "$1/results.json" || python eval.py --checkpoint="$1" \
-        --generate_from=$data/tstorycloze --n_generate=50 --allow_eos=false --repetition_penalty=1 --suffix=_free \
-        --seed="${@:2}"
 }
 
 tune() {  # tune NAME STEPS SEED
@@ -32,10 +26,5 @@ score $out/lm_0 0 --n_seeds=3
 for seed in 0 1 2; do
     tune own_dpo 15 $seed
     tune own_long 60 $seed
-done
-unpenalised $out/lm_0 0 --n_seeds=3
-for seed in 0 1 2; do
-    unpenalised $out/own_dpo_$seed $seed
-    unpenalised $out/own_long_$seed $seed
 done
 python dev/dpo_study_report.py $out
