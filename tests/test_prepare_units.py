@@ -237,19 +237,21 @@ def test_names_that_are_not_utf8(tmp_path):
     assert [os.fsencode(id) for id in UnitReader(tmp_path / "u").ids()] == [name]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells a process' peak memory")
 def test_memory_does_not_grow_with_the_length(recordings, tmp_path):
-    """Peak resident memory (MB) over recordings of 4 and of 24 minutes, whose samples differ by 77 MB."""
-    code = ("import sys; from prepare_units import main, Config; "
+    """Peak of numpy's and Python's memory over recordings of 4 and of 24 minutes, whose samples differ by 77 MB.
+
+    Not resident memory: what the allocators of threads keep grows for some minutes, and differs from run to run.
+    """
+    code = ("import sys, tracemalloc; from prepare_units import main, Config; tracemalloc.start(); "
             "main(Config(input=sys.argv[1], out=sys.argv[2], batch_seconds=5)); "
-            "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])")
+            "print(tracemalloc.get_traced_memory()[1])")
     wave, rate = soundfile.read(recordings / "b" / "long.flac", dtype="float32")
     peaks = []
     for n in (2, 12):
         soundfile.write(tmp_path / f"{n}.wav", np.tile(wave, n), rate)
         done = run("-c", code, tmp_path / f"{n}.wav", tmp_path / f"u{n}")
-        peaks.append(int(done.stdout.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 60 and peaks[1] < 1000, peaks
+        peaks.append(int(done.stdout.split()[-1]) / 1e6)
+    assert peaks[1] - peaks[0] < 30, peaks
 
 
 def test_refusals(tmp_path, recordings, corpus):
