@@ -25,9 +25,9 @@ from tqdm import tqdm
 from config import load_config
 from model import UnitLM
 from slam.audio import SAMPLE_RATE
-from slam.device import pick_device
+from slam.device import fast_bfloat16, pick_device
 from slam.embedded import resolve
-from slam.spoken_pairs import NAMES, exchange, make_sblimp, make_sstorycloze, make_tstorycloze
+from slam.spoken_pairs import exchange, make_sblimp, make_sstorycloze, make_tstorycloze
 from slam.tokenizer import SpeechTokenizer
 from slam.tts import TTS, speakers, spoken, write_audio
 from slam.units import UnitReader, UnitWriter, write_atomic, write_pairs
@@ -50,6 +50,8 @@ class Config:
     n_pairs: int = 200  # preference pairs from the training stories or from SWAG, at most one from each
     n_sblimp: int = 100  # sentence pairs of the sBLIMP-style set
     hard_negatives: bool = False  # also make an sStoryCloze-style set, with close wrong endings; 2 CPU seconds each
+    openings: str = "assets/openings.json"  # word lists and sentence shapes of the openings that the LM continues
+    max_sentences: int = 7  # of a story, its opening included; 5 at least
     max_new_tokens: int = 80  # text tokens that the LM adds to a story's opening
     temperature: float = 0.6  # of the text LM
     top_k: int = 40  # of the text LM
@@ -70,37 +72,42 @@ class Config:
             found.append("swag: pairs are of units, so a tokenizer is needed")
         if self.tokenizer == "none" and not self.keep_audio:
             found.append("tokenizer = none without keep_audio = true would leave nothing")
+        if self.max_sentences < 5:
+            found.append("max_sentences: at least 5; a tStoryCloze pair takes so many")
         if self.n_val < 4 and not self.swag:
             found.append("n_val: at least 4 stories, so that endings can be exchanged")
         return found
 
 
 # ---------------------------------------------------------------- stories
-# A story opens with sentences drawn from these lists, and the text LM continues it: an opening keeps a small LM on
-# topic, and the product of the lists is so large that openings seldom repeat.
-HEROES = """girl|boy|rabbit|bear|fox|cat|dog|mouse|duck|frog|squirrel|lion|elephant|bird|turtle|pig|pony|owl|penguin|
-hedgehog|monkey|kitten|puppy|lamb""".replace("\n", "").split("|")
-TRAITS = "little kind brave happy curious shy clever funny gentle lonely hungry sleepy small quiet busy silly".split()
-PLACES = """a small house by the sea|a big green forest|a quiet village|an old farm|a cave near the river|a tall tree|
-a little town|a warm nest|a house on the hill|a garden full of flowers|a snowy valley|a tiny cottage
-""".replace("\n", "").split("|")
-LOVES = """to play in the park|to sing songs|to look at the stars|to eat apples|to run in the rain|to read books|
-to paint pictures|to swim in the lake|to help friends|to bake bread|to climb trees|to dance|to collect shells|
-to fly a kite|to plant flowers|to build towers""".replace("\n", "").split("|")
-EVENTS = """found a shiny key|heard a strange noise|lost a red ball|met a new friend|saw a big rainbow|found a map|
-woke up very early|got lost in the woods|found a small egg|saw a bird that could not fly|wanted to go on a trip|
-heard someone crying|saw dark clouds in the sky|found an old box|fell into the mud|got a letter|saw a boat on the water|
-wanted to make a cake|found a hole in the fence|made a big mistake""".replace("\n", "").split("|")
+# A story begins with an opening, and the text LM continues it: an opening keeps a small LM on topic. Its shape and
+# its words are drawn from lists with so many combinations that openings seldom repeat.
+def opening(lists: dict[str, list[str]], rng: np.random.Generator) -> str:
+    """The first sentences of a story: a shape, filled with words of `lists` (assets/openings.json).
+
+    "{name} was {a_trait} {hero}. The {hero} met {hero2}." -> "Lily was an old fox. The fox met bear."
+    """
+    words = {}
+
+    def fill(field: re.Match) -> str:
+        article, key = field.groups()
+        word = words.setdefault(key, str(rng.choice(lists[key.rstrip("2")])))
+        return word if not article else f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+    return re.sub(r"\{(a_)?(\w+)\}", fill, str(rng.choice(lists["shape"])))
 
 
-def opening(rng: np.random.Generator) -> str:
-    """The first three sentences of a story, drawn from the lists above."""
-    name, hero, trait, place, love, event = (str(rng.choice(x)) for x in (NAMES, HEROES, TRAITS, PLACES, LOVES, EVENTS))
-    article = "an" if trait[0] in "aeiou" else "a"
-    start = rng.choice(["Once upon a time, there was", "There once was", "Once there was"])
-    day = rng.choice(["One day,", "One morning,", "One sunny day,", "One evening,", "Then one day,"])
-    return (f"{start} {article} {trait} {hero} named {name}. {name} lived in {place} and loved {love}. "
-            f"{day} {name} {event}.")
+def read_openings(path: str) -> dict[str, list[str]]:
+    """The lists of `opening` in a JSON file. SystemExit if it can't be read, or a shape uses a list it doesn't have."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        lists = {key: list(map(str, words)) for key, words in content.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise SystemExit(f"--openings={path}: not a JSON file of lists ({e})") from None
+    used = {key.rstrip("2") for shape in lists.get("shape", []) for key in re.findall(r"\{(?:a_)?(\w+)\}", shape)}
+    if missing := sorted(key for key in used | {"shape"} if not lists.get(key)):
+        raise SystemExit(f"--openings={path}: the list {missing[0]!r} is missing or empty")
+    return lists
 
 
 def split_sentences(text: str) -> list[str]:
@@ -108,10 +115,10 @@ def split_sentences(text: str) -> list[str]:
     return re.findall(r'\S.*?[.!?]+["\']?(?=\s|$)', text)
 
 
-def tidy(text: str) -> list[str] | None:
-    """The whole sentences of a story, at most 7; None if it is too short, hard to speak, or repeats itself."""
+def tidy(text: str, max_sentences: int = 7) -> list[str] | None:
+    """The whole sentences of a story, at most so many; None if it is too short, hard to speak, or repeats itself."""
     text = text.translate(str.maketrans("“”‘’—–\n", "\"\"''-- "))
-    sentences = split_sentences(re.sub(r"\s+", " ", text))[:7]
+    sentences = split_sentences(re.sub(r"\s+", " ", text))[:max_sentences]
     words = re.findall(r"[a-z']+", " ".join(sentences).lower())
     bigrams = list(zip(words, words[1:]))
     fine = (len(sentences) >= 5 and all(2 <= len(s.split()) <= 25 for s in sentences)
@@ -128,8 +135,8 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
         return stories[:n]
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(resolve(cfg.writer))
-    lm = UnitLM.from_pretrained(cfg.writer).eval().to(pick_device())
-    if lm.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    lists, lm = read_openings(cfg.openings), UnitLM.from_pretrained(cfg.writer).eval().to(pick_device())
+    if lm.device.type == "cuda" or fast_bfloat16(torch.cpu.get_capabilities()):
         lm = lm.bfloat16()
     instruction = [{"role": "user", "content": "Write a short story for small children in simple words."}]
     frame = tokenizer.apply_chat_template(instruction, tokenize=False, add_generation_prompt=True)
@@ -138,12 +145,12 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
     while len(stories) < n:
         rng = np.random.default_rng((cfg.seed, number))
         # About one story in eight is not usable; the last batch is only as large as that requires.
-        openings = [opening(rng) for _ in range(min(cfg.batch, 4 + (n - len(stories)) * 5 // 4))]
+        openings = [opening(lists, rng) for _ in range(min(cfg.batch, 4 + (n - len(stories)) * 5 // 4))]
         generator = torch.Generator(lm.device).manual_seed(int(rng.integers(2**31)))
         new = lm.generate([tokenizer(frame + text)["input_ids"] for text in openings], cfg.max_new_tokens,
                           temperature=cfg.temperature, top_k=cfg.top_k, stop=(tokenizer.eos_token_id, 0), forbid=(),
                           generator=generator)
-        tidied = [tidy(text + tokenizer.decode(tokens)) for text, tokens in zip(openings, new)]
+        tidied = [tidy(text + tokenizer.decode(tokens), cfg.max_sentences) for text, tokens in zip(openings, new)]
         batch = [{"id": f"story{number:04d}_{i:03d}", "batch": number, "sentences": sentences}
                  for i, sentences in enumerate(tidied) if sentences]
         if not batch:

@@ -15,8 +15,7 @@ import numpy as np
 from slam.tts import spoken, write_audio
 from slam.units import write_atomic
 
-NAMES = """Lily Tom Mia Ben Sue Max Anna Jack Lucy Sam Ella Tim Rosie Leo Amy Finn Zoe Pip Daisy Oscar Nora Bobby Grace
-Henry Ruby Charlie Molly George Kitty Peter Sally Rex Bella Toby Clara Milo Polly Hugo Ivy Felix""".split()
+NAMES = json.loads((Path(__file__).parent.parent / "assets" / "openings.json").read_text(encoding="utf-8"))["name"]
 
 
 def exchange(items: list, seed: int) -> list:

@@ -1,15 +1,17 @@
 """synth_stories.py: the same seed gives the same files, also after a kill."""
 import hashlib
 import json
+import re
 import signal
 
 import numpy as np
+import pytest
 import soundfile
 from conftest import SYNTH, refused, run, start
 
 from slam.spoken_pairs import GRAMMAR
 from slam.units import UnitReader, read_pairs
-from synth_stories import opening, split_sentences, tidy
+from synth_stories import opening, read_openings, split_sentences, tidy
 
 
 def test_split_and_tidy():
@@ -22,9 +24,23 @@ def test_split_and_tidy():
 
 
 def test_openings_differ():
-    rng = np.random.default_rng(0)
-    openings = [opening(rng) for _ in range(200)]
-    assert len(set(openings)) == 200 and all(len(split_sentences(o)) == 3 for o in openings)
+    rng, lists = np.random.default_rng(0), read_openings("assets/openings.json")
+    openings = [opening(lists, rng) for _ in range(1000)]
+    assert len(set(openings)) == 1000 and all(2 <= len(split_sentences(o)) <= 3 for o in openings)
+    assert not any(re.search(r"[{}_]|\ba [aeiou]|\ban [^aeiou]", o) for o in openings)
+    shape = {"shape": ["{name} met {a_hero} and {a_hero2}. The {hero} ran."], "name": ["Mia"], "hero": ["ant", "owl"]}
+    assert {opening(shape, rng) for _ in range(50)} == {
+        f"Mia met an {a} and an {b}. The {a} ran." for a in ("ant", "owl") for b in ("ant", "owl")}
+
+
+def test_openings_that_are_not(tmp_path):
+    path = tmp_path / "openings.json"
+    for text, message in (("{", "not a JSON file of lists"), ("[]", "not a JSON file of lists"),
+                          ('{"name": ["Mia"]}', "'shape' is missing"),
+                          ('{"shape": ["{name} saw {a_hero2}."], "name": ["Mia"]}', "'hero' is missing")):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            read_openings(str(path))
 
 
 def digest(folder) -> dict[str, str]:
