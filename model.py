@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from slam.attention import KVCache, Segments, VarLen, attend, packed_mask
 from slam.checkpoint import load_weights, read_folder, write_folder
 from slam.device import copy_weights, matmul_dtype, with_linear_layers_in
+from slam.loss import head_loss
 
+INITS = ("first_rows", "random", "none", "keep_text", "keep_text_random")
 HUB_TYPES = ("opt", "gpt_neox")  # model types that run in transformers' code
 VOCABULARY = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")  # a row for each token
 
@@ -40,6 +42,7 @@ class ModelConfig:
     attention_bias: bool = True  # on q, k and v (Qwen2: yes, Llama: no)
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 1024
+    first_text_token: int = 0  # of a model of speech and text, before which are units and markers; 0: there is no text
     model_type: str = "qwen2"  # or llama: the class that transformers builds from our folders
 
     @classmethod
@@ -62,11 +65,13 @@ class ModelConfig:
         return cls(**same, num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
                    head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
                    rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-                   attention_bias=kind == "qwen2", tie_word_embeddings=tied, model_type=kind)
+                   first_text_token=config.get("first_text_token", 0), attention_bias=kind == "qwen2",
+                   tie_word_embeddings=tied, model_type=kind)
 
     def to_hf(self) -> dict:
         """The config.json of a Qwen2ForCausalLM or LlamaForCausalLM."""
-        return asdict(self) | {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu",
+        shape = {k: v for k, v in asdict(self).items() if v or k != "first_text_token"}
+        return shape | {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu",
                                "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
                                "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "dtype": "float32"}
 
@@ -190,6 +195,7 @@ class UnitLM(nn.Module):
                 last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocab) and, with targets, the cross-entropy in nats (fp32).
 
+        With targets from a large vocabulary the logits are None (slam/loss.py).
         tokens, targets: (B, T) int64; targets of -100 are ignored. reduction: mean, sum or none (-> (B, T)).
         positions: (B, T) int64, counted from 0 in each utterance of a packed row, which attends to itself alone
             (slam/attention.py; also several continuations of a shared prefix). None: each row is one utterance.
@@ -214,12 +220,9 @@ class UnitLM(nn.Module):
                 x = block(x, cos, sin, mask, cache, positions)
         if last is not None:
             x = x[torch.arange(B, device=x.device), last][:, None]
+        x = self.model.norm(x)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(self.model.norm(x), head.weight)
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
-        return logits, loss.view_as(targets) if reduction == "none" else loss
+        return (F.linear(x, head.weight), None) if targets is None else head_loss(x, head.weight, targets, reduction)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
@@ -311,12 +314,14 @@ class UnitLM(nn.Module):
         """Make a unit LM from a text LM (TWIST, Hassid et al. 2023): keep its body, replace its vocabulary.
 
         init: `first_rows` starts the unit embeddings from the text embedding's first rows, as SlamKit does; `random`
-            from N(0, 0.02); `none` keeps only the base's shape, for training from scratch.
+            from N(0, 0.02); `none` keeps only the base's shape, for training from scratch. For speech and text in one
+            model, `keep_text` keeps all of the text embedding, as the last rows, and draws those before it from the
+            mean and the spread of its rows; `keep_text_random` draws them from N(0, 0.02).
         n_layers: keep the first n blocks. rope_theta: the paper's is 10000 for every base. context: longest row, in
             tokens. None keeps the base's. Raises ValueError for what the base cannot give.
         """
-        if init not in ("first_rows", "random", "none"):
-            raise ValueError(f"TWIST init {init!r}; expected first_rows, random or none")
+        if init not in INITS:
+            raise ValueError(f"TWIST init {init!r}; expected one of {', '.join(INITS)}")
         base = cls.from_pretrained(base_name)
         config = base.hf_config()
         if (n_layers or 0) > config["num_hidden_layers"]:
@@ -324,10 +329,18 @@ class UnitLM(nn.Module):
         if init == "first_rows" and vocab_size > config["vocab_size"]:
             raise ValueError(f"{base_name} has {config['vocab_size']} embedding rows, fewer than vocab_size "
                              f"{vocab_size}; use init random")
-        lm = from_config(twisted(config, vocab_size, n_layers, rope_theta, context))
+        n_new = vocab_size - config["vocab_size"] if init.startswith("keep_text") else 0
+        if init.startswith("keep_text") and (n_new < 1 or config["model_type"] in HUB_TYPES):
+            raise ValueError(f"{base_name} ({config['vocab_size']} tokens): init {init} needs a Qwen2 or Llama, and a "
+                             f"vocabulary with its text, not {vocab_size} tokens")
+        lm = from_config(twisted(config, vocab_size, n_layers, rope_theta, context, n_new))
         theirs = base.state_dict()
         for name, weight in lm.state_dict().items():  # these share their memory with the parameters
-            if init == "first_rows" or init == "random" and not name.endswith(VOCABULARY):
+            if n_new and name.endswith(VOCABULARY):
+                weight[n_new:] = theirs[name]
+                if init == "keep_text":
+                    weight[:n_new].normal_().mul_(theirs[name].std(0)).add_(theirs[name].mean(0))
+            elif init != "none" and (init != "random" or not name.endswith(VOCABULARY)):
                 weight.copy_(theirs[name][:len(weight)])
         return lm
 
@@ -345,8 +358,11 @@ def from_config(config: dict) -> nn.Module:
 
 
 def twisted(config: dict, vocab_size: int, n_layers: int | None = None, rope_theta: float | None = None,
-            context: int | None = None) -> dict:
-    """The config.json of a text LM -> that of the unit LM made from it; None keeps the base's value."""
+            context: int | None = None, n_new: int = 0) -> dict:
+    """The config.json of a text LM -> that of the unit LM made from it; None keeps the base's value.
+
+    n_new: number of the tokens before the text's, if these are kept.
+    """
     kind, limit = config["model_type"], config["max_position_embeddings"]
     if kind == "opt":  # learned positions: their number stays, and there is no rotary embedding
         if (context or 0) > limit:
@@ -354,7 +370,9 @@ def twisted(config: dict, vocab_size: int, n_layers: int | None = None, rope_the
         context = rope_theta = None
     new = {"vocab_size": vocab_size, "num_hidden_layers": n_layers or config["num_hidden_layers"],
            "max_position_embeddings": context or limit, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    if kind not in HUB_TYPES:
+    if n_new:
+        new["first_text_token"] = n_new
+    elif kind not in HUB_TYPES:
         new["tie_word_embeddings"] = True  # also where the base's are not; the paper's Qwen and Llama bases are tied
     if rope_theta:
         new["rope_parameters"] = (config.get("rope_parameters") or {}) | {"rope_theta": rope_theta}
@@ -366,7 +384,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, repetit
     """Draw a token (B,) from logits (B, V) after repetition penalty (Keskar et al. 2019), temperature, top-k and top-p.
 
     `seen` (B, V) bool marks the tokens that the penalty applies to; temperature 0 takes the most likely token; top_k 0
-    and top_p 1 cut nothing. Changes `logits` at the tokens of `forbid`.
+    and top_p 1 cut nothing. Changes `logits` at the tokens of `forbid`, in which a slice stands for its tokens.
     """
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)

@@ -13,9 +13,12 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
+from slam.device import autocast
 from slam.embedded import resolve
-from slam.packing import Packed, cut
+from slam.packing import Packed, batch, cut, on_device
 from slam.units import BOS, EOS, OFFSET, Fingerprint, UnitReader, vocab_size
 
 SPEECH, TEXT, INTERLEAVED = range(3)  # kinds of utterances
@@ -145,7 +148,7 @@ class Mixed:
 
 
 class View:
-    """All utterances of a `Mixed` corpus as one kind, in the form of epoch 0: a corpus for validation."""
+    """All utterances of a `Mixed` corpus as one kind, in their form of epoch 0: a corpus for validation."""
 
     def __init__(self, corpus: Mixed, kind: int):
         self.corpus, self.kind, self.check = corpus, kind, corpus.check
@@ -193,3 +196,31 @@ class MixedRows:
         """Share of the places in the rows of the first epoch that hold a token."""
         packed = self.epochs[0][2]
         return int(packed.chunks[:, 2].sum()) / (len(packed) * self.context)
+
+
+# ---------------------------------------------------------------- evaluation
+@torch.inference_mode()
+def losses_by_kind(lm: torch.nn.Module, corpus: Mixed, context: int, dtype: str) -> dict[str, dict]:
+    """Loss (nats per token) and accuracy (%) of units and of text, in utterances of each kind.
+
+    {"val_loss_speech": {"value": 1.9, "n": 5210}, "val_accuracy_speech": ..., "val_loss_text": ..., and, of interleaved
+    utterances, "val_loss_interleaved_speech", "val_loss_interleaved_text"}. EOS and the markers are left out.
+    """
+    found, vocabulary = {}, corpus.vocabulary
+    for kind, name in enumerate(KINDS):
+        view, sums = View(corpus, kind), torch.zeros(2, 3, dtype=torch.float64)
+        for row in Packed(cut(view.lengths, context), context, None):
+            tokens, targets, positions = batch(view, [row], context, lm.device)
+            with autocast(lm.device, dtype):  # row by row, as the logits of a large vocabulary are large
+                logits = lm(*on_device((tokens, targets, positions), lm.device, dtype)[::2])[0][0].float()
+            targets = targets[0].to(lm.device)
+            nll = F.cross_entropy(logits, targets, reduction="none")
+            hit = logits.argmax(-1) == targets
+            for i, of in enumerate(((targets > EOS) & (targets < vocabulary.speech), targets >= vocabulary.first_text)):
+                sums[i] += torch.stack([nll[of].sum(), hit[of].sum(), of.sum()]).double().cpu()
+        for modality, (nll, hits, n) in zip(KINDS, sums.tolist()):
+            if n:
+                key = name if name == modality else f"{name}_{modality}"
+                found |= {f"val_loss_{key}": {"value": nll / n, "n": int(n)},
+                          f"val_accuracy_{key}": {"value": 100 * hits / n, "n": int(n)}}
+    return found

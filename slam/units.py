@@ -91,6 +91,11 @@ class Fingerprint:
     def to_dict(self) -> dict:
         return {k: v for k, v in asdict(self).items() if self.text_lm or not k.startswith("text_")}
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of a model: PAD, EOS, units; with text also two markers and the text's (slam/interleave.py)."""
+        return vocab_size(self.n_units) + (2 + self.text_vocab if self.text_lm else 0)
+
     def speech(self) -> "Fingerprint":
         """Of the units alone, without the text."""
         return replace(self, text_lm="", text_vocab=0, text_sha256="")

@@ -1,8 +1,12 @@
-"""slam/interleave.py: mixed rows as a pure function of (seed, epoch, utterance)."""
+"""slam/interleave.py: mixed rows as a pure function of (seed, epoch, utterance), and training on them."""
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import refused, run, start
 
+from model import ModelConfig, UnitLM
 from slam.interleave import (
     INTERLEAVED,
     SPEECH,
@@ -13,6 +17,7 @@ from slam.interleave import (
     Vocabulary,
     chunk_spans,
     interleave,
+    losses_by_kind,
     poisson_spans,
 )
 from slam.packing import Loader, collate
@@ -20,6 +25,8 @@ from slam.units import IGNORE, Fingerprint, UnitReader, UnitWriter
 
 PLAIN = Fingerprint("x", 3, 25.0, 20, True, "ab")
 FINGERPRINT = Fingerprint("x", 3, 25.0, 20, True, "ab", "text", 30, "cd")
+SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=8)
 VOCABULARY = Vocabulary(FINGERPRINT)  # 22 <speech>, 23 <text>, text token t is 24 + t
 
 
@@ -135,3 +142,50 @@ def test_views(reader):
     mixed = Mixed(reader, (0.3, 0.2, 0.5), seed=3)
     view = View(mixed, TEXT)
     assert view.lengths.tolist() == [len(reader.words(i)[0]) + 2 for i in range(len(reader))]
+
+
+def test_losses_by_kind_by_hand(reader):
+    torch.manual_seed(0)
+    mixed = Mixed(reader, (0.3, 0.2, 0.5), seed=3)
+    lm = UnitLM(ModelConfig(vocab_size=VOCABULARY.size, **SHAPE)).eval()
+    found = losses_by_kind(lm, mixed, 64, "float32")
+    assert set(found) == {f"val_{what}_{kind}" for what in ("loss", "accuracy") for kind in
+                          ("speech", "text", "interleaved_speech", "interleaved_text")}
+    nlls, hits = [], []
+    with torch.no_grad():
+        for i in range(len(reader)):
+            x = torch.from_numpy(mixed.form(i, INTERLEAVED, 0))
+            for at in range(0, len(x) - 1, 64):  # chunks of the context
+                inputs, targets = x[at:at + 64][:len(x) - 1 - at], x[at + 1:at + 65]
+                logp = lm(inputs[None])[0][0].log_softmax(-1)
+                text = targets >= VOCABULARY.first_text
+                nlls += -logp[torch.arange(len(targets)), targets][text]
+                hits += (logp.argmax(-1) == targets)[text]
+    assert found["val_loss_interleaved_text"]["value"] == pytest.approx(float(np.mean(nlls)), rel=1e-5)
+    assert found["val_accuracy_interleaved_text"] == {"value": pytest.approx(100 * float(np.mean(hits))),
+                                                      "n": len(nlls)}
+
+
+def test_training_on_a_mix(reader, tmp_path):
+    """Every kind is learnt; a run that was stopped goes on bit-equal, into the next epoch; DPO takes the checkpoint."""
+    folder = reader.shards[0].path.parent
+    args = [f"--train={folder}", f"--val={folder}", "--mix=0.3,0.2,0.5", f"--shape={json.dumps(SHAPE)}", "--context=64",
+            "--micro_batch=4", "--batch_tokens=1024", "--dtype=float32", "--lr=1e-2", "--log_every=10"]
+    run("train.py", *args, "--steps=40", f"--out={tmp_path}/whole")
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    for kind in ("speech", "text", "interleaved_speech", "interleaved_text"):
+        assert results[f"val_loss_{kind}"]["value"] < results[f"val_loss_{kind}_before_training"]["value"] - 0.2
+    checkpoint = UnitLM.from_pretrained(f"{tmp_path}/whole/checkpoint")
+    assert checkpoint.config.vocab_size == VOCABULARY.size
+    log = tmp_path / "halves" / "log.jsonl"
+    with start("train.py", *args, "--steps=40", f"--out={tmp_path}/halves", "--save_every=15") as killed:
+        killed.until(lambda: log.exists() and '"step": 20' in log.read_text())
+    run("train.py", *args, "--steps=40", f"--out={tmp_path}/halves", "--save_every=15", "--resume")
+    again = UnitLM.from_pretrained(f"{tmp_path}/halves/checkpoint").state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in checkpoint.state_dict().items())
+    slam = json.loads((tmp_path / "whole" / "checkpoint" / "slam.json").read_text())
+    assert slam["fingerprint"] == FINGERPRINT.to_dict()
+    assert "keep_text and keep_text_random are for a mix" in refused(
+        "train.py", f"--train={folder}", f"--val={folder}", "--mix=1,1,1")
+    assert "three shares" in refused("train.py", f"--train={folder}", f"--val={folder}", "--mix=1,1",
+                                     "--init=keep_text")

@@ -199,7 +199,7 @@ def test_twist_layers_theta_and_context(base):
 
 
 def test_twist_refuses_what_it_cannot_do(base):
-    with pytest.raises(ValueError, match="first_rows, random or none"):
+    with pytest.raises(ValueError, match="first_rows, random, none"):
         UnitLM.twist(base[0], 20, init="zeros")
     with pytest.raises(ValueError, match="has 3 layers, not 4"):
         UnitLM.twist(base[0], 20, n_layers=4)
@@ -214,6 +214,25 @@ def test_twist_of_an_untied_base_is_tied(tmp_path):
     lm = UnitLM.twist(str(tmp_path), 20)
     assert not hasattr(lm, "lm_head") and lm.config.tie_word_embeddings
     assert torch.equal(lm.model.embed_tokens.weight, hf.model.embed_tokens.weight[:20])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_twist_that_keeps_the_text(tied, tmp_path):
+    """A text row is the old one; so a text has the base's logits, once the tokens before the text's are left out."""
+    hf = hf_model("llama", tied=tied)
+    hf.save_pretrained(tmp_path)
+    rows = hf.get_input_embeddings().weight.detach()
+    for init in ("keep_text", "keep_text_random"):
+        lm = UnitLM.twist(str(tmp_path), V + 24, init=init, rope_theta=None)
+        assert lm.config.first_text_token == 24 and hasattr(lm, "lm_head") != tied
+        new, tokens = lm.model.embed_tokens.weight[:24].detach(), random_tokens(2, 30)
+        assert (lm(tokens + 24)[0][..., 24:] - hf(tokens).logits).abs().max() < 1e-4
+        assert new.std().item() == pytest.approx(rows.std().item() if init == "keep_text" else 0.02, rel=0.2)
+    lm.save_pretrained(tmp_path / "mixed")
+    assert UnitLM.from_pretrained(str(tmp_path / "mixed")).config == lm.config
+    assert "first_text_token" not in UnitLM.twist(str(tmp_path), 20).hf_config()
+    with pytest.raises(ValueError, match="a vocabulary with its text, not 20 tokens"):
+        UnitLM.twist(str(tmp_path), 20, init="keep_text")
 
 
 # ---------------------------------------------------------------- bases of the paper's table 6

@@ -1,0 +1,6 @@
+"""Words in the units of synth_stories.py's stories (with --keep_audio), for speech and text in one model."""
+units = "out/stories/units/train"
+audio = "out/stories/audio"
+suffix = ".flac"
+out = "out/words/train"
+text_lm = "embedded:smollm2-135m"
