@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from slam.device import autocast
 from slam.embedded import resolve
-from slam.packing import Packed, batch, cut, on_device
+from slam.packing import Packed, Rows, batch, cut, on_device
 from slam.units import BOS, EOS, OFFSET, Fingerprint, UnitReader, vocab_size
 
 SPEECH, TEXT, INTERLEAVED = range(3)  # kinds of utterances
@@ -161,8 +161,8 @@ class View:
         return np.array([len(self.tokens(i)) for i in range(self.corpus.n)])
 
 
-class MixedRows:
-    """As `Rows`, of a `Mixed` corpus: packed anew every epoch, since its utterances have other lengths then.
+class MixedRows(Rows):
+    """`Rows` of a `Mixed` corpus, packed anew every epoch, since its utterances have other lengths then.
 
     A resumed run makes the epochs before its own again, since their numbers of rows are not known otherwise.
     """
@@ -170,32 +170,22 @@ class MixedRows:
     def __init__(self, corpus: Mixed, context: int, rows_per_step: int, seed: int, rank: int = 0, world: int = 1):
         self.corpus, self.context, self.rows_per_step, self.seed = corpus, context, rows_per_step, seed
         self.rank, self.world, self.epochs, self.end = rank, world, [], 0  # the last two epochs; rows of all so far
-        self._make_epoch(0)
+        self.packed = self.make_epoch(0)  # the first epoch stands for all in `keys` and `fill`
 
-    def _make_epoch(self, epoch: int) -> None:
+    def make_epoch(self, epoch: int) -> Packed:
         chunks = cut(self.corpus.lengths(epoch), self.context)
         chunks[:, 0] += epoch * self.corpus.n
         rng = np.random.default_rng((self.seed, epoch))
         packed = Packed(chunks, self.context, rng)
         self.epochs = [*self.epochs[-1:], (epoch, self.end, packed, rng.permutation(len(packed)))]
         self.end += len(packed)
+        return packed
 
-    def _row(self, index: int) -> np.ndarray:
+    def row(self, index: int) -> np.ndarray:
         while index >= self.end:
-            self._make_epoch(self.epochs[-1][0] + 1)
+            self.make_epoch(self.epochs[-1][0] + 1)
         _, begin, packed, order = next(x for x in reversed(self.epochs) if x[1] <= index)
         return packed[int(order[index - begin])]
-
-    def step(self, step: int) -> tuple[list[np.ndarray], int]:
-        """This rank's rows of an optimiser step, each its chunks (n, 3), and the number of targets over all ranks."""
-        first = step * self.rows_per_step
-        rows = [self._row(i) for i in range(first, first + self.rows_per_step)]
-        return rows[self.rank::self.world], sum(int(row[:, 2].sum()) for row in rows)
-
-    def fill(self) -> float:
-        """Share of the places in the rows of the first epoch that hold a token."""
-        packed = self.epochs[0][2]
-        return int(packed.chunks[:, 2].sum()) / (len(packed) * self.context)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -210,10 +200,10 @@ def losses_by_kind(lm: torch.nn.Module, corpus: Mixed, context: int, dtype: str)
     for kind, name in enumerate(KINDS):
         view, sums = View(corpus, kind), torch.zeros(2, 3, dtype=torch.float64)
         for row in Packed(cut(view.lengths, context), context, None):
-            tokens, targets, positions = batch(view, [row], context, lm.device)
+            tokens, targets, positions, mask = on_device(batch(view, [row], context, lm.device), lm.device, dtype)
             with autocast(lm.device, dtype):  # row by row, as the logits of a large vocabulary are large
-                logits = lm(*on_device((tokens, targets, positions), lm.device, dtype)[::2])[0][0].float()
-            targets = targets[0].to(lm.device)
+                logits = lm(tokens, positions=positions, mask=mask)[0][0].float()
+            targets = targets[0]
             nll = F.cross_entropy(logits, targets, reduction="none")
             hit = logits.argmax(-1) == targets
             for i, of in enumerate(((targets > EOS) & (targets < vocabulary.speech), targets >= vocabulary.first_text)):

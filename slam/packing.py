@@ -125,10 +125,14 @@ class Rows:
         self.packed = Packed(cut(lengths, context), context, np.random.default_rng((seed, 0)))
         self.order = Epochs(len(self.packed), seed, 0)
 
+    def row(self, index: int) -> np.ndarray:
+        """The chunks (n, 3) of row number `index` of the run."""
+        return self.packed[self.order[index]]
+
     def step(self, step: int) -> tuple[list[np.ndarray], int]:
         """This rank's rows of an optimiser step, each its chunks (n, 3), and the number of targets over all ranks."""
         first = step * self.rows_per_step
-        rows = [self.packed[self.order[i]] for i in range(first, first + self.rows_per_step)]
+        rows = [self.row(i) for i in range(first, first + self.rows_per_step)]
         return rows[self.rank::self.world], sum(int(row[:, 2].sum()) for row in rows)
 
     def keys(self) -> float:

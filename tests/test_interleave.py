@@ -130,8 +130,8 @@ def test_rows_are_a_pure_function_of_the_step_and_hold_every_token_once(reader):
     first = chunks[chunks[:, 0] < len(reader)]
     assert first[:, 2].sum() == sum(mixed.lengths(0)) - len(reader)
     x, y, positions = collate(mixed, steps[3][0], 64)
-    for number, start, length in steps[3][0][0][:1].tolist():
-        tokens = mixed.tokens(number)[start:start + length + 1]
+    for number, at, length in steps[3][0][0][:1].tolist():
+        tokens = mixed.tokens(number)[at:at + length + 1]
         assert x[0, :length].tolist() == tokens[:-1].tolist() and y[0, :length].tolist() == tokens[1:].tolist()
     loader = Loader(mixed, MixedRows(mixed, 64, 4, 7), 2, torch.device("cpu"))
     batches, n = loader.step(3)
@@ -178,8 +178,10 @@ def test_training_on_a_mix(reader, tmp_path):
     checkpoint = UnitLM.from_pretrained(f"{tmp_path}/whole/checkpoint")
     assert checkpoint.config.vocab_size == VOCABULARY.size
     log = tmp_path / "halves" / "log.jsonl"
-    with start("train.py", *args, "--steps=40", f"--out={tmp_path}/halves", "--save_every=15") as killed:
-        killed.until(lambda: log.exists() and '"step": 20' in log.read_text())
+    killed = start("train.py", *args, "--steps=40", f"--out={tmp_path}/halves", "--save_every=15")
+    killed.until(lambda: log.exists() and '"step": 20' in log.read_text())
+    killed.kill()
+    killed.wait(60)
     run("train.py", *args, "--steps=40", f"--out={tmp_path}/halves", "--save_every=15", "--resume")
     again = UnitLM.from_pretrained(f"{tmp_path}/halves/checkpoint").state_dict()
     assert all(torch.equal(x, again[name]) for name, x in checkpoint.state_dict().items())
