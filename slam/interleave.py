@@ -9,6 +9,8 @@ units 1`. A marker stands before every span of an interleaved utterance, and now
 """
 import hashlib
 import json
+import os
+import re
 from dataclasses import replace
 from functools import cached_property
 
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 from slam.device import autocast
 from slam.embedded import resolve
 from slam.packing import Packed, Rows, batch, cut, on_device
-from slam.units import BOS, EOS, OFFSET, Fingerprint, UnitReader, vocab_size
+from slam.scoring import PrefixPair
+from slam.units import BOS, EOS, OFFSET, PAD, Fingerprint, UnitReader, vocab_size
 
 SPEECH, TEXT, INTERLEAVED = range(3)  # kinds of utterances
 KINDS = ("speech", "text", "interleaved")
@@ -49,12 +52,13 @@ class TextTokenizer:
         digest = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
         return replace(of_units, text_lm=self.name, text_vocab=self.vocab, text_sha256=digest)
 
-    def words(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def words(self, text: str, follows: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Text tokens (n,) of a text, and the first token (m,) of each of its words (split at spaces).
 
+        follows: the text follows another, so that it begins with a space.
         words("It was") -> [1589, 436], [0, 1]
         """
-        pieces = [self.tokenizer(" " * (i > 0) + word, add_special_tokens=False).input_ids
+        pieces = [self.tokenizer(" " * (follows or i > 0) + word, add_special_tokens=False).input_ids
                   for i, word in enumerate(text.split())]
         return np.array([t for piece in pieces for t in piece]), np.cumsum([0, *map(len, pieces[:-1])])
 
@@ -214,3 +218,49 @@ def losses_by_kind(lm: torch.nn.Module, corpus: Mixed, context: int, dtype: str)
                 found |= {f"val_loss_{key}": {"value": nll / n, "n": int(n)},
                           f"val_accuracy_{key}": {"value": 100 * hits / n, "n": int(n)}}
     return found
+
+
+def split_at_last_sentence(a: str, b: str) -> tuple[str, str, str]:
+    """The sentences that two texts begin with in common, and what follows in each.
+
+    split_at_last_sentence("It rained. He ran.", "It rained. He sang.") -> ("It rained.", "He ran.", "He sang.")
+    """
+    common = os.path.commonprefix([a, b])
+    ends = [m.end() for m in re.finditer(r"[.!?][\"']?(?=\s)", common + b[len(common):len(common) + 1])]
+    at = ends[-1] if ends else 0
+    return a[:at], a[at:].strip(), b[at:].strip()
+
+
+def directions(texts: list[tuple[str, str]], utterances: list[tuple], fingerprint: Fingerprint) -> dict[str, list]:
+    """A benchmark's pairs in four directions, {name: [(tokens, tokens)]}: what is given, and what is to be judged.
+
+    texts: the two transcripts of each pair. utterances: their tokens (`1 units 1`). In speech the part that both share
+    is given; in text the sentences that they share. "speech_to_text": `1 <speech> units <text> its ending 1`.
+    """
+    vocabulary, tokenizer = Vocabulary(fingerprint), TextTokenizer(fingerprint.text_lm)
+
+    def tokens(text: str, follows: bool = False) -> list[int]:
+        return [t + vocabulary.first_text for t in tokenizer.words(text, follows)[0].tolist()]
+
+    found = {"speech_to_text": [], "text_to_speech": [], "text_to_text": []}
+    for (a, b), (x, y) in zip(texts, utterances):
+        given, *endings = split_at_last_sentence(a, b)
+        units, *rest = PrefixPair.of(x, y)
+        found["speech_to_text"].append(tuple(
+            [BOS, vocabulary.speech, *units[1:], vocabulary.text, *tokens(ending, True), EOS] for ending in endings))
+        found["text_to_speech"].append(tuple(
+            [BOS, vocabulary.text, *tokens(given), vocabulary.speech, *ending] for ending in rest))
+        found["text_to_text"].append(tuple([BOS, *tokens(text), EOS] for text in (a, b)))
+    return found
+
+
+# ---------------------------------------------------------------- answers
+def answer_in_text(lm: torch.nn.Module, prompts: list[list[int]], fingerprint: Fingerprint, max_new_tokens: int,
+                   seed: int, **sampling) -> list[str]:
+    """Spoken prompts (units) continued in text by a mixed model: `1 <speech> units <text>`, and on to EOS."""
+    vocabulary, generator = Vocabulary(fingerprint), torch.Generator(lm.device).manual_seed(seed)
+    rows = [[BOS, vocabulary.speech, *(u + OFFSET for u in prompt), vocabulary.text] for prompt in prompts]
+    new = lm.generate(rows, max_new_tokens, stop=(EOS,), forbid=(PAD, slice(OFFSET, vocabulary.first_text)),
+                      generator=generator, **sampling)
+    decode = TextTokenizer(fingerprint.text_lm).tokenizer.decode
+    return [decode([t - vocabulary.first_text for t in row]).strip() for row in new]
