@@ -21,7 +21,6 @@ import copy
 import importlib.util
 import io
 import json
-import math
 import multiprocessing
 import re
 import statistics
@@ -671,7 +670,9 @@ def bench_vocoder(cfg: BenchVocoder) -> None:
     peer = HifiGan({"num_embeddings": n_units, "embedding_dim": 128, "model_in_dim": 128, "upsample_rates": rates_of,
                     "upsample_kernel_sizes": [2 * r + r % 2 for r in rates_of], "upsample_initial_channel": 512,
                     "resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [[1, 3, 5]] * 3,
-                    "sampling_rate": ours.sample_rate, "code_hop_size": math.prod(rates_of)}, ours.fingerprint)
+                    "sampling_rate": ours.sample_rate, "dur_predictor_params": {
+                        "encoder_embed_dim": 128, "var_pred_hidden_dim": 128, "var_pred_kernel_size": 3}},
+                   ours.fingerprint)
     peer = peer.to(device).eval()
     rng = np.random.default_rng(0)
     for seconds in cfg.seconds:
