@@ -126,9 +126,6 @@ class Tally:
                    "already_there": self.already_there, "skipped": self.skipped}
         write_atomic(self.report_file, json.dumps(content, indent=1, ensure_ascii=False))
 
-    def speed(self) -> str:
-        return f"{self.seconds / (time.perf_counter() - self.started):.0f}x real time"
-
     def close(self) -> None:
         """Write the report and print the last line. SystemExit if too much was bad, or an archive broke off."""
         self.refuse_bad(1)
@@ -137,8 +134,9 @@ class Tally:
         if lost:
             raise SystemExit(f"{lost[0]['id']}: {lost[0]['reason']}. What was good is kept; --max_bad_share=1 accepts "
                              f"that")
+        elapsed = time.perf_counter() - self.started
         print(f"{self.report_file.parent}: {self.utterances} utterances, {self.seconds / 3600:.2f} h added in "
-              f"{(time.perf_counter() - self.started) / 60:.1f} min ({self.speed()}); {self.already_there} were there "
+              f"{elapsed / 60:.1f} min ({self.seconds / elapsed:.0f}x real time); {self.already_there} were there "
               f"already; {len(self.skipped)} skipped" + f" (listed in {self.report_file})" * bool(self.skipped))
 
 
@@ -249,7 +247,7 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
                 tally.seconds += len(frames) / tokenizer.fingerprint.unit_rate_hz
             if writer.n_tokens >= cfg.shard_tokens:
                 writer.flush()
-            bar.set_postfix_str(f"{tally.seconds / 3600:.2f} h, {tally.speed()}", refresh=False)
+            bar.set_postfix_str(f"{tally.seconds / 3600:.2f} h", refresh=False)
             bar.update()
     bar.close()
     if not (tally.utterances or tally.already_there or tally.skipped) and n_parts == 1:

@@ -657,7 +657,7 @@ class BenchVocoder:
     """Units to speech, ours and HiFi-GAN V1 (Kong et al. 2020) over units, at the same sample rate."""
     vocoder: str = "embedded"  # vocoder file
     seconds: tuple[float, ...] = (10.0, 1.0)  # of speech at once, one case each
-    batch: int = 1  # utterances at once
+    batch: int = 1  # utterances, one after the other
     rounds: int = 5  # timed of each side, after two more
 
 
@@ -680,7 +680,7 @@ def bench_vocoder(cfg: BenchVocoder) -> None:
         durations = [np.ones_like(row) for row in rows]
 
         def side(vocoder: Vocoder) -> Callable[[], float]:
-            return lambda: sum(map(len, vocoder.synthesize_batch(rows, durations))) / vocoder.sample_rate
+            return lambda: sum(len(vocoder.synthesize(*x)[0]) for x in zip(rows, durations)) / vocoder.sample_rate
 
         found = rates({"ours": lambda: side(ours), "peer": lambda: side(peer)}, cfg.rounds)
         sizes = {name: sum(p.numel() for p in v.parameters()) for name, v in (("ours", ours), ("peer", peer))}

@@ -8,7 +8,7 @@ makes the wave. No layer runs at the sample rate, so it is many times faster tha
 """
 import json
 from collections.abc import Iterable, Iterator
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +64,6 @@ class Vocoder(nn.Module):
         durations = self.frame_counts(row[None])[0] if durations is None else durations
         frames = row.repeat_interleave(torch.as_tensor(durations, device=self.device).long())
         return self.waves(frames[None])[0].clamp(-1, 1).cpu().numpy(), self.sample_rate
-
-    def synthesize_batch(self, batch: Iterable, durations: Iterable = repeat(None)) -> list[np.ndarray]:
-        """The waves of several utterances, one after the other: on a CPU a batch is no faster."""
-        return [self.synthesize(*both)[0] for both in zip(batch, durations)]
 
     @torch.inference_mode()
     def stream(self, parts: Iterable[list[int]]) -> Iterator[np.ndarray]:

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from test_vocoder import check_batch_and_stream
+from test_vocoder import check_stream
 
 from slam.hifigan import HifiGan
 from slam.units import Fingerprint
@@ -49,7 +49,7 @@ def write_published(folder, **changes):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_published_layout(variant, tmp_path):
-    """Loaded weights give what transformers' modules of the same architecture give; batched as alone, as streamed."""
+    """Loaded weights give what transformers' modules of the same architecture give, whole and streamed."""
     from transformers import SeamlessM4TConfig
     from transformers.models.seamless_m4t import modeling_seamless_m4t as seamless
     name, state = write_published(tmp_path, **VARIANTS[variant])
@@ -84,7 +84,7 @@ def test_published_layout(variant, tmp_path):
         log = predictor(plain["dict.weight"][units][None])[0]
     expected = (log.exp() - 1).round().clamp(min=1).long().numpy()
     assert (ours.predict_durations(units) == expected).all() and 1 < expected.mean() < 20
-    check_batch_and_stream(ours)
+    check_stream(ours)
 
 
 def test_the_hop_is_the_upsampling(tmp_path):
