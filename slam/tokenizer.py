@@ -28,6 +28,7 @@ from slam.units import Fingerprint, dedup, find_speaking, write_atomic
 EMBEDDED_TOKENIZER = Path(__file__).parent.parent / "assets" / "codebook.safetensors"
 # The k-means of mHuBERT-25hz; its sha256 begins and ends with these digits.
 PUBLISHED_KMEANS = "mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin", "03cc04a9", "28ad"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------- encoders
@@ -172,7 +173,7 @@ def load_encoder(name: str, layer: int, device: str = "cpu", dtype: str = "auto"
         dtype = "float16" if device.startswith("cuda") else "float32"
     if dtype == "float32":
         torch.backends.cudnn.allow_tf32 = False  # TF32 rounds the convolutions to ten bits
-    return kinds[config.model_type](name, layer, device, getattr(torch, dtype))
+    return kinds[config.model_type](name, layer, device, DTYPES[dtype])
 
 
 def windows(blocks: Iterable[np.ndarray], encoder) -> Iterator[tuple[np.ndarray, int, int | None]]:
