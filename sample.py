@@ -132,7 +132,7 @@ class Speaker:
             require_same(fingerprint, name, self.tokenizer.fingerprint, f"tokenizer {tokenizer}")
         if cfg.resynth:
             self.tokenizer = self.tokenizer.base  # units, not pieces of several units
-        self.vocoder, vocoder = vocoder_for(self.tokenizer, cfg.vocoder, cfg.speaker, durations=cfg.resynth)
+        self.vocoder, vocoder = vocoder_for(self.tokenizer, cfg.vocoder, cfg.speaker)
         self.made_of = {"checkpoint": name, "tokenizer": tokenizer, "vocoder": vocoder}
         self.about = [label or "from its units", *(f"{k} {v}" for k, v in self.made_of.items() if v)]
         if not cfg.resynth:
@@ -143,9 +143,6 @@ class Speaker:
         """Tokens of prompts -> new tokens, enough for `continuation_seconds`: a unit lasts at least a frame."""
         from slam.speech import continue_units
         n = math.ceil(cfg.continuation_seconds * self.tokenizer.fingerprint.unit_rate_hz)
-        known, wanted = getattr(self.lm.config, "max_position_embeddings", math.inf), max(map(len, prompts)) + n + 1
-        if wanted > known:
-            print(f"{self.name}: trained on {known} tokens in a row; here are up to {wanted}", file=sys.stderr)
         try:
             return continue_units(self.lm, prompts, n, 32, cfg.seed, f"continuing, {self.label}",
                                   allow_eos=cfg.allow_eos, temperature=cfg.temperature, top_k=cfg.top_k,

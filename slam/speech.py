@@ -6,10 +6,7 @@
     losses = text_losses(texts, "embedded:smollm2-135m")          # nats per token; GenPPL is exp of their mean
 """
 import functools
-import hashlib
 import logging
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +14,7 @@ from tqdm import tqdm
 
 from slam.audio import SAMPLE_RATE, resample
 from slam.benchmarks import disk_cache
-from slam.checkpoint import weights_sha256
+from slam.checkpoint import sha256_of, weights_sha256
 from slam.device import autocast, pick_device
 from slam.embedded import resolve
 from slam.units import EOS, PAD, to_tokens, to_units
@@ -50,13 +47,12 @@ def continue_units(lm: torch.nn.Module, prompts: list[list[int]], new_units: int
     return out
 
 
-def speak(rows: list[list[int]], tokenizer, vocoder, batch: int = 16) -> list[np.ndarray]:
+def speak(rows: list[list[int]], tokenizer, vocoder) -> list[np.ndarray]:
     """A tokeniser's units or pieces -> waves (T,) at 16 kHz; an empty row gives an empty wave."""
-    units = [tokenizer.to_units(row) for row in rows]
-    waves = [np.zeros(0, np.float32)] * len(rows)
-    for part in by_length(list(map(len, units)), batch, "vocoding"):
-        for i, wave in zip(part, vocoder.synthesize_batch([units[i] for i in part])):
-            waves[i] = resample(wave, vocoder.sample_rate, SAMPLE_RATE)
+    waves = []
+    for row in tqdm(rows, disable=None, desc="vocoding", leave=False):
+        waves.append(resample(*vocoder.synthesize(tokenizer.to_units(row)), SAMPLE_RATE) if row
+                     else np.zeros(0, np.float32))
     return waves
 
 
@@ -147,8 +143,6 @@ def text_nlls(texts: list[str], judge: str) -> np.ndarray:
     def score(part: list[int]) -> list[float | None]:
         return continuation_scores([""] * len(part), [texts[i] for i in part], judge)
 
-    folder = resolve(judge)  # a hub id has no weights here to name the cache by
-    version = f"-{weights_sha256(folder)[:16]}" if Path(folder).is_dir() else ""
-    found = disk_cache(f"texts/{re.sub(r'[^A-Za-z0-9.-]+', '-', judge)}{version}",
-                       [hashlib.sha256(text.encode()).hexdigest() for text in texts], score)
+    version = weights_sha256(judge)
+    found = disk_cache("texts", [sha256_of(version, text) for text in texts], score)
     return np.array([np.nan if x is None else -x for x in found])

@@ -130,23 +130,22 @@ def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
                          f"  make one of them again with the other's tokeniser (prepare_units.py)")
 
 
-def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str, tensor: str,
+def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str,
                   read: Callable[[Path], Fingerprint]) -> str | None:
-    """Name of a codebook or vocoder with this fingerprint: `embedded`, or the newest such file below a folder.
+    """Name of a codebook or vocoder with this fingerprint: `embedded`, or the newest such file below a folder, or None.
 
-    embedded: the embedded codebook's or vocoder's file. tensor: a tensor that only files of this kind have. read: gives
-    a file's fingerprint. None if there is no such file.
+    embedded: the embedded one's file. read: gives a file's fingerprint; SystemExit for other files.
     """
-    files = []
-    for path in Path(folder).rglob("*.safetensors"):
+    def modified(path: Path) -> float:
         with contextlib.suppress(OSError):  # a broken link, or gone meanwhile
-            files.append((path.stat().st_mtime, str(path), path))
-    for name, path in [("embedded", embedded), *(x[1:] for x in sorted(files, reverse=True))]:
-        with contextlib.suppress(SafetensorError, OSError, SystemExit):  # other stages' files, or damaged ones
-            with safe_open(path, "numpy") as f:
-                is_kind = tensor in f.keys()
-            if is_kind and read(path) == fingerprint:
-                return name
+            return path.stat().st_mtime
+        return 0.0
+
+    files = sorted(Path(folder).rglob("*.safetensors"), key=modified, reverse=True)
+    for path in [embedded, *files]:
+        with contextlib.suppress(SystemExit):
+            if read(path) == fingerprint:
+                return "embedded" if path == embedded else str(path)
     return None
 
 
@@ -154,9 +153,8 @@ def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str, tensor:
 class UnitWriter(contextlib.AbstractContextManager):
     """Write a corpus as numbered shards: `with UnitWriter(folder, fingerprint) as w: w.add(id, units, durations)`.
 
-    A shard is written when it holds `shard_tokens` tokens (None: only by `flush`), and when the `with` block ends
-    without an error. To resume, open the folder again: `done` holds the ids of all written shards, and the caller adds
-    the others. SystemExit if the folder's units are another tokeniser's.
+    A shard is written when it holds `shard_tokens` tokens (None: only by `flush`), and at the end of the `with` block.
+    To resume, open the folder again and add what is not in `done`. SystemExit if its units are another tokeniser's.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Fingerprint, source: str = "", durations: bool = False,
@@ -221,18 +219,13 @@ class UnitWriter(contextlib.AbstractContextManager):
             self.flush()
 
 
-def file_stat(path: Path) -> tuple[int, int]:
-    """Size and time of the last change of a file, by which a change is noticed."""
-    return path.stat().st_size, path.stat().st_mtime_ns
-
-
 class Shard:
     """One unit file, memory-mapped. SystemExit, naming the file, if it is not whole or not a unit file."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.stat = file_stat(path)
+            self.modified = path.stat().st_mtime_ns
             self.file = safe_open(path, "numpy")
             header = self.header = json.loads((self.file.metadata() or {}).get("slam", "{}"))
             if header.get("format") != "slam-units" or header.get("version") != VERSION:
@@ -310,7 +303,7 @@ class UnitReader:
     def check(self) -> None:
         """SystemExit, naming it, if a file has vanished or changed: reading its mapping could kill the process."""
         for shard in self.shards:
-            if not shard.path.exists() or file_stat(shard.path) != shard.stat:
+            if not shard.path.exists() or shard.path.stat().st_mtime_ns != shard.modified:
                 raise SystemExit(f"{shard.path}: {'changed' if shard.path.exists() else 'gone'} while in use")
 
     def _find(self, i: int) -> tuple[Shard, slice]:
