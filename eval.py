@@ -298,6 +298,12 @@ def main(cfg: Config) -> None:
             settings = {k: getattr(cfg, k) for k in ("score", "score_eos", "score_prompt", "dtype")}
             settings |= {"source": b.source, "split": b.split, "downloaded": b.downloaded}
             results[b.name] = score_pairs(nll, b.pairs) | {"settings": settings}
+            texts = [tuple(pair.get(f"{side}_text", "") for side in SIDES) for pair in b.pairs]
+            if fingerprints[name].text_lm and all(map(all, texts)):  # a model of speech and text
+                from slam.interleave import directions
+                for direction, pairs in directions(texts, utterances[b.name], fingerprints[name]).items():
+                    nll = pair_nlls(lm, pairs, cfg.context, cfg.score, cfg.score_prompt, cfg.dtype)
+                    results[f"{b.name}_{direction}"] = score_pairs(nll, b.pairs) | {"settings": settings}
         rows[name] = {metric: result | {"made": made} for metric, result in results.items()}
         merge_results(out / "results.json", rows[name])  # before generation, which takes longer and may fail
         if cfg.generate_from:

@@ -34,13 +34,16 @@ def continue_units(lm: torch.nn.Module, prompts: list[list[int]], new_units: int
     """Sample a continuation of each prompt; units in, units out.
 
     allow_eos: an EOS ends a continuation, which then has fewer than `new_units` units; False forbids EOS.
+    A model of speech and text continues in speech.
     """
     out: list = [None] * len(prompts)
+    first_text = getattr(lm.config, "first_text_token", 0)  # before it come the two markers (slam/interleave.py)
+    forbid = [PAD] + [EOS] * (not allow_eos) + [slice(first_text - 2, None)] * bool(first_text)
     generator = torch.Generator(lm.device).manual_seed(seed)
     for part in by_length([len(p) + 1 for p in prompts], batch, desc):
         with autocast(lm.device, "bfloat16" if lm.device.type == "cuda" else "float32"):
             new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator,
-                              forbid=(PAD,) if allow_eos else (PAD, EOS), stop=(EOS,),
+                              forbid=tuple(forbid), stop=(EOS,),
                               compile=compile and len(part) == batch, **sampling)
         for i, tokens in zip(part, new):
             out[i] = to_units(tokens)

@@ -144,7 +144,7 @@ def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str,
     files = sorted(Path(folder).rglob("*.safetensors"), key=modified, reverse=True)
     for path in [embedded, *files]:
         with contextlib.suppress(SystemExit):
-            if read(path) == fingerprint:
+            if read(path) == fingerprint.speech():
                 return "embedded" if path == embedded else str(path)
     return None
 

@@ -14,7 +14,7 @@ SETTINGS = {"prepare_units.py": {"": "Config", "fit": "slam.kmeans.FitConfig", "
                                  "bpe": "BpeConfig"},
             "synth_stories.py": {"": "Config"}, "train.py": {"": "Config"}, "eval.py": {"": "Config"},
             "sample.py": {"": "Config"}, "dpo.py": {"": "Config", "pairs": "slam.align_pairs.PairsConfig"},
-            "-m slam.train_vocoder": {"": "Config"}, "dev/check_tokenizer.py": {"": "CheckConfig"},
+            "-m slam.train_vocoder": {"": "Config"}, "-m slam.alignment": {"": "Config"}, "dev/check_tokenizer.py": {"": "CheckConfig"},
             "dev/plot.py": {"": "PlotConfig"},
             "dev/bench.py": {"train": "BenchTrain", "dpo": "BenchDpo", "generate": "BenchGenerate", "eval": "BenchEval",
                              "memory": "BenchMemory", "units": "BenchUnits", "vocoder": "BenchVocoder"}}
