@@ -79,7 +79,8 @@ def test_every_config_file_is_a_whole_config():
     on_top = {"study": "slam", "gpu_24gb": "slam", "gpu_16gb": "slam", "gpu_12gb": "slam", "gpu_8gb": "slam"}
     training = ("slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories", "demo_train",
                 "slam_interleaved", "demo_interleaved", *on_top)
-    scripts = {"align_demo": ("-m slam.alignment", ""), "fit_embedded": ("prepare_units.py", "fit"), "align_pairs": ("dpo.py", "pairs"),
+    scripts = {"align_demo": ("-m slam.alignment", ""),
+               "fit_embedded": ("prepare_units.py", "fit"), "align_pairs": ("dpo.py", "pairs"),
                **dict.fromkeys(("units_embedded", "corpus_units", "units_mhubert25"), ("prepare_units.py", "")),
                **dict.fromkeys(("vocoder_embedded", "vocoder_gpu"), ("-m slam.train_vocoder", "")),
                **dict.fromkeys(training, ("train.py", "")),
