@@ -26,7 +26,8 @@ from torch import Tensor
 from config import load_config
 from model import UnitLM
 from slam import checkpoint as folders
-from slam.device import compiled, explain_out_of_memory, pick_device, put
+from slam.costs import explain_out_of_memory
+from slam.device import compiled, pick_device, put
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Epochs
 from slam.run import Run, run_problems
