@@ -300,7 +300,7 @@ def main(cfg: Config) -> None:
             results[b.name] = score_pairs(nll, b.pairs) | {"settings": settings}
             texts = [tuple(pair.get(f"{side}_text", "") for side in SIDES) for pair in b.pairs]
             if fingerprints[name].text_lm and all(map(all, texts)):  # a model of speech and text
-                from slam.interleave import directions
+                from slam.cross_modal import directions
                 for direction, pairs in directions(texts, utterances[b.name], fingerprints[name]).items():
                     nll = pair_nlls(lm, pairs, cfg.context, cfg.score, cfg.score_prompt, cfg.dtype)
                     results[f"{b.name}_{direction}"] = score_pairs(nll, b.pairs) | {"settings": settings}

@@ -8,7 +8,6 @@
 
 Parameters have transformers' names. OPT and Pythia run in transformers' code, with the same methods (slam/hub_lm.py).
 """
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slam.attention import KVCache, Mask, attend, packed_mask
+from slam.attention import KVCache, Mask, attend, compiled_decode, packed_mask
 from slam.checkpoint import load_weights, read_folder, write_folder
 from slam.device import matmul_dtype, with_linear_layers_in
 from slam.loss import head_loss
@@ -251,7 +250,7 @@ class UnitLM(nn.Module):
         lm = with_linear_layers_in(dtype, self)
         if compile:
             capacity = -(-capacity // 128) * 128  # prompts of similar lengths share a compiled step and its cache
-            decode, cache = self._compiled(lm, B, capacity, dtype)
+            decode, cache = compiled_decode(self.__dict__.setdefault("static", {}), lm, B, capacity, dtype)
         else:
             decode, cache = lm._decode, KVCache(self.config, B, capacity, device, dtype)
         cache.length = width
@@ -284,21 +283,6 @@ class UnitLM(nn.Module):
         """A token of each row (B,) at its position (B,) -> logits of the next (B, vocab)."""
         return self(token[:, None], positions=position[:, None], cache=cache)[0][:, 0]
 
-    def _compiled(self, lm: "UnitLM", batch: int, capacity: int, dtype: torch.dtype) -> tuple[Callable, KVCache]:
-        """`lm._decode`, compiled, and a cache; at fixed addresses, as CUDA graphs need, so kept for later calls."""
-        place, size, static = (self.device, dtype), (batch, capacity), self.__dict__.setdefault("static", {})
-        if static.get("place") != place:
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # the former: CUDA graphs
-            static |= {"place": place, "lm": lm, "decode": torch.compile(lm._decode, dynamic=False, mode=mode)}
-        if static.get("cache_of") != (place, size):
-            static |= {"cache_of": (place, size), "cache": KVCache(self.config, *size, *place)}
-            for x in (*static["cache"].k, *static["cache"].v):
-                torch._dynamo.mark_static_address(x)
-        for new, old in zip(lm.parameters(), static["lm"].parameters()):
-            if new is not old:
-                old.copy_(new)
-        return static["decode"], static["cache"]
-
     @classmethod
     def from_pretrained(cls, name: str) -> "UnitLM":
         """Load a hub id, a folder (ours, SlamKit's, transformers') or `embedded:NAME`, in fp32. Raises SystemExit."""
@@ -315,26 +299,26 @@ class UnitLM(nn.Module):
               rope_theta: float | None = None, context: int | None = None) -> "UnitLM":
         """Make a unit LM from a text LM (TWIST, Hassid et al. 2023): keep its body, replace its vocabulary.
 
-        init: `first_rows` starts the unit embeddings from the text embedding's first rows, as SlamKit does; `random`
-            from N(0, 0.02); `none` keeps only the base's shape, for training from scratch. For speech and text in one
-            model, `keep_text` keeps all of the text embedding, as the last rows, and draws those before it from the
-            mean and the spread of its rows; `keep_text_random` draws them from N(0, 0.02).
+        init: unit embeddings. `first_rows`: the text embedding's first rows, as in SlamKit. `random`: N(0, 0.02).
+            `none`: keep only the base's shape, to train from scratch. `keep_text`, for speech and text in one model:
+            keep the text's rows as the last; those before have their mean and spread (keep_text_random: N(0, 0.02)).
         n_layers: keep the first n blocks. rope_theta: the paper's is 10000 for every base. context: longest row, in
             tokens. None keeps the base's. Raises ValueError for what the base cannot give.
         """
-        if init not in INITS:
-            raise ValueError(f"TWIST init {init!r}; expected one of {', '.join(INITS)}")
         base = cls.from_pretrained(base_name)
         config = base.hf_config()
+        rows, keep_text = config["vocab_size"], init.startswith("keep_text")
+        if init not in INITS:
+            raise ValueError(f"TWIST init {init!r}; expected one of {', '.join(INITS)}")
         if (n_layers or 0) > config["num_hidden_layers"]:
             raise ValueError(f"{base_name} has {config['num_hidden_layers']} layers, not {n_layers}")
-        if init == "first_rows" and vocab_size > config["vocab_size"]:
-            raise ValueError(f"{base_name} has {config['vocab_size']} embedding rows, fewer than vocab_size "
-                             f"{vocab_size}; use init random")
-        n_new = vocab_size - config["vocab_size"] if init.startswith("keep_text") else 0
-        if init.startswith("keep_text") and (n_new < 1 or config["model_type"] in HUB_TYPES):
-            raise ValueError(f"{base_name} ({config['vocab_size']} tokens): init {init} needs a Qwen2 or Llama, and a "
-                             f"vocabulary with its text, not {vocab_size} tokens")
+        if init == "first_rows" and vocab_size > rows:
+            raise ValueError(f"{base_name} has {rows} embedding rows, fewer than vocab_size {vocab_size}; use init "
+                             f"random")
+        if keep_text and (vocab_size <= rows or config["model_type"] in HUB_TYPES):
+            raise ValueError(f"{base_name} ({rows} tokens): init {init} needs a Qwen2 or Llama, and a vocabulary with "
+                             f"its text, not {vocab_size} tokens")
+        n_new = vocab_size - rows if keep_text else 0
         lm = from_config(twisted(config, vocab_size, n_layers, rope_theta, context, n_new))
         theirs = base.state_dict()
         for name, weight in lm.state_dict().items():  # these share their memory with the parameters

@@ -195,7 +195,7 @@ def continue_prompts(cfg: Config, speaker: Speaker, encoded: list[tuple]) -> Ite
 
 def write_answers(cfg: Config, speakers: list[Speaker], waves: dict[str, np.ndarray], out: Path) -> None:
     """Every prompt continued in text by every checkpoint, printed and written to samples.json."""
-    from slam.interleave import answer_in_text
+    from slam.cross_modal import answer_in_text
     records = []
     for speaker in speakers:
         if not speaker.fingerprint.text_lm:

@@ -24,7 +24,7 @@ from config import load_config
 from model import ModelConfig, UnitLM
 from slam.costs import explain_out_of_memory, flops_per_token, peak_flops
 from slam.device import autocast, compiled, join_ranks, leave_ranks, n_graphs, over_ranks, pick_device, sum_gradients
-from slam.interleave import Mixed, MixedRows, losses_by_kind
+from slam.interleave import Mixed, MixedRows
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Loader, Rows, on_device
 from slam.run import Run, plot, run_problems
@@ -140,6 +140,7 @@ def evaluate(lm: UnitLM, val: UnitReader, cfg: Config, run: Run, world: int) -> 
     loss, n = validation_loss(lm, val, cfg.context, cfg.micro_batch, cfg.dtype, run.rank, world)
     found = {"val_loss": {"value": loss, "n": n}}
     if cfg.mix:
+        from slam.cross_modal import losses_by_kind
         found |= losses_by_kind(lm, Mixed(val, cfg.mix, cfg.seed, cfg.spans, cfg.spoken_share), cfg.context, cfg.dtype)
     lm.train()
     values = {name: x["value"] for name, x in found.items()}

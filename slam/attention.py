@@ -9,6 +9,7 @@ continuation of the utterance before it: its tokens also attend to the shared pr
     VarLen    one call for all segments: on a GPU in 16 bits (slam/varlen.py)
     a mask    (B, 1, T, T) bool, computes hidden pairs too: on a GPU otherwise
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,3 +160,19 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         self.k, self.v, self.rows = [x[rows] for x in self.k], [x[rows] for x in self.v], self.rows[:len(rows)]
+
+
+def compiled_decode(static: dict, lm, batch: int, capacity: int, dtype: torch.dtype) -> tuple[Callable, KVCache]:
+    """`lm._decode`, compiled, and a cache; both at fixed addresses, as CUDA graphs need, so `static` keeps them."""
+    place, size = (lm.device, dtype), (batch, capacity)
+    if static.get("place") != place:
+        mode = "reduce-overhead" if lm.device.type == "cuda" else "default"  # the former: CUDA graphs
+        static |= {"place": place, "lm": lm, "decode": torch.compile(lm._decode, dynamic=False, mode=mode)}
+    if static.get("cache_of") != (place, size):
+        static |= {"cache_of": (place, size), "cache": KVCache(lm.config, *size, *place)}
+        for x in (*static["cache"].k, *static["cache"].v):
+            torch._dynamo.mark_static_address(x)
+    for new, old in zip(lm.parameters(), static["lm"].parameters()):
+        if new is not old:
+            old.copy_(new)
+    return static["decode"], static["cache"]

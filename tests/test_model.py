@@ -20,6 +20,7 @@ from transformers import (
 import model
 from model import KVCache, ModelConfig, UnitLM, from_config, sample, twisted
 from slam import embedded
+from slam.attention import compiled_decode
 from slam.device import with_linear_layers_in
 
 V = 60
@@ -494,17 +495,17 @@ def test_under_autocast_weights_are_cast_once_for_all_tokens(lm, monkeypatch):
 
 def test_compiled_generation_keeps_its_place_and_takes_new_weights():
     """CUDA graphs read weights and cache where they were when they were captured."""
-    lm = our_model()
+    lm, static = our_model(), {}
     found = []
     with torch.inference_mode():
         for _ in range(2):
             lm.model.layers[0].mlp.up_proj.weight.mul_(2)
-            decode, cache = lm._compiled(with_linear_layers_in(torch.bfloat16, lm), 2, 128, torch.bfloat16)
-            weight = lm.static["lm"].model.layers[0].mlp.up_proj.weight
+            decode, cache = compiled_decode(static, with_linear_layers_in(torch.bfloat16, lm), 2, 128, torch.bfloat16)
+            weight = static["lm"].model.layers[0].mlp.up_proj.weight
             assert torch.equal(weight, lm.model.layers[0].mlp.up_proj.weight.bfloat16())
             found.append((decode, cache, weight.data_ptr()))
         assert found[0] == found[1]
-        assert lm._compiled(lm, 2, 128, torch.float32)[1] is not cache
+        assert compiled_decode(static, lm, 2, 128, torch.float32)[1] is not cache
     assert not any("static" in name for name in lm.state_dict())
 
 
