@@ -31,7 +31,6 @@ from model import UnitLM
 from slam.audio import SAMPLE_RATE, check_wave, is_audio, load_audio, resample, walk
 from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, newest_checkpoint
 from slam.device import pick_device
-from slam.listen import Clip, page
 from slam.tokenizer import SpeechTokenizer, find_codebook
 from slam.units import require_same, write_atomic
 from slam.vocoder import vocoder_for
@@ -212,6 +211,8 @@ def write_answers(cfg: Config, speakers: list[Speaker], waves: dict[str, np.ndar
 
 def main(cfg: Config) -> None:
     import soundfile
+
+    from slam.listen import Clip, page
 
     # ---- settings
     out, kind = new_folder(cfg), "resynth" if cfg.resynth else "continuation"
