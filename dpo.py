@@ -26,6 +26,7 @@ from torch import Tensor
 from config import load_config
 from model import UnitLM
 from slam import checkpoint as folders
+from slam.costs import explain_out_of_memory
 from slam.device import compiled, pick_device, put
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Epochs
@@ -239,6 +240,7 @@ def complete(cfg: Config) -> Config:
     return full
 
 
+@explain_out_of_memory
 def main(cfg: Config) -> None:
     # ------------------------------------------------------------ settings
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -11,9 +11,7 @@ Two minutes on two CPU cores for the demo's sets.
 """
 import json
 import math
-import re
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -54,7 +52,7 @@ class Config:
     # log-softmax is fp32 (in SlamKit all is fp32, or bfloat16 with `model=slam`). auto: bfloat16 where it is fast
     text_judge: str = ""  # text LM that scores the transcripts of pairs, as a ceiling
     generate_from: str = ""  # manifest or benchmark whose positives are the prompts of GenPPL and auto-BLEU
-    n_generate: int = 1000  # prompts, at most: the first by name
+    n_generate: int = 1000  # prompts, at most: the first of the set
     n_seeds: int = 1  # continuations of each prompt, with the seeds from `seed` on
     resynth_from: str = ""  # manifest whose positives are re-synthesised and transcribed; nothing else is done
     prompt_seconds: float = 3.0  # length of a prompt: the beginning of the wav
@@ -72,7 +70,6 @@ class Config:
     batch: int = 16  # sequences in a forward pass
     compile: bool = True  # torch.compile the sampling on a GPU, if there are several full batches
     seed: int = 0  # of the generation
-    suffix: str = ""  # added to the names of all metrics, to keep them beside those of other settings
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
@@ -122,19 +119,11 @@ def baseline_scores(cfg: Config, benchmark: Benchmark, utterances: list[tuple],
 
 # ---------------------------------------------------------------- generated speech
 
-JUDGE = """A speech model was given the first seconds of a recorded story and went on speaking. Below is what a speech \
-recogniser heard: first the whole recording, then only what the model added. Rate how sensibly, grammatically and \
-fluently the model went on, from 1 (no sense at all) to 5 (as a person would). Answer with the number alone.
-
-The whole recording: {text}
-What the model added: {continuation_text}"""
-
-
 def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[Path], out: Path) -> dict:
     """GenPPL and auto-BLEU of spoken continuations of the wavs at `paths`: {metric: result}.
 
     Both are of the transcript of prompt and continuation (as published); GenPPL also of the continuation alone.
-    Writes generated.jsonl (units and transcripts) and judge_prompts.jsonl (questions for any LLM) to `out`.
+    Writes generated.jsonl (units and transcripts) to `out`.
     """
     import soundfile
 
@@ -158,11 +147,8 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
         said += [{"seed": seed, "prompt": path.name, "text": text, "continuation_text": a, "units": units}
                  for path, text, a, units in zip(paths, texts, alone, new)]
         for path, wave in zip(paths, whole) if cfg.keep_audio else ():
-            soundfile.write(out / f"generated{cfg.suffix}_{path.stem}_{seed}.wav", wave, SAMPLE_RATE)
-    questions = [{"id": f"{x['prompt']} {x['seed']}", "prompt": JUDGE.format(
-        text=x["text"].strip(), continuation_text=x["continuation_text"].strip())} for x in said]
-    for name, lines in (("generated", said), ("judge_prompts", questions)):
-        (out / f"{name}{cfg.suffix}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+            soundfile.write(out / f"generated_{path.stem}_{seed}.wav", wave, SAMPLE_RATE)
+    (out / "generated.jsonl").write_text("".join(json.dumps(x) + "\n" for x in said))
 
     settings = {k: getattr(cfg, k) for k in (
         "generate_from", "n_generate", "batch", "tokenizer", "vocoder", "prompt_seconds", "new_units", "temperature",
@@ -171,8 +157,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
     ppl |= {"continuation_only": alone["value"]} | {
         f"continuation_{k}": alone[k] for k in ("se", "empty", "seeds") if k in alone}
     scores = np.array([100 * auto_bleu(x["text"]) for x in said])
-    bleu = {"value": float(scores.mean()), "se": standard_error(scores, cfg.n_seeds), "n": len(said),
-            "non_overlapping": float(np.mean([100 * auto_bleu(x["text"], overlapping=False) for x in said]))}
+    bleu = {"value": float(scores.mean()), "se": standard_error(scores, cfg.n_seeds), "n": len(said)}
     if cfg.n_seeds > 1:
         bleu["seeds"] = scores.reshape(cfg.n_seeds, -1).mean(1).tolist()
     return {"gen_ppl": ppl | {"settings": settings}, "auto_bleu": bleu | {"settings": settings}}
@@ -199,33 +184,28 @@ def resynthesis(cfg: Config) -> dict:
     """What tokeniser and vocoder lose on the positives of a manifest, of which the first 30 s are re-synthesised.
 
     Word error rate between Whisper's transcripts of re-synthesised and original speech, with original and with
-    predicted durations. With original durations also: mel-cepstral distance (dB), share of clipped samples, speed.
+    predicted durations; with original durations also mel-cepstral distance (dB) and share of clipped samples.
     """
     from slam.audio import SAMPLE_RATE, load_audio, resample
     from slam.mel import mel_cepstral_distance
-    from slam.speech import transcribe
+    from slam.speech import speak, transcribe
     from slam.tokenizer import SpeechTokenizer
     from slam.vocoder import vocoder_for
     tokenizer = SpeechTokenizer.load(cfg.tokenizer or "embedded", pick_device().type).base
     vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
     waves = [load_audio(pair["positive"])[:30 * SAMPLE_RATE] for pair in read_manifest(cfg.resynth_from).pairs]
     encoded = [tokenizer.encode(w, SAMPLE_RATE) for w in tqdm(waves, disable=None, desc="units")]
-    vocoder.synthesize(*encoded[0])  # the first call is slower
-    started = time.perf_counter()
     spoken = [vocoder.synthesize(*x)[0] for x in encoded]
-    seconds = time.perf_counter() - started
     again = [resample(wave, vocoder.sample_rate, SAMPLE_RATE) for wave in spoken]
-    predicted = [resample(*vocoder.synthesize(units), SAMPLE_RATE) for units, _ in encoded]
+    predicted = speak([units.tolist() for units, _ in encoded], tokenizer, vocoder)
     heard, errors = transcribe(waves, cfg.asr), {}
     for name, those in (("original_durations", again), ("predicted_durations", predicted)):
         counts = [word_error_rate(a, b) for a, b in zip(heard, transcribe(those, cfg.asr))]
         n_errors, n_words = map(sum, zip(*counts))
         errors[name] = round(n_errors / max(1, n_words), 4)
-    n_samples = sum(map(len, spoken))
     distances = [mel_cepstral_distance(a, b) for a, b in zip(waves, again)]
     return {"resynthesis_word_error_rate": errors, "mel_cepstral_distance_db": round(float(np.mean(distances)), 2),
-            "clipped_share": sum(int((np.abs(w) >= 1).sum()) for w in spoken) / n_samples,
-            "times_real_time": round(n_samples / vocoder.sample_rate / seconds, 1), "files": len(waves),
+            "clipped_share": float((np.abs(np.concatenate(spoken)) >= 1).mean()), "files": len(waves),
             "words": n_words, "hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3), "asr": cfg.asr}
 
 
@@ -243,11 +223,6 @@ def table(rows: dict[str, dict]) -> str:
     lines = [["", *rows]] + [[m, *(cell(r.get(m)) for r in rows.values())] for m in metrics]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
-
-
-def natural(path: Path) -> list:
-    """Sort key of a path by the numbers in its name: 2 before 10."""
-    return [(int(x), "") if x.isdecimal() else (-1, x) for x in re.split(r"(\d+)", path.name)]
 
 
 def results_folder(checkpoint: str) -> Path:
@@ -268,11 +243,7 @@ def main(cfg: Config) -> None:
     # pairs
     benchmarks = read_benchmarks(cfg)
     if cfg.write_manifest:
-        try:
-            benchmarks[0].write(cfg.write_manifest)
-        except OSError as e:
-            raise SystemExit(f"--write_manifest={cfg.write_manifest}: {e.strerror}") from None
-        return
+        return benchmarks[0].write(cfg.write_manifest)
 
     # units: all checkpoints, the tokeniser and the unit files must have the same fingerprint
     device = pick_device()
@@ -293,7 +264,7 @@ def main(cfg: Config) -> None:
         from slam.vocoder import vocoder_for
         vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
         source = next((b for b in benchmarks if b.name == cfg.generate_from), None) or read_manifest(cfg.generate_from)
-        prompts = sorted((Path(pair["positive"]) for pair in source.pairs), key=natural)[:cfg.n_generate]
+        prompts = [Path(pair["positive"]) for pair in source.pairs[:cfg.n_generate]]
     utterances = {b.name: tokenize_pairs(tokenizer, b) for b in benchmarks}
     if not cfg.score_eos:
         utterances = {name: [(a[:-1], b[:-1]) for a, b in pairs] for name, pairs in utterances.items()}
@@ -327,13 +298,18 @@ def main(cfg: Config) -> None:
             settings = {k: getattr(cfg, k) for k in ("score", "score_eos", "score_prompt", "dtype")}
             settings |= {"source": b.source, "split": b.split, "downloaded": b.downloaded}
             results[b.name] = score_pairs(nll, b.pairs) | {"settings": settings}
-        rows[name] = {metric + cfg.suffix: result | {"made": made} for metric, result in results.items()}
+            texts = [tuple(pair.get(f"{side}_text", "") for side in SIDES) for pair in b.pairs]
+            if fingerprints[name].text_lm and all(map(all, texts)):  # a model of speech and text
+                from slam.cross_modal import directions
+                for direction, pairs in directions(texts, utterances[b.name], fingerprints[name]).items():
+                    nll = pair_nlls(lm, pairs, cfg.context, cfg.score, cfg.score_prompt, cfg.dtype)
+                    results[f"{b.name}_{direction}"] = score_pairs(nll, b.pairs) | {"settings": settings}
+        rows[name] = {metric: result | {"made": made} for metric, result in results.items()}
         merge_results(out / "results.json", rows[name])  # before generation, which takes longer and may fail
         if cfg.generate_from:
             results = generative_metrics(lm, cfg, tokenizer, vocoder, prompts, out)
-            results = {metric + cfg.suffix: result | {"made": made} for metric, result in results.items()}
-            merge_results(out / "results.json", results)
-            rows[name] |= results
+            rows[name] |= {metric: result | {"made": made} for metric, result in results.items()}
+            merge_results(out / "results.json", rows[name])
         del lm  # before the next one is loaded
     print(table(rows))
 

@@ -8,7 +8,6 @@
 
 Parameters have transformers' names. OPT and Pythia run in transformers' code, with the same methods (slam/hub_lm.py).
 """
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slam.attention import KVCache, Segments, packed_mask
+from slam.attention import KVCache, Mask, attend, compiled_decode, packed_mask
 from slam.checkpoint import load_weights, read_folder, write_folder
+from slam.device import matmul_dtype, with_linear_layers_in
+from slam.loss import head_loss
 
+INITS = ("first_rows", "random", "none", "keep_text", "keep_text_random")
 HUB_TYPES = ("opt", "gpt_neox")  # model types that run in transformers' code
 VOCABULARY = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")  # a row for each token
 
@@ -39,6 +41,7 @@ class ModelConfig:
     attention_bias: bool = True  # on q, k and v (Qwen2: yes, Llama: no)
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 1024
+    first_text_token: int = 0  # of a model of speech and text, before which are units and markers; 0: there is no text
     model_type: str = "qwen2"  # or llama: the class that transformers builds from our folders
 
     @classmethod
@@ -61,11 +64,13 @@ class ModelConfig:
         return cls(**same, num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
                    head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
                    rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-                   attention_bias=kind == "qwen2", tie_word_embeddings=tied, model_type=kind)
+                   first_text_token=config.get("first_text_token", 0), attention_bias=kind == "qwen2",
+                   tie_word_embeddings=tied, model_type=kind)
 
     def to_hf(self) -> dict:
         """The config.json of a Qwen2ForCausalLM or LlamaForCausalLM."""
-        return asdict(self) | {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu",
+        shape = {k: v for k, v in asdict(self).items() if v or k != "first_text_token"}
+        return shape | {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu",
                                "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
                                "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "dtype": "float32"}
 
@@ -80,8 +85,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        autocast = torch.is_autocast_enabled(x.device.type)  # one cast here serves all linear layers that read it
-        return y.to(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+        return y.to(matmul_dtype(x))  # one cast here serves all linear layers that read it
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -110,25 +114,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Segments | None,
-                cache: KVCache | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None,
+                positions: Tensor) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
-        groups = q.shape[1] // k.shape[1]  # query heads that share a key and value head
-        if T == 1 and cache is not None:  # grouped heads share keys: as queries of one head, keys need no copies
-            q, groups = q.view(B, k.shape[1], groups, self.head_dim), 1
-        elif q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
-            # CUDA's fused kernels do not share heads in these cases
-            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-        if isinstance(mask, Segments):
-            y = mask.attend(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
-            y = y.reshape(B, -1, T, self.head_dim)
+        y = attend(q, k, v, mask)  # (B, heads, T, head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -196,26 +190,28 @@ class UnitLM(nn.Module):
         self.activation_checkpointing = on
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
-                cache: KVCache | None = None, last: Tensor | None = None,
+                mask: Mask = None, cache: KVCache | None = None, last: Tensor | None = None,
                 reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocab) and, with targets, the cross-entropy in nats (fp32).
 
+        With targets from a large vocabulary the logits are None (slam/loss.py).
         tokens, targets: (B, T) int64; targets of -100 are ignored. reduction: mean, sum or none (-> (B, T)).
         positions: (B, T) int64, counted from 0 in each utterance of a packed row, which attends to itself alone
             (slam/attention.py; also several continuations of a shared prefix). None: each row is one utterance.
+        mask: `packed_mask` of the positions, made beforehand; compiled code on a GPU is fast only with it.
         cache: keys and values of earlier tokens; `positions` are then the new tokens' places, after those.
         last: (B,) int64, the one place of each row whose logits are wanted -> (B, 1, vocab).
         """
         B, T = tokens.shape
-        mask = None
-        if positions is None:
-            positions = torch.arange(T, device=tokens.device).expand(B, T)
-        elif cache is None:  # a CPU skips what the mask would hide
-            mask = packed_mask(positions)
-        if cache is not None:
-            mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)
+        if positions is None:  # plain causal attention
+            assert cache is None or cache.length == T
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        elif cache is not None:
+            mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
+        elif mask is None:
+            mask = packed_mask(positions, tokens.device, matmul_dtype(x))
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         for block in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, cache, positions, use_reentrant=False)
@@ -223,12 +219,9 @@ class UnitLM(nn.Module):
                 x = block(x, cos, sin, mask, cache, positions)
         if last is not None:
             x = x[torch.arange(B, device=x.device), last][:, None]
+        x = self.model.norm(x)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(self.model.norm(x), head.weight)
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
-        return logits, loss.view_as(targets) if reduction == "none" else loss
+        return (F.linear(x, head.weight), None) if targets is None else head_loss(x, head.weight, targets, reduction)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
@@ -253,15 +246,15 @@ class UnitLM(nn.Module):
         tokens = torch.tensor([p + p[-1:] * (width - len(p)) for p in prompts], device=device)
         position = torch.tensor([len(p) - 1 for p in prompts], device=device)  # of each row's newest token
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device).scatter_(1, tokens, True)
-        kind, capacity = device.type, width + max_new_tokens
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.norm.weight.dtype
+        capacity, dtype = width + max_new_tokens, matmul_dtype(self.model.norm.weight)
+        lm = with_linear_layers_in(dtype, self)
         if compile:
             capacity = -(-capacity // 128) * 128  # prompts of similar lengths share a compiled step and its cache
-            decode, cache = self._compiled(B, capacity, dtype)
+            decode, cache = compiled_decode(self.__dict__.setdefault("static", {}), lm, B, capacity, dtype)
         else:
-            decode, cache = self._decode, KVCache(self.config, B, capacity, device, dtype)
+            decode, cache = lm._decode, KVCache(self.config, B, capacity, device, dtype)
         cache.length = width
-        logits = self(tokens, cache=cache, last=position)[0][:, 0]
+        logits = lm(tokens, cache=cache, last=position)[0][:, 0]
         cache.length = capacity if compile else width
 
         # Token by token. Rows that have ended run on, unread, until they are dropped.
@@ -290,18 +283,6 @@ class UnitLM(nn.Module):
         """A token of each row (B,) at its position (B,) -> logits of the next (B, vocab)."""
         return self(token[:, None], positions=position[:, None], cache=cache)[0][:, 0]
 
-    def _compiled(self, batch: int, capacity: int, dtype: torch.dtype) -> tuple[Callable, KVCache]:
-        """`_decode`, compiled, and a cache at a fixed address, as CUDA graphs need; both are kept for later calls."""
-        key = batch, capacity, self.device, dtype
-        if not hasattr(self, "static"):
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # the former: CUDA graphs
-            self.compiled_decode, self.static = torch.compile(self._decode, dynamic=False, mode=mode), (None, None)
-        if self.static[0] != key:
-            self.static = key, KVCache(self.config, *key)
-            for x in (*self.static[1].k, *self.static[1].v):
-                torch._dynamo.mark_static_address(x)
-        return self.compiled_decode, self.static[1]
-
     @classmethod
     def from_pretrained(cls, name: str) -> "UnitLM":
         """Load a hub id, a folder (ours, SlamKit's, transformers') or `embedded:NAME`, in fp32. Raises SystemExit."""
@@ -318,24 +299,34 @@ class UnitLM(nn.Module):
               rope_theta: float | None = None, context: int | None = None) -> "UnitLM":
         """Make a unit LM from a text LM (TWIST, Hassid et al. 2023): keep its body, replace its vocabulary.
 
-        init: `first_rows` starts the unit embeddings from the text embedding's first rows, as SlamKit does; `random`
-            from N(0, 0.02); `none` keeps only the base's shape, for training from scratch.
+        init: unit embeddings. `first_rows`: the text embedding's first rows, as in SlamKit. `random`: N(0, 0.02).
+            `none`: keep only the base's shape, to train from scratch. `keep_text`, for speech and text in one model:
+            keep the text's rows as the last; those before have their mean and spread (keep_text_random: N(0, 0.02)).
         n_layers: keep the first n blocks. rope_theta: the paper's is 10000 for every base. context: longest row, in
             tokens. None keeps the base's. Raises ValueError for what the base cannot give.
         """
-        if init not in ("first_rows", "random", "none"):
-            raise ValueError(f"TWIST init {init!r}; expected first_rows, random or none")
         base = cls.from_pretrained(base_name)
         config = base.hf_config()
+        rows, keep_text = config["vocab_size"], init.startswith("keep_text")
+        if init not in INITS:
+            raise ValueError(f"TWIST init {init!r}; expected one of {', '.join(INITS)}")
         if (n_layers or 0) > config["num_hidden_layers"]:
             raise ValueError(f"{base_name} has {config['num_hidden_layers']} layers, not {n_layers}")
-        if init == "first_rows" and vocab_size > config["vocab_size"]:
-            raise ValueError(f"{base_name} has {config['vocab_size']} embedding rows, fewer than vocab_size "
-                             f"{vocab_size}; use init random")
-        lm = from_config(twisted(config, vocab_size, n_layers, rope_theta, context))
+        if init == "first_rows" and vocab_size > rows:
+            raise ValueError(f"{base_name} has {rows} embedding rows, fewer than vocab_size {vocab_size}; use init "
+                             f"random")
+        if keep_text and (vocab_size <= rows or config["model_type"] in HUB_TYPES):
+            raise ValueError(f"{base_name} ({rows} tokens): init {init} needs a Qwen2 or Llama, and a vocabulary with "
+                             f"its text, not {vocab_size} tokens")
+        n_new = vocab_size - rows if keep_text else 0
+        lm = from_config(twisted(config, vocab_size, n_layers, rope_theta, context, n_new))
         theirs = base.state_dict()
         for name, weight in lm.state_dict().items():  # these share their memory with the parameters
-            if init == "first_rows" or init == "random" and not name.endswith(VOCABULARY):
+            if n_new and name.endswith(VOCABULARY):
+                weight[n_new:] = theirs[name]
+                if init == "keep_text":
+                    weight[:n_new].normal_().mul_(theirs[name].std(0)).add_(theirs[name].mean(0))
+            elif init != "none" and (init != "random" or not name.endswith(VOCABULARY)):
                 weight.copy_(theirs[name][:len(weight)])
         return lm
 
@@ -353,8 +344,11 @@ def from_config(config: dict) -> nn.Module:
 
 
 def twisted(config: dict, vocab_size: int, n_layers: int | None = None, rope_theta: float | None = None,
-            context: int | None = None) -> dict:
-    """The config.json of a text LM -> that of the unit LM made from it; None keeps the base's value."""
+            context: int | None = None, n_new: int = 0) -> dict:
+    """The config.json of a text LM -> that of the unit LM made from it; None keeps the base's value.
+
+    n_new: number of the tokens before the text's, if these are kept.
+    """
     kind, limit = config["model_type"], config["max_position_embeddings"]
     if kind == "opt":  # learned positions: their number stays, and there is no rotary embedding
         if (context or 0) > limit:
@@ -362,7 +356,9 @@ def twisted(config: dict, vocab_size: int, n_layers: int | None = None, rope_the
         context = rope_theta = None
     new = {"vocab_size": vocab_size, "num_hidden_layers": n_layers or config["num_hidden_layers"],
            "max_position_embeddings": context or limit, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    if kind not in HUB_TYPES:
+    if n_new:
+        new["first_text_token"] = n_new
+    elif kind not in HUB_TYPES:
         new["tie_word_embeddings"] = True  # also where the base's are not; the paper's Qwen and Llama bases are tied
     if rope_theta:
         new["rope_parameters"] = (config.get("rope_parameters") or {}) | {"rope_theta": rope_theta}
@@ -374,7 +370,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, repetit
     """Draw a token (B,) from logits (B, V) after repetition penalty (Keskar et al. 2019), temperature, top-k and top-p.
 
     `seen` (B, V) bool marks the tokens that the penalty applies to; temperature 0 takes the most likely token; top_k 0
-    and top_p 1 cut nothing. Changes `logits` at the tokens of `forbid`.
+    and top_p 1 cut nothing. Changes `logits` at the tokens of `forbid`, in which a slice stands for its tokens.
     """
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)

@@ -1,7 +1,6 @@
 """Speech to units: tokenise a corpus with encoder + k-means + dedup; make the tokeniser's codebook; add BPE.
 
-In:  audio: a folder (any format, rate and number of channels that libsndfile reads), a tar or tar.gz archive, a parquet
-     file, a list of paths; or units in SlamKit's .jsonl, assumed to be the published mHuBERT's without --tokenizer.
+In:  audio: a folder, a tar archive, a parquet file, a list of paths; or units in SlamKit's .jsonl.
 Out: a folder of unit files (slam/units.py) with a report; or a codebook (.safetensors), which defines a tokeniser.
 
     python prepare_units.py config/units_embedded.py --input my_speech --out out/my_units
@@ -11,9 +10,9 @@ Out: a folder of unit files (slam/units.py) with a report; or a codebook (.safet
     python prepare_units.py convert --source mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin   # a published k-means
     python prepare_units.py bpe --units out/my_units --out out/my_bpe                     # pieces of several units
 
-One process, or several that share a folder: `--shard=3/8` is the third of eight, and torchrun's processes share by
-themselves. If a run is killed, the same command continues it: no utterance is lost or written twice. Two cores tokenise
-more than 100 times faster than real time with the embedded encoder; an hour of units takes 0.15 MB.
+Several processes may share a folder: `--shard=3/8` is the third of eight, and torchrun's share by themselves. If a run
+is killed, the same command continues it: no utterance is lost or written twice. Two cores tokenise more than 100 times
+faster than real time with the embedded encoder.
 """
 import json
 import os
@@ -49,7 +48,6 @@ class Config:
     tokenizer: str = ""  # codebook file, or `embedded` (in assets/); empty: `embedded` for audio, and the published
     # mHuBERT-25hz's for SlamKit's .jsonl, which does not name its own
     durations: bool = False  # keep frames per unit beside the units (training a vocoder needs them)
-    text: bool = False  # keep transcripts of whole recordings: LibriSpeech's .trans.txt, .txt, a parquet's `text`
     audio_column: str = "audio"  # of a parquet file
     max_utterance_seconds: float = 0.0  # cut longer recordings at silences into utterances of at most this; 0: don't
     max_bad_share: float = 0.01  # of recordings that can't be used; the run stops with an error if there are more
@@ -69,8 +67,6 @@ class Config:
             found.append(f"shard: {self.shard!r} is not a part such as 1/8 to 8/8")
         if self.max_utterance_seconds != 0 and self.max_utterance_seconds < 1:
             found.append("max_utterance_seconds: at least 1, or 0")
-        if self.max_utterance_seconds and self.text:
-            found.append("text: of whole recordings only, not with max_utterance_seconds")
         if self.batch_seconds < 0 or self.workers < 0 or self.shard_tokens <= 0:
             found.append("shard_tokens is positive, batch_seconds and workers are not negative")
         return found
@@ -130,9 +126,6 @@ class Tally:
                    "already_there": self.already_there, "skipped": self.skipped}
         write_atomic(self.report_file, json.dumps(content, indent=1, ensure_ascii=False))
 
-    def speed(self) -> str:
-        return f"{self.seconds / (time.perf_counter() - self.started):.0f}x real time"
-
     def close(self) -> None:
         """Write the report and print the last line. SystemExit if too much was bad, or an archive broke off."""
         self.refuse_bad(1)
@@ -141,8 +134,9 @@ class Tally:
         if lost:
             raise SystemExit(f"{lost[0]['id']}: {lost[0]['reason']}. What was good is kept; --max_bad_share=1 accepts "
                              f"that")
+        elapsed = time.perf_counter() - self.started
         print(f"{self.report_file.parent}: {self.utterances} utterances, {self.seconds / 3600:.2f} h added in "
-              f"{(time.perf_counter() - self.started) / 60:.1f} min ({self.speed()}); {self.already_there} were there "
+              f"{elapsed / 60:.1f} min ({self.seconds / elapsed:.0f}x real time); {self.already_there} were there "
               f"already; {len(self.skipped)} skipped" + f" (listed in {self.report_file})" * bool(self.skipped))
 
 
@@ -222,7 +216,7 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
     batch_seconds = cfg.batch_seconds or tokenizer.batch_seconds
 
     # ---- data
-    total, items = read_input(cfg.input, cfg.text, cfg.audio_column, (index, n_parts))
+    total, items = read_input(cfg.input, cfg.audio_column, (index, n_parts))
     out = prepare_output_dir(cfg, prefix)
     writer = UnitWriter(out, tokenizer.fingerprint, cfg.input, cfg.durations, None, prefix)
     done = Counter(id.rpartition("@")[0] if cfg.max_utterance_seconds else id for id in writer.done)  # by recording
@@ -247,13 +241,13 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
                 if utterance.problem:
                     tally.skip(utterance.id, utterance.problem, utterance.fatal)
                     continue
-                frames, text = np.concatenate(utterance.frames), {"text": utterance.text} if utterance.text else {}
-                writer.add(utterance.id, *tokenizer.finish(frames), **text)
+                frames = np.concatenate(utterance.frames)
+                writer.add(utterance.id, *tokenizer.finish(frames))
                 tally.utterances += 1
                 tally.seconds += len(frames) / tokenizer.fingerprint.unit_rate_hz
             if writer.n_tokens >= cfg.shard_tokens:
                 writer.flush()
-            bar.set_postfix_str(f"{tally.seconds / 3600:.2f} h, {tally.speed()}", refresh=False)
+            bar.set_postfix_str(f"{tally.seconds / 3600:.2f} h", refresh=False)
             bar.update()
     bar.close()
     if not (tally.utterances or tally.already_there or tally.skipped) and n_parts == 1:
@@ -267,7 +261,7 @@ def import_units(cfg: Config) -> None:
         raise SystemExit(f"--input={cfg.input}: no such file")
     if part_of(cfg.shard)[1] > 1:
         raise SystemExit(f"{cfg.input}: units are imported by one process")
-    fingerprint, base, bpe = slamkit_tokenizer(cfg.input, cfg.tokenizer)
+    fingerprint = slamkit_tokenizer(cfg.input, cfg.tokenizer)
     out = prepare_output_dir(cfg)
     tally = Tally(out / "report.json", cfg.max_bad_share)
     with (open(cfg.input, encoding="utf-8", errors="replace") as lines,
@@ -275,18 +269,18 @@ def import_units(cfg: Config) -> None:
         for number, line in enumerate(tqdm(lines, disable=None, desc="units", unit="line"), start=1):
             try:
                 record = json.loads(line)
-                id, (units, durations) = str(record["file_name"]), slamkit_units(record, base.n_units)
+                id, (units, durations) = str(record["file_name"]), slamkit_units(record, fingerprint.n_units)
                 if cfg.durations and durations is None:
                     raise ValueError("no durations; import it without --durations")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-                tally.skip(f"line {number}", f"not units of {base.encoder} ({type(e).__name__}: {e})")
+                tally.skip(f"line {number}", f"not units of {fingerprint.encoder} ({type(e).__name__}: {e})")
                 continue
             if id in writer.done:
                 tally.already_there += 1
                 continue
             tally.utterances += 1
-            tally.seconds += 0 if durations is None else durations.sum() / base.unit_rate_hz
-            writer.add(id, *(bpe.encode(units, durations) if bpe else (units, durations)))
+            tally.seconds += 0 if durations is None else durations.sum() / fingerprint.unit_rate_hz
+            writer.add(id, units, durations)
     tally.close()
 
 

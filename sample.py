@@ -8,6 +8,7 @@ Out: a new folder with two wavs per prompt, sample and checkpoint (prompt + cont
     python sample.py --prompt recordings --checkpoint out/demo/lm --checkpoint out/demo/dpo --n 3
     python sample.py --prompt hello.wav --play                            # play it while it is being generated
     python sample.py                                                      # no prompt: the model starts by itself
+    python sample.py --prompt hello.wav --answer text                     # a model of speech and text writes on
     python sample.py --prompt hello.wav --resynth        # from its own units: what tokeniser and vocoder keep; no LM
 
 The tokeniser and the vocoder are those of the checkpoint's units. Takes seconds on two CPU cores.
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -29,7 +31,6 @@ from model import UnitLM
 from slam.audio import SAMPLE_RATE, check_wave, is_audio, load_audio, resample, walk
 from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, newest_checkpoint
 from slam.device import pick_device
-from slam.listen import Clip, page
 from slam.tokenizer import SpeechTokenizer, find_codebook
 from slam.units import require_same, write_atomic
 from slam.vocoder import vocoder_for
@@ -52,6 +53,7 @@ class Config:
     repetition_penalty: float = 1.1  # above 1: units already heard become less likely
     play: bool = False  # play the continuation while it is being generated (aplay, ffplay, mpv or sox)
     stdout: bool = False  # write it to stdout as raw PCM: 16 bit, little-endian, mono; messages go to stderr
+    answer: Literal["speech", "text"] = "speech"  # text: a model of speech and text writes, 60 tokens at most
     resynth: bool = False  # speak the prompts again from their units, to hear what is lost; no language model
     transcribe: bool = True  # print and save what the ASR hears
     asr: str = "embedded:whisper-tiny.en"  # Whisper for the transcripts
@@ -70,6 +72,8 @@ class Config:
             (self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0,
              "top_k must not be negative, top_p lies in (0, 1], repetition_penalty is positive"),
             (self.resynth and not self.prompt, "resynth: name a recording to speak again, as in --prompt hello.wav"),
+            (self.answer == "text" and (not self.prompt or aloud or self.resynth),
+             "answer = text: needs a prompt, and neither play, stdout nor resynth"),
             (self.play and self.stdout, "play and stdout: one or the other"),
             (aloud and (self.n > 1 or len(self.checkpoint) > 1 or self.resynth),
              "play and stdout speak one continuation by one checkpoint")) if found]
@@ -127,12 +131,13 @@ class Speaker:
         device = pick_device()
         fingerprint = checkpoint_fingerprint(find_checkpoint(name)) if name else None
         tokenizer = cfg.tokenizer or (find_codebook(fingerprint) if name else "embedded")
-        self.name, self.label, self.tokenizer = name, label, SpeechTokenizer.load(tokenizer, device.type)
+        self.name, self.label, self.fingerprint = name, label, fingerprint
+        self.tokenizer = SpeechTokenizer.load(tokenizer, device.type)
         if name:
             require_same(fingerprint, name, self.tokenizer.fingerprint, f"tokenizer {tokenizer}")
         if cfg.resynth:
             self.tokenizer = self.tokenizer.base  # units, not pieces of several units
-        self.vocoder, vocoder = vocoder_for(self.tokenizer, cfg.vocoder, cfg.speaker, durations=cfg.resynth)
+        self.vocoder, vocoder = vocoder_for(self.tokenizer, cfg.vocoder, cfg.speaker)
         self.made_of = {"checkpoint": name, "tokenizer": tokenizer, "vocoder": vocoder}
         self.about = [label or "from its units", *(f"{k} {v}" for k, v in self.made_of.items() if v)]
         if not cfg.resynth:
@@ -143,9 +148,6 @@ class Speaker:
         """Tokens of prompts -> new tokens, enough for `continuation_seconds`: a unit lasts at least a frame."""
         from slam.speech import continue_units
         n = math.ceil(cfg.continuation_seconds * self.tokenizer.fingerprint.unit_rate_hz)
-        known, wanted = getattr(self.lm.config, "max_position_embeddings", math.inf), max(map(len, prompts)) + n + 1
-        if wanted > known:
-            print(f"{self.name}: trained on {known} tokens in a row; here are up to {wanted}", file=sys.stderr)
         try:
             return continue_units(self.lm, prompts, n, 32, cfg.seed, f"continuing, {self.label}",
                                   allow_eos=cfg.allow_eos, temperature=cfg.temperature, top_k=cfg.top_k,
@@ -190,8 +192,27 @@ def continue_prompts(cfg: Config, speaker: Speaker, encoded: list[tuple]) -> Ite
         yield wave, starts, {"prompt_units": prompt, "units": tokens, "continuation_starts": round(starts, 3)}
 
 
+def write_answers(cfg: Config, speakers: list[Speaker], waves: dict[str, np.ndarray], out: Path) -> None:
+    """Every prompt continued in text by every checkpoint, printed and written to samples.json."""
+    from slam.cross_modal import answer_in_text
+    records = []
+    for speaker in speakers:
+        if not speaker.fingerprint.text_lm:
+            raise SystemExit(f"answer: {speaker.name} knows speech only; train.py --mix trains on speech and text")
+        for source, wave in waves.items():
+            units = speaker.tokenizer.encode(wave, SAMPLE_RATE)[0].tolist()
+            texts = answer_in_text(speaker.lm, [units] * cfg.n, speaker.fingerprint, 60, cfg.seed, top_p=cfg.top_p,
+                                   temperature=cfg.temperature, top_k=cfg.top_k)
+            for text in texts:
+                print(f"{source}, {speaker.label}: {text}")
+                records.append({**speaker.made_of, "prompt_file": source, "prompt_units": units, "answer_text": text})
+    write_atomic(out / "samples.json", json.dumps({"config": asdict(cfg), "samples": records}, indent=1))
+
+
 def main(cfg: Config) -> None:
     import soundfile
+
+    from slam.listen import Clip, page
 
     # ---- settings
     out, kind = new_folder(cfg), "resynth" if cfg.resynth else "continuation"
@@ -210,6 +231,8 @@ def main(cfg: Config) -> None:
 
     # ---- units of the prompts, continuations, speech
     out.mkdir(parents=True, exist_ok=True)
+    if cfg.answer == "text":
+        return write_answers(cfg, speakers, waves, out)
     records, columns, new_waves = [], [], []
     for speaker in speakers:
         print(*speaker.about, sep=", ")

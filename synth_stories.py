@@ -167,7 +167,7 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
 def speak_stories(cfg: Config, pool, stories: list[dict], split: str, tokenizer: SpeechTokenizer | None) -> None:
     """Stories -> units/<split>, and audio/ with keep_audio; a story that is already there is not spoken again."""
     audio, units = Path(cfg.out) / "audio", Path(cfg.out) / "units" / split
-    writer = tokenizer and UnitWriter(units, tokenizer.fingerprint, cfg.out, shard_tokens=20_000)
+    writer = tokenizer and UnitWriter(units, tokenizer.fingerprint, cfg.out, True, shard_tokens=20_000)
     todo = {story["id"]: story["sentences"] for story in stories
             if (writer and story["id"] not in writer.done)
             or (cfg.keep_audio and not (audio / f"{story['id']}.flac").exists())}

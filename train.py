@@ -22,23 +22,14 @@ from torch import Tensor
 
 from config import load_config
 from model import ModelConfig, UnitLM
-from slam.device import (
-    autocast,
-    compiled,
-    flops_per_token,
-    join_ranks,
-    leave_ranks,
-    n_graphs,
-    over_ranks,
-    peak_flops,
-    pick_device,
-    sum_gradients,
-)
+from slam.costs import explain_out_of_memory, flops_per_token, peak_flops
+from slam.device import autocast, compiled, join_ranks, leave_ranks, n_graphs, over_ranks, pick_device, sum_gradients
+from slam.interleave import Mixed, MixedRows
 from slam.optim import make_optimizer, schedule, update
-from slam.packing import Loader, Rows
+from slam.packing import Loader, Rows, on_device
 from slam.run import Run, plot, run_problems
 from slam.scoring import validation_loss
-from slam.units import UnitReader, require_same, vocab_size
+from slam.units import UnitReader, require_same
 
 
 @dataclass
@@ -47,9 +38,14 @@ class Config:
     out: str = "out/slam"  # run folder
     train: tuple[str, ...] = ()  # unit files or folders of them, mixed by size; a source named twice counts twice
     val: tuple[str, ...] = ()  # the same, for the validation loss
+    mix: tuple[float, ...] = ()  # shares of the tokens in speech-only, text-only and interleaved utterances, such as
+    # 0.254 0.202 0.543 (slam/interleave.py); the unit files then have words. Empty: speech only
+    spans: Literal["poisson", "chunks"] = "poisson"  # which words of an interleaved utterance are spoken
+    spoken_share: float = 0.3  # of its words, with poisson
     base: str = "Qwen/Qwen2.5-0.5B"  # text LM that gives shape and weights: hub id, folder or embedded:NAME
-    init: Literal["first_rows", "random", "none"] = "first_rows"  # unit embeddings: the text embedding's first rows,
-    # new ones N(0, 0.02), or `none`: keep only the shape and train from scratch
+    init: Literal["first_rows", "random", "none", "keep_text", "keep_text_random"] = "first_rows"  # unit embeddings:
+    # the text embedding's first rows, new ones N(0, 0.02), or `none`: keep only the shape and train from scratch. With
+    # a mix the text's embeddings stay; the units' have the mean and the spread of these (keep_text), or are N(0, 0.02)
     n_layers: int | None = None  # number of the base's first layers to keep; none: all
     shape: dict = field(default_factory=dict)  # fields of ModelConfig; builds a new model from scratch, without a base
     rope_theta: float = 10000.0  # base of the rotary position embedding
@@ -59,7 +55,7 @@ class Config:
     steps: int | None = None  # length of the run, by whichever of these is set: optimiser steps,
     tokens: float | None = None  # target tokens,
     time_budget_hours: float | None = None  # or hours of training (compiling, saving and evaluating not counted)
-    optimizer: Literal["adamw", "ademamix", "adalomo", "muon"] = "adamw"  # slam/optim.py says what they are
+    optimizer: Literal["adamw", "ademamix", "muon"] = "adamw"  # slam/optim.py says what they are
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 5e-5  # floor of the cosine and wsd schedules
     schedule: Literal["cosine", "inverse_sqrt", "wsd", "constant"] = "cosine"  # of the learning rate
@@ -90,6 +86,10 @@ class Config:
         found = run_problems(self)
         if not (self.train and self.val):
             found.append("train and val: name at least one unit file or folder each")
+        if self.mix and (len(self.mix) != 3 or min(self.mix) < 0 or not sum(self.mix)):
+            found.append(f"mix {self.mix}: three shares, of speech, text and interleaved, not negative")
+        if bool(self.mix) != self.init.startswith("keep_text") and not self.shape:
+            found.append(f"init {self.init}: keep_text and keep_text_random are for a mix, the others for speech alone")
         if self.micro_batch < 1 or self.context < 1:
             found.append("micro_batch and context must be at least 1")
         elif self.batch_tokens < 1 or self.batch_tokens % (self.context * self.micro_batch):
@@ -100,13 +100,13 @@ class Config:
 
 
 # ---------------------------------------------------------------- the model, a step, an evaluation
-def build(cfg: Config, n_units: int) -> UnitLM:
+def build(cfg: Config, n_tokens: int) -> UnitLM:
     """A new model: TWIST from `base`, or from scratch by `shape`. SystemExit if the base has no such shape."""
     if cfg.shape:
-        return UnitLM(ModelConfig(**{"vocab_size": vocab_size(n_units), "rope_theta": cfg.rope_theta,
+        return UnitLM(ModelConfig(**{"vocab_size": n_tokens, "rope_theta": cfg.rope_theta,
                                      "max_position_embeddings": cfg.context} | cfg.shape))
     try:
-        return UnitLM.twist(cfg.base, vocab_size(n_units), cfg.init, cfg.n_layers, cfg.rope_theta, cfg.context)
+        return UnitLM.twist(cfg.base, n_tokens, cfg.init, cfg.n_layers, cfg.rope_theta, cfg.context)
     except ValueError as e:
         raise SystemExit(str(e)) from None
 
@@ -120,9 +120,8 @@ def accumulate(forward, micro_batches: list[tuple], n_targets: int, device: torc
     """
     total = torch.zeros((), device=device)
     for micro_batch in micro_batches:
-        tokens, targets, positions = (x.to(device, non_blocking=True) for x in micro_batch)
         with autocast(device, dtype):
-            loss = forward(tokens, targets, positions, reduction="sum")[1] / n_targets
+            loss = forward(*on_device(micro_batch, device, dtype), reduction="sum")[1] / n_targets
         loss.backward()
         total += loss.detach()
     return total
@@ -136,14 +135,21 @@ def read_losses(losses: list[Tensor], norm: Tensor, run: Run) -> list[float]:
 
 
 def evaluate(lm: UnitLM, val: UnitReader, cfg: Config, run: Run, world: int) -> None:
-    """Log the validation loss, and write it to results.json."""
+    """Log the validation loss, and with a mix the loss and accuracy of each kind of token; also to results.json."""
     lm.eval()
     loss, n = validation_loss(lm, val, cfg.context, cfg.micro_batch, cfg.dtype, run.rank, world)
+    found = {"val_loss": {"value": loss, "n": n}}
+    if cfg.mix:
+        from slam.cross_modal import losses_by_kind
+        found |= losses_by_kind(lm, Mixed(val, cfg.mix, cfg.seed, cfg.spans, cfg.spoken_share), cfg.context, cfg.dtype)
     lm.train()
-    run.log(f"val loss {loss:.4f} | ppl {math.exp(loss):.2f}", val_loss=loss)
-    run.results({"val_loss" if run.step else "val_loss_before_training": {"value": loss, "n": n, "step": run.step}})
+    values = {name: x["value"] for name, x in found.items()}
+    line = " | ".join(f"{name.removeprefix('val_').replace('_', ' ')} {x:.4g}" for name, x in list(values.items())[1:])
+    run.log(f"val loss {loss:.4f} | ppl {math.exp(loss):.2f}{line and ' | '}{line}", **values)
+    run.results({name if run.step else f"{name}_before_training": x | {"step": run.step} for name, x in found.items()})
 
 
+@explain_out_of_memory
 def main(cfg: Config) -> None:
     # ------------------------------------------------ hardware
     (rank, world), device = join_ranks(), pick_device()
@@ -160,11 +166,16 @@ def main(cfg: Config) -> None:
     run.starts_from(train=reader.digest(), val=val.digest())  # a resumed run needs the same data
     if run.trainer and run.progress() >= 1 and run.evaluated():
         return
-    rows = Rows(reader.lengths, cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world)
-    loader = Loader(reader, rows, cfg.micro_batch, device)
+    order = cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world
+    if cfg.mix:  # speech and text in one stream
+        corpus, fingerprint = Mixed(reader, cfg.mix, cfg.seed, cfg.spans, cfg.spoken_share), reader.fingerprint
+        rows = MixedRows(corpus, *order)
+    else:
+        corpus, fingerprint, rows = reader, reader.fingerprint.speech(), Rows(reader.lengths, *order)
+    loader = Loader(corpus, rows, cfg.micro_batch, device)
 
     # ------------------------------------------------ model
-    lm = UnitLM.from_pretrained(str(run.checkpoint)) if run.trainer else build(cfg, reader.fingerprint.n_units)
+    lm = UnitLM.from_pretrained(str(run.checkpoint)) if run.trainer else build(cfg, fingerprint.vocab_size)
     lm.to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
     lm.set_activation_checkpointing(cfg.activation_checkpointing)
     forward = compiled(lm, cfg.compile)
@@ -180,7 +191,7 @@ def main(cfg: Config) -> None:
 
     # ------------------------------------------------ before the first step
     run.open()
-    flops, peak = flops_per_token(lm, cfg.context), peak_flops(device)
+    needed, palm, peak = flops_per_token(lm, rows.keys()), flops_per_token(lm, cfg.context), peak_flops(device)
     if not rank:
         start = "from scratch" if cfg.shape else f"{cfg.base}, init {cfg.init}"
         print(f"{lm.n_params() / 1e6:.1f}M parameters ({start}), {len(reader):,} utterances, {reader.n_tokens:,} tokens"
@@ -215,17 +226,17 @@ def main(cfg: Config) -> None:
             if device.type == "cuda":
                 record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             if peak:  # known GPUs
-                record["mfu"] = rate * flops / peak / world
-                line += f" | mfu {100 * record['mfu']:.1f}%"
+                record["mfu_needed"], record["mfu"] = (rate * flops / peak / world for flops in (needed, palm))
+                line += f" | mfu {100 * record['mfu_needed']:.1f}% (PaLM's formula: {100 * record['mfu']:.1f}%)"
             run.log(f"{line} | {run.clock()}", **record)
             losses, logged_at = [], (run.seconds, run.tokens)
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             with run.pause():
-                run.save(lm, optimizer, reader.fingerprint, read_losses(losses, norm, run))
+                run.save(lm, optimizer, fingerprint, read_losses(losses, norm, run))
 
     # ------------------------------------------------ the end
     with run.pause():
-        run.finish(lm, optimizer, reader.fingerprint, read_losses(losses, norm, run))
+        run.finish(lm, optimizer, fingerprint, read_losses(losses, norm, run))
         evaluate(lm, val, cfg, run, world)
     if not rank:
         with run.writing():

@@ -7,7 +7,7 @@
 
 A config file is plain Python assignments and may compute; `from config.slam import *` starts from another one.
 Names that begin with `_`, modules, functions and classes are ignored; every other name must be a setting.
-A field is a bool, int, float, str, Literal or dict, a list or tuple of these, or `... | None`.
+A field is a bool, int, float, str, Literal or dict, a list or tuple of these, or `... | None`, and has a default.
 """
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ import re
 import runpy
 import sys
 import traceback
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -36,8 +36,7 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
     Raises SystemExit with all problems, one a line, among them those that a method `Config.problems()` returns.
     """
     hints = get_type_hints(Config)  # not field.type: that is text under `from __future__ import annotations`
-    kinds = {f.name: hints[f.name] for f in fields(Config) if f.init}
-    required = [f.name for f in fields(Config) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    kinds = {f.name: hints[f.name] for f in fields(Config)}
     files, flags, problems = split_argv(sys.argv[1:] if argv is None else argv, kinds)
     if "help" in flags:
         print(help_text(Config, kinds, description))
@@ -45,7 +44,7 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
 
     given = [(f"{file}: ", name, value, False) for file in files for name, value in read_file(file, kinds, problems)]
     given += [("--", name, text, True) for name, text in flags.items()]
-    values, all_read, known = {}, not problems, dict(zip(kinds, kinds))
+    values, known = {}, dict(zip(kinds, kinds))
     for where, name, value, is_flag in given:
         try:
             if name in kinds:
@@ -54,12 +53,8 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
                 problems.append(f"{where}{name}: no such setting; {nearest(name, known, '--help lists them')}")
         except ValueError:
             problems.append(f"{where}{name}: expected {type_name(kinds[name])}, found {value!r}")
-    if all_read:  # otherwise a required setting may be in what could not be read
-        named = {name for _, name, _, _ in given}
-        problems += [f"--{name}: required, {type_name(kinds[name])}" for name in required if name not in named]
-    if all(name in values for name in required):  # a default stands in for a wrong value
-        cfg = Config(**values)
-        problems += cfg.problems() if hasattr(cfg, "problems") else []
+    cfg = Config(**values)  # a default stands in for a wrong value
+    problems += cfg.problems() if hasattr(cfg, "problems") else []
     if problems:
         raise SystemExit("\n".join("config: " + " ".join(problem.split()) for problem in problems))
     return cfg
@@ -67,8 +62,7 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
 
 def save_config(cfg: Any, path: str | Path) -> None:
     """Write the resolved settings as JSON; `load_config` reads the file back to an equal config."""
-    settings = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.init}
-    Path(path).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(asdict(cfg), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def split_argv(argv: list[str], kinds: dict[str, Any]) -> tuple[list[str], dict[str, str], list[str]]:
@@ -188,11 +182,9 @@ def help_text(Config: type, kinds: dict[str, Any], description: str) -> str:
             argparse.RawDescriptionHelpFormatter, width=120, max_help_position=36))
     comments = read_comments(Config)
     for f in fields(Config):
-        if f.init:
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            shown = "required" if default is MISSING else str(default) or '""'
-            text = f"[{shown}] {comments.get(f.name, '')}".replace("%", "%%")
-            parser.add_argument(f"--{f.name}", metavar=type_name(kinds[f.name]), help=text)
+        default = str(f.default if f.default_factory is MISSING else f.default_factory()) or '""'
+        text = f"[{default}] {comments.get(f.name, '')}".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", metavar=type_name(kinds[f.name]), help=text)
     return parser.format_help()
 
 

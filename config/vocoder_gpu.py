@@ -1,10 +1,8 @@
-"""A vocoder of your own units on one GPU, with discriminators: a wider network, longer crops, a long night."""
+"""A vocoder of your own units on one GPU: a wider network, longer crops, a long night."""
 width = 384
 blocks = 8
 minutes = 600
 batch = 32
 crop_seconds = 1.92
 lr = 5e-4
-adversarial = True
-disc_width = 64
 save_every = 5000

@@ -21,7 +21,6 @@ import copy
 import importlib.util
 import io
 import json
-import math
 import multiprocessing
 import re
 import statistics
@@ -51,7 +50,8 @@ from prepare_units import extract
 from slam.audio import SAMPLE_RATE, load_audio
 from slam.benchmarks import read_manifest, tokenize_pairs, units_cache
 from slam.checkpoint import checkpoint_fingerprint, fetch, find_checkpoint
-from slam.device import autocast, compiled, flops_per_token, peak_flops, pick_device
+from slam.costs import flops_per_token, peak_flops
+from slam.device import autocast, compiled, pick_device
 from slam.embedded import cache_dir, resolve
 from slam.hifigan import HifiGan
 from slam.optim import make_optimizer, update
@@ -658,7 +658,7 @@ class BenchVocoder:
     """Units to speech, ours and HiFi-GAN V1 (Kong et al. 2020) over units, at the same sample rate."""
     vocoder: str = "embedded"  # vocoder file
     seconds: tuple[float, ...] = (10.0, 1.0)  # of speech at once, one case each
-    batch: int = 1  # utterances at once
+    batch: int = 1  # utterances, one after the other
     rounds: int = 5  # timed of each side, after two more
 
 
@@ -671,7 +671,9 @@ def bench_vocoder(cfg: BenchVocoder) -> None:
     peer = HifiGan({"num_embeddings": n_units, "embedding_dim": 128, "model_in_dim": 128, "upsample_rates": rates_of,
                     "upsample_kernel_sizes": [2 * r + r % 2 for r in rates_of], "upsample_initial_channel": 512,
                     "resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [[1, 3, 5]] * 3,
-                    "sampling_rate": ours.sample_rate, "code_hop_size": math.prod(rates_of)}, ours.fingerprint)
+                    "sampling_rate": ours.sample_rate, "dur_predictor_params": {
+                        "encoder_embed_dim": 128, "var_pred_hidden_dim": 128, "var_pred_kernel_size": 3}},
+                   ours.fingerprint)
     peer = peer.to(device).eval()
     rng = np.random.default_rng(0)
     for seconds in cfg.seconds:
@@ -679,7 +681,7 @@ def bench_vocoder(cfg: BenchVocoder) -> None:
         durations = [np.ones_like(row) for row in rows]
 
         def side(vocoder: Vocoder) -> Callable[[], float]:
-            return lambda: sum(map(len, vocoder.synthesize_batch(rows, durations))) / vocoder.sample_rate
+            return lambda: sum(len(vocoder.synthesize(*x)[0]) for x in zip(rows, durations)) / vocoder.sample_rate
 
         found = rates({"ours": lambda: side(ours), "peer": lambda: side(peer)}, cfg.rounds)
         sizes = {name: sum(p.numel() for p in v.parameters()) for name, v in (("ours", ours), ("peer", peer))}

@@ -165,9 +165,7 @@ def make_pairs(cfg: PairsConfig) -> None:
 # ---------------------------------------------------------------- samples while training
 def hear_samples(lm: torch.nn.Module, prompts: list[list[int]], fingerprint: Fingerprint, seed: int,
                  asr: str = "embedded:whisper-tiny.en") -> dict:
-    """Continue prompts (tokens) and transcribe each with its continuation.
-
-    Returns {"samples": transcripts, "sample_auto_bleu": their mean auto-BLEU in %}.
+    """Continue prompts (tokens) -> {"samples": transcripts with the prompt, "sample_auto_bleu": their mean in %}.
 
     100 units (5 s) each, sampled as in eval.py but without a repetition penalty, which would hide repetition. Prints
     why and returns {} if there is no tokeniser, vocoder or Whisper for these units.

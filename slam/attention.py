@@ -1,16 +1,26 @@
-"""Attention over packed rows, by a mask or segment by segment, and over a KV cache.
+"""Attention over packed rows: who sees whom, two ways to compute it, and attention over a KV cache.
 
 A row packs several utterances; `positions` count from 0 in each. A segment is a stretch of consecutive positions, and
 attention is causal within it. A segment that begins at 0 is an utterance. One that begins at p > 0 is another
 continuation of the utterance before it: its tokens also attend to the shared prefix, the utterance's first p tokens.
+
+`packed_mask` picks one of three ways, and `attend` follows it:
+    Segments  one call a segment: on a CPU, where a call costs little
+    VarLen    one call for all segments: on a GPU in 16 bits (slam/varlen.py)
+    a mask    (B, 1, T, T) bool, computes hidden pairs too: on a GPU otherwise
 """
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WAY = "auto"  # segments, varlen or mask: take this way everywhere, to test or to time it
 
+
+# ---------------------------------------------------------------- who sees whom
 def attention_mask(positions: Tensor) -> Tensor:
     """The mask of packed rows: positions (B, T) int64 -> (B, 1, T, T) bool, True where a query (row) sees a key.
 
@@ -31,46 +41,76 @@ def attention_mask(positions: Tensor) -> Tensor:
     return (same_segment | shared_prefix).tril()[:, None]
 
 
-def segments(positions: Tensor) -> list[tuple[int, int, int]]:
-    """The same as a list: the segments of all rows, one row after the other, as (length, first, shared).
+def segment_table(positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same as the segments of all rows, one row after the other: begin, length, first and shared, (n,) each.
 
-    Besides itself, a segment sees the first `shared` tokens of segment number `first`, which begins its utterance.
-    positions: (B, T) int64.
+    Segment i is the tokens begin[i] to begin[i] + length[i] - 1 of the flattened rows. Besides itself, it sees the
+    first shared[i] tokens of segment number first[i], which begins its utterance. positions: (B, T) int64.
 
-    segments([[0, 1, 0], [0, 1, 1]]) -> [(2, 0, 0), (1, 1, 0), (2, 2, 0), (1, 2, 1)]
+    segment_table([[0, 1, 0], [0, 1, 1]]) -> [0, 2, 3, 5], [2, 1, 2, 1], [0, 1, 2, 2], [0, 0, 0, 1]
     """
     flat, width = positions.flatten(), positions.shape[1]
     begins = F.pad(flat[1:] != flat[:-1] + 1, (1, 0), value=True)
     begins[::width] = True
-    edges = begins.nonzero()[:, 0]
-    lengths = edges.diff(append=edges.new_tensor([len(flat)]))
-    found, first = [], 0
-    for edge, start, length in zip(edges.tolist(), flat[edges].tolist(), lengths.tolist()):
-        if start == 0 or edge % width == 0:
-            first, start = len(found), 0
-        found.append((length, first, start))
-    return found
+    begin = begins.nonzero()[:, 0]
+    length = begin.diff(append=begin.new_tensor([len(flat)]))
+    shared = flat[begin] * (begin % width != 0)
+    number = torch.arange(len(begin), device=begin.device)
+    return begin, length, (number * (shared == 0)).cummax(0).values, shared
 
 
+# ---------------------------------------------------------------- how it is computed
 @dataclass
 class Segments:
-    """The list of `segments`, wrapped: compiled code hands it on unread, so no new list makes it compile again."""
+    """A list of each segment's (length, first, shared), see `segment_table`, that compiled code hands on unread."""
     spans: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, positions: Tensor) -> "Segments":
+        """Segments.of([[0, 1, 0], [0, 1, 1]]) -> [(2, 0, 0), (1, 1, 0), (2, 2, 0), (1, 2, 1)]"""
+        return cls(list(zip(*(x.tolist() for x in segment_table(positions)[1:]))))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return segment_attention(q, k, v, self.spans)
 
 
-def packed_mask(positions: Tensor) -> Tensor | Segments:
-    """The attention mask of packed rows, positions (B, T): as Segments on a CPU, as a tensor on other devices."""
-    return Segments(segments(positions)) if positions.device.type == "cpu" else attention_mask(positions)
+Mask = Any  # Segments | slam.varlen.VarLen | Tensor | None
+
+
+def packed_mask(positions: Tensor, device: torch.device, dtype: torch.dtype) -> Mask:
+    """What `attend` needs to know of packed rows, positions (B, T) int64, when it computes on `device` in `dtype`.
+
+    Call it outside compiled code, with positions on the CPU: to count segments on a GPU is to wait for it.
+    """
+    if WAY == "segments" or WAY == "auto" and device.type == "cpu":
+        return Segments.of(positions)
+    if WAY != "mask" and not torch.compiler.is_compiling():  # of sizes that depend on the data there is no graph
+        from slam.varlen import VarLen, flash_runs  # imports torch.compile's parts, which takes seconds
+        if WAY == "varlen" or flash_runs(device, dtype):
+            return VarLen.of(positions, device)
+    return attention_mask(positions.to(device, non_blocking=True))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention, in which groups of query heads share a key head: q (B, H, T, D), k and v (B, H_kv, S, D) -> as q.
+
+    mask: of `packed_mask`; or bool, True where a query sees a key; None: causal, with S = T.
+    """
+    if not (mask is None or isinstance(mask, Tensor)):
+        return mask.attend(q, k, v)
+    groups = q.shape[1] // k.shape[1]
+    if q.shape[2] == 1:  # a decoding step: as queries of one head, the heads of a group need no copies of its keys
+        return F.scaled_dot_product_attention(q.view(len(q), -1, groups, q.shape[3]), k, v, mask).view_as(q)
+    if q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
+        # CUDA's fused kernels do not share heads in these cases
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=groups > 1)
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: list[tuple[int, int, int]]) -> Tensor:
     """Attention of packed rows, segment by segment: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
 
-    Equals masked attention, without work on hidden pairs: with two utterances of equal length
-    in a row, half of it. For CPUs, where a call costs little; a GPU takes one call with the mask.
+    Equals masked attention, without work on hidden pairs: with two utterances of equal length in a row, half of it.
 
     layout [(2, 0, 0), (1, 0, 1)]: query 0 sees key 0; query 1 keys 0 and 1; query 2 keys 0 and 2.
     """
@@ -81,7 +121,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: list[tuple[int, i
         key, value, mask = ks[i], vs[i], None
         if shared:
             key, value = (torch.cat((x[first][:shared], x[i])) for x in (ks, vs))
-            mask = torch.ones(n, shared + n, dtype=torch.bool).tril(shared)
+            mask = torch.ones(n, shared + n, dtype=torch.bool, device=q.device).tril(shared)
         out.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (qs[i], key, value)),
                                                   attn_mask=mask, is_causal=mask is None, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2).view(B, T, *q.shape[1::2]).transpose(1, 2)
@@ -90,12 +130,13 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: list[tuple[int, i
 def compile_around_segments() -> None:
     """Before torch.compile on a CPU: it leaves attention by segments as it is and compiles the rest of each block.
 
-    Not by decorators, since torch.compiler.disable imports all of torch.compile, which every start would wait for.
+    Not by a decorator, since torch.compiler.disable imports all of torch.compile, which every start would wait for.
     """
-    global segments, segment_attention
-    segments, segment_attention = torch.compiler.disable(segments), torch.compiler.disable(segment_attention)
+    global segment_attention
+    segment_attention = torch.compiler.disable(segment_attention)
 
 
+# ---------------------------------------------------------------- generation
 class KVCache:
     """Keys and values of the tokens so far, (B, kv_heads, capacity, head_dim) for each layer.
 
@@ -119,3 +160,19 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         self.k, self.v, self.rows = [x[rows] for x in self.k], [x[rows] for x in self.v], self.rows[:len(rows)]
+
+
+def compiled_decode(static: dict, lm, batch: int, capacity: int, dtype: torch.dtype) -> tuple[Callable, KVCache]:
+    """`lm._decode`, compiled, and a cache; both at fixed addresses, as CUDA graphs need, so `static` keeps them."""
+    place, size = (lm.device, dtype), (batch, capacity)
+    if static.get("place") != place:
+        mode = "reduce-overhead" if lm.device.type == "cuda" else "default"  # the former: CUDA graphs
+        static |= {"place": place, "lm": lm, "decode": torch.compile(lm._decode, dynamic=False, mode=mode)}
+    if static.get("cache_of") != (place, size):
+        static |= {"cache_of": (place, size), "cache": KVCache(lm.config, *size, *place)}
+        for x in (*static["cache"].k, *static["cache"].v):
+            torch._dynamo.mark_static_address(x)
+    for new, old in zip(lm.parameters(), static["lm"].parameters()):
+        if new is not old:
+            old.copy_(new)
+    return static["decode"], static["cache"]

@@ -2,8 +2,6 @@
 
     for item in read_input("my_speech")[1]:
         wave = load_audio(item.source, item.id)   # (T,) float32, mono, 16 kHz; ValueError if it can't be used
-
-Files are read in blocks, so memory does not grow with their length.
 """
 import io
 import lzma
@@ -63,19 +61,19 @@ def resample_blocks(blocks: Iterable[np.ndarray], rate: int, to: int) -> Iterato
         yield resample(held, rate, to)[left * up // down:]
 
 
-def check_wave(wave: np.ndarray, name="audio") -> None:
-    """ValueError that names the audio if (T,) samples at 16 kHz are not finite, shorter than 40 ms, or silent."""
-    if not np.isfinite(wave).all():
-        raise ValueError(f"{name}: holds NaN or infinite samples; export it again")
-    check_extent(len(wave), np.abs(wave).max(initial=0), name)
-
-
-def check_extent(n_samples: int, peak: float, name) -> None:
-    """ValueError that names the audio if it is shorter than 40 ms at 16 kHz, or its peak is below -80 dB."""
+def unusable(n_samples: int, peak: float) -> str:
+    """Why audio of so many samples at 16 kHz and this peak can't be tokenised; empty if it can."""
+    if not math.isfinite(peak):
+        return "holds NaN or infinite samples; export it again"
     if n_samples < MIN_SAMPLES:
-        raise ValueError(f"{name}: {1000 * n_samples / SAMPLE_RATE:.0f} ms of audio; a unit needs at least 40 ms")
-    if peak < SILENCE:
-        raise ValueError(f"{name}: silent (peak below -80 dB); record it again")
+        return f"{1000 * n_samples / SAMPLE_RATE:.0f} ms of audio; a unit needs at least 40 ms"
+    return "silent (peak below -80 dB); record it again" if peak < SILENCE else ""
+
+
+def check_wave(wave: np.ndarray, name="audio") -> None:
+    """ValueError that names the audio if (T,) samples at 16 kHz are `unusable`."""
+    if problem := unusable(len(wave), np.abs(wave).max(initial=0)):
+        raise ValueError(f"{name}: {problem}")
 
 
 class ForLibsndfile:
@@ -170,10 +168,8 @@ class Item:
     """One recording of an input."""
     id: str  # its path below the input
     source: str | BinaryIO = ""  # a path, or an open file
-    text: str | None = None  # its transcript, if known
     problem: str = ""  # why it can't be read, if that is known already
     fatal: bool = False  # an unknown number of other recordings is lost with it
-    path: str = ""  # the file or archive that holds it
 
 
 def walk(folder: str | Path) -> list[str]:
@@ -197,14 +193,13 @@ def is_audio(name: str) -> bool:
     return name.lower().endswith(AUDIO_SUFFIXES) and not os.path.basename(name).startswith("._")
 
 
-def read_input(input: str, text: bool = False, audio_column: str = "audio",
+def read_input(input: str, audio_column: str = "audio",
                part: tuple[int, int] = (0, 1)) -> tuple[int | None, Iterator[Item]]:
     """The number of recordings (None where only reading tells it) and the recordings, always in the same order.
 
     input: a folder (searched recursively), an audio file, a tar archive, a parquet file, or a list of paths, one a
-    line. The archives and parquet files of a folder are read if it holds no audio files. text: find transcripts too.
-    part: (i, n): share i of n. The share of a recording depends on its id only; if there are at least n archives, on
-    that of its archive. SystemExit if there is nothing to read.
+    line. A folder's archives are read if it holds no audio files. part: (i, n), share i of n, by the ids of recordings;
+    by those of archives if there are at least n. SystemExit if there is nothing to read.
     """
     def wanted(id: str) -> bool:
         return zlib.crc32(id.encode("utf-8", "surrogateescape")) % part[1] == part[0]
@@ -224,8 +219,8 @@ def read_input(input: str, text: bool = False, audio_column: str = "audio",
     if audio or listed:
         if archives and not listed:
             print(f"{input}: its {len(archives)} archives are not read, as there are audio files beside them")
-        audio = [(f, id) for f, id in audio if wanted(id)]
-        return len(audio), read_files(audio, text)
+        items = [Item(id, f) for f, id in audio if wanted(id)]
+        return len(items), iter(items)
     if not archives:
         raise SystemExit(f"{input}: no audio files here ({', '.join(AUDIO_SUFFIXES)}), no archives "
                          f"({', '.join(ARCHIVE_SUFFIXES)}), and not a list of paths ({', '.join(LIST_SUFFIXES)})")
@@ -233,32 +228,8 @@ def read_input(input: str, text: bool = False, audio_column: str = "audio",
     if len(archives) >= part[1] > 1:
         archives, mine = {f: prefix for f, prefix in archives.items() if wanted(prefix)}, lambda id: True
     return None, chain.from_iterable(
-        read_parquet(f, prefix, text, audio_column, mine) if f.lower().endswith(".parquet")
-        else read_tar(f, prefix, text, mine) for f, prefix in archives.items())
-
-
-def transcripts(name: str, content: bytes) -> dict[str, str]:
-    """Transcripts in a text file: {audio's path without suffix: text}, from LibriSpeech's .trans.txt or a .txt."""
-    text = content.decode("utf-8", "replace")
-    if not name.endswith(".trans.txt"):
-        return {name.removesuffix(".txt"): text.strip()}
-    lines = (line.partition(" ") for line in text.splitlines() if line.strip())
-    return {os.path.join(os.path.dirname(name), id): said.strip() for id, _, said in lines}
-
-
-def read_files(found: list[tuple[str, str]], text: bool) -> Iterator[Item]:
-    """Recordings of (path, id), with the transcripts in `NAME.txt` or `CHAPTER.trans.txt` beside NAME = CHAPTER-0001.
-
-    SystemExit if a text file can't be read.
-    """
-    said, stems = {}, [os.path.splitext(path)[0] for path, _ in found]
-    beside = {name for s in stems for name in (s + ".txt", s.rpartition("-")[0] + ".trans.txt")} if text else ()
-    for name in sorted(filter(os.path.lexists, beside)):
-        try:
-            said |= transcripts(name, Path(name).read_bytes())
-        except OSError as e:
-            raise SystemExit(f"{name}: not readable ({e.strerror})") from None
-    yield from (Item(id, path, said.get(stem), path=path) for (path, id), stem in zip(found, stems))
+        read_parquet(f, prefix, audio_column, mine) if f.lower().endswith(".parquet") else read_tar(f, prefix, mine)
+        for f, prefix in archives.items())
 
 
 UNFINISHED = "can't be read to its end"
@@ -275,20 +246,14 @@ class Header(tarfile.TarInfo):
             raise EOFError(e) from None
 
 
-def read_tar(path: str, prefix: str, text: bool, wanted: Callable, kind: Callable = is_audio) -> Iterator[Item]:
-    """Recordings of a tar archive, compressed or not, read as a stream; for transcripts it is read once more before.
-
-    The last item is fatal if the archive is damaged.
-    """
-    said, name = {}, ""
-    if text:
-        for item in read_tar(path, "", False, lambda id: True, lambda name: name.endswith(".txt")):
-            said |= {} if item.problem else transcripts(item.id, item.source.read())
+def read_tar(path: str, prefix: str, wanted: Callable) -> Iterator[Item]:
+    """Recordings of a tar archive, compressed or not, read as a stream. The last is fatal if the archive is damaged."""
+    name = ""
     try:
         with tarfile.open(path, "r:*", tarinfo=Header) as tar:
             for member in tar:
                 tar.members = []  # tarfile would keep the headers of all members in memory
-                if member.isdir() or not (kind(member.name) and wanted(prefix + member.name)):
+                if member.isdir() or not (is_audio(member.name) and wanted(prefix + member.name)):
                     continue
                 name = member.name
                 file = tempfile.SpooledTemporaryFile(max_size=64 << 20)  # a copy, as the archive is read on meanwhile
@@ -296,40 +261,46 @@ def read_tar(path: str, prefix: str, text: bool, wanted: Callable, kind: Callabl
                     copyfileobj(tar.extractfile(member), file)
                     file.seek(0)
                 problem = "" if member.isfile() else "a link inside the archive"
-                yield Item(prefix + name, file, said.get(os.path.splitext(name)[0]), problem, path=path)
+                yield Item(prefix + name, file, problem)
                 name = ""
             while tar.fileobj.read(1 << 20):  # the rest, so that the checksum of a compressed file is checked
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         problem = f"{UNFINISHED} ({str(e).strip() or 'it ends early'}); the rest of {path} is lost"
-        yield Item(prefix + name if name else path, problem=problem, fatal=True, path=path)
+        yield Item(prefix + name if name else path, problem=problem, fatal=True)
 
 
-def read_parquet(path: str, prefix: str, text: bool, audio_column: str, wanted: Callable) -> Iterator[Item]:
-    """Rows of a Hugging Face parquet file whose `audio_column` holds {bytes, path}, with its `text` column if any."""
+def parquet_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = (),
+                 hint: str = "") -> Iterator[dict]:
+    """Rows of a parquet file, with those of the `optional` columns that it has.
+
+    SystemExit (with the hint) if a column or pyarrow is missing, OSError or ValueError if the file is damaged.
+    """
     try:
-        import pyarrow
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise SystemExit(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    row = 0
+    with ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if missing := sorted(set(columns) - set(names)):
+            raise SystemExit(f"{path}: no column {', '.join(missing)}{hint}; it has {', '.join(names)}")
+        for batch in file.iter_batches(16, columns=columns + [x for x in optional if x in names]):
+            yield from batch.to_pylist()
+
+
+def read_parquet(path: str, prefix: str, audio_column: str, wanted: Callable) -> Iterator[Item]:
+    """Rows of a Hugging Face parquet file whose `audio_column` holds {bytes, path}."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if audio_column not in names or not pyarrow.types.is_struct(file.schema_arrow.field(audio_column).type):
-                raise SystemExit(f"{path}: no column {audio_column!r} that holds audio, {{bytes, path}}; it has "
-                                 f"{', '.join(names)} (--audio_column)")
-            columns = [audio_column] + ["text"] * (text and "text" in names)
-            for batch in file.iter_batches(16, columns=columns):
-                for record in batch.to_pylist():
-                    audio = record[audio_column] or {}
-                    content = audio.get("bytes") or b""
-                    name = f"{row:07d}" + ("_" + os.path.basename(audio["path"]) if audio.get("path") else "")
-                    row += 1
-                    id = (prefix or os.path.basename(path) + "/") + name
-                    if wanted(id):
-                        yield Item(id, io.BytesIO(content), record.get("text"),
-                                   "" if content else "no audio in this row", path=path)
-    except (pyarrow.ArrowException, OSError) as e:
+        for row, record in enumerate(parquet_rows(path, [audio_column], hint=" (--audio_column)")):
+            audio = record[audio_column] or {}
+            if not isinstance(audio, dict):
+                raise SystemExit(f"{path}: its column {audio_column!r} does not hold audio, {{bytes, path}}; name "
+                                 f"another with --audio_column")
+            name = f"{row:07d}" + ("_" + os.path.basename(audio["path"]) if audio.get("path") else "")
+            id = (prefix or os.path.basename(path) + "/") + name
+            if wanted(id):
+                content = audio.get("bytes") or b""
+                yield Item(id, io.BytesIO(content), "" if content else "no audio in this row")
+    except (OSError, ValueError) as e:  # pyarrow's own errors are subclasses of these
         problem = f"{UNFINISHED} ({str(e).splitlines()[0]})"
-        yield Item(prefix.rstrip("/") or path, problem=problem, fatal=True, path=path)
+        yield Item(prefix.rstrip("/") or path, problem=problem, fatal=True)

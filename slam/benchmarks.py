@@ -1,7 +1,4 @@
-"""Spoken benchmarks as they are downloaded: each becomes a list of pairs of audio files, a manifest.
-
-In:  the folder of a download (sLM21-dataset for sBLIMP and sWUGGY, SpokenStoryCloze, SALMon), or a manifest.
-Out: pairs {"id", "positive", "negative", ...} and the pairs that were left out, with reasons; or their units.
+"""Spoken benchmarks as they are downloaded: each becomes a list of pairs of audio files, a manifest, and their units.
 
     python eval.py --benchmark sblimp --path sLM21-dataset --checkpoint out/slam
     python eval.py --benchmark sblimp --path sLM21-dataset --write_manifest sblimp.jsonl      # only list the pairs
@@ -15,7 +12,7 @@ import csv
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +20,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from slam.embedded import cache_dir, sha256
-from slam.units import to_tokens
+from slam.units import to_tokens, write_atomic
 
 SIDES = ("positive", "negative")
 SALMON_PARTS = ("bg_alignment", "bg_all_consistency", "bg_domain_consistency", "gender_consistency", "rir_consistency",
                 "sentiment_alignment", "sentiment_consistency", "speaker_consistency")
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")
-MISSING = "whose file is missing"
 
 
 @dataclass
@@ -54,12 +50,11 @@ class Benchmark:
         if all(files.values()):
             self.pairs.append(pair | {side: str(file.resolve()) for side, file in files.items()})
         else:
-            self.left_out[MISSING].append(label)
+            self.left_out["whose file is missing"].append(label)
 
     def write(self, path: str | Path) -> None:
         """Write the pairs as a manifest."""
-        text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in self.pairs)
-        Path(path).write_text(text, encoding="utf-8")
+        write_atomic(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in self.pairs))
 
 
 def contents(folder: Path) -> str:
@@ -120,10 +115,7 @@ def read_slm21(name: str, path: str, split: str) -> Benchmark:
 
 
 def read_storycloze(name: str, path: str, split: str) -> Benchmark:
-    """SpokenStoryCloze: a flat folder of `N_….wav`; by rising N, each story and then its wrong version; .txt beside.
-
-    The pairs follow from N, so a missing file costs one pair and shifts no other.
-    """
+    """SpokenStoryCloze: a flat folder of `N_….wav`; by rising N, each story and then its wrong version; .txt beside."""
     folder, numbers = Path(path), {}
     for file in sorted(p for p in folder.glob("*") if p.suffix.lower() in AUDIO):
         number = re.match(r"(\d+)_", file.name)
@@ -251,15 +243,10 @@ def units_cache(tokenizer, benchmark: str) -> str:
 def tokenize_pairs(tokenizer, benchmark: Benchmark) -> list[tuple[list[int], list[int]]]:
     """Both files of each pair as utterances `1 units 1`, cached on disk by the file's sha256.
 
-    SystemExit naming a file that holds no usable audio. Files of different sample rates are reported.
+    SystemExit naming a file that holds no usable audio.
     """
-    import soundfile
-
     from slam.audio import load_audio
-    paths, rates = [pair[side] for side in SIDES for pair in benchmark.pairs], Counter()
-    for path in paths:
-        with contextlib.suppress(soundfile.SoundFileError):  # reported where the file is read
-            rates[soundfile.info(path).samplerate] += 1
+    paths = [pair[side] for side in SIDES for pair in benchmark.pairs]
 
     def encode(part: list[int]) -> list[list[int]]:
         try:
@@ -269,8 +256,5 @@ def tokenize_pairs(tokenizer, benchmark: Benchmark) -> list[tuple[list[int], lis
         return [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
 
     units = disk_cache(units_cache(tokenizer, benchmark.name), [sha256(Path(path)) for path in paths], encode)
-    if len(rates) > 1:
-        print(f"{benchmark.name}: files of different sample rates ("
-              + ", ".join(f"{n:,} of {rate:,} Hz" for rate, n in rates.most_common()) + "); all resampled to 16 kHz")
     utterances = list(map(to_tokens, units))
     return list(zip(utterances[:len(benchmark.pairs)], utterances[len(benchmark.pairs):]))

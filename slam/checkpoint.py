@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slam.embedded import resolve
+from slam.embedded import resolve, sha256
 from slam.units import Fingerprint, published_fingerprint, read_pairs, same_units
 
 SLAMKIT = "speech_language_model"  # model_type of SlamKit's checkpoints
@@ -136,11 +136,8 @@ def recover(folder: Path) -> None:
 # ---------------------------------------------------------------- identify and find
 def weights_sha256(name: str) -> str:
     """sha256 of the weights of a model by name."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin")):
-        with open(path, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()
+    files = sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin"))
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in files)).hexdigest()
 
 
 def sha256_of(*values) -> str:

@@ -1,4 +1,4 @@
-"""The hardware: GPU or CPU, processes of torchrun, mixed precision, FLOPs."""
+"""The hardware: GPU or CPU, processes of torchrun, mixed precision."""
 import os
 import sys
 from collections.abc import Callable
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from slam.attention import compile_around_segments
 
-# Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets.
-PEAK_TFLOPS = {"A5000": 111, "A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989, "H200": 989}
-
 
 def pick_device() -> torch.device:
     """The GPU if there is one (under torchrun, this process's), else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else \
-        torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, longer than a step of generation takes
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 # ---------------------------------------------------------------- several processes
@@ -71,12 +70,35 @@ def fast_bfloat16(cpu: dict) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def autocast(device: torch.device, dtype: str):
-    """Context of mixed precision: bfloat16 matrix products over fp32 weights, or nothing for the other dtypes."""
+def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
+    """Of matrix products, for a Config's `dtype`; auto: bfloat16 where the hardware multiplies it fast."""
     if dtype == "auto":
         fast = device.type == "cuda" or fast_bfloat16(torch.cpu.get_capabilities())
         dtype = "bfloat16" if fast else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    return torch.float32 if dtype == "float32" else torch.bfloat16
+
+
+def autocast(device: torch.device, dtype: str):
+    """Context of mixed precision: bfloat16 matrix products over fp32 weights. Nothing if both have the same type."""
+    mixed = dtype != "pure_bfloat16" and compute_dtype(device, dtype) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Type in which x is multiplied: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def with_linear_layers_in(dtype: torch.dtype, lm: torch.nn.Module) -> torch.nn.Module:
+    """A `model.UnitLM` that shares all weights but the linear layers', cast once, not at every token as by autocast."""
+    if dtype == next(lm.parameters()).dtype:
+        return lm
+    with torch.device("meta"):
+        other = type(lm)(lm.config)
+    linear = {id(p) for x in lm.modules() if isinstance(x, torch.nn.Linear) for p in x.parameters()}
+    other.load_state_dict({k: p.to(dtype) if id(p) in linear else p for k, p in lm.named_parameters()}, assign=True)
+    return other
 
 
 def compiled(lm: torch.nn.Module, wanted: bool | None) -> Callable:
@@ -97,14 +119,3 @@ def n_graphs() -> int:
 def put(x: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
-def flops_per_token(lm: torch.nn.Module, context: int) -> float:
-    """6 N + 12 L d T (Chowdhery et al. 2022, appendix B): forward and backward, with attention."""
-    return 6 * lm.n_params() + 12 * lm.config.num_hidden_layers * lm.config.hidden_size * context
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a known GPU, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((t * 1e12 for known, t in PEAK_TFLOPS.items() if known in name), None)

@@ -5,7 +5,6 @@
 """
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from slam.embedded import TWIST_URL, download
 from slam.units import Fingerprint, published_fingerprint
-from slam.vocoder import Vocoder, masked
+from slam.vocoder import Vocoder
 
 # The vocoder of mHuBERT-25hz's 500 units, its config, and the first and last digits of their sha256, which are known.
 PUBLISHED = {"hifigan_lj_mhubert_base_25hz.pt": ("d88224e9", "3b79"),
@@ -30,10 +29,9 @@ class ResBlock(nn.Module):
         self.convs1 = nn.ModuleList(nn.Conv1d(width, width, kernel, dilation=d, padding="same") for d in dilations)
         self.convs2 = nn.ModuleList(nn.Conv1d(width, width, kernel, padding="same") for _ in dilations)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for first, second in zip(self.convs1, self.convs2):
-            y = masked(first(F.leaky_relu(x, 0.1)), mask, time=2)
-            x = x + masked(second(F.leaky_relu(y, 0.1)), mask, time=2)
+            x = x + second(F.leaky_relu(first(F.leaky_relu(x, 0.1)), 0.1))
         return x
 
 
@@ -46,9 +44,9 @@ class DurationPredictor(nn.Module):
         self.conv2 = nn.Sequential(nn.Conv1d(width, width, kernel, padding="same"), nn.ReLU())
         self.ln1, self.ln2, self.proj = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, 1)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for conv, norm in ((self.conv1, self.ln1), (self.conv2, self.ln2)):
-            x = norm(conv(masked(x, mask).transpose(1, 2)).transpose(1, 2))
+            x = norm(conv(x.transpose(1, 2)).transpose(1, 2))
         return self.proj(x)[..., 0]
 
 
@@ -56,7 +54,7 @@ class HifiGan(Vocoder):
     """The unit HiFi-GAN that came with TWIST (Kong et al. 2020, Polyak et al. 2021, Hassid et al. 2023).
 
     Parameter names and config fields are those of the published files, with weight norm folded into the weights.
-    ValueError for a config that needs more than units, or a speaker it does not have.
+    ValueError for a config that needs more than units, a speaker it does not have, or no duration predictor.
     """
 
     def __init__(self, config: dict, fingerprint: Fingerprint, speaker: int = 0):
@@ -65,6 +63,8 @@ class HifiGan(Vocoder):
         rates, kernels = c["upsample_rates"], c["upsample_kernel_sizes"]
         if c.get("f0") or c.get("f0_quant_num_bin") or c.get("multispkr") and c.get("embedder_params"):
             raise ValueError("it needs a pitch curve or a speaker's embedding, which units do not have")
+        if not c.get("dur_predictor_params"):
+            raise ValueError("it has no duration predictor")
         self.fingerprint, self.speaker, self.rates = fingerprint, speaker, rates
         self.sample_rate, self.hop = c["sampling_rate"], math.prod(rates)
         self.dict = nn.Embedding(c["num_embeddings"], c["embedding_dim"])
@@ -79,33 +79,30 @@ class HifiGan(Vocoder):
         shapes = list(zip(c["resblock_kernel_sizes"], c["resblock_dilation_sizes"]))
         self.resblocks = nn.ModuleList(ResBlock(width >> i + 1, *shape) for i in range(len(rates)) for shape in shapes)
         self.conv_post = nn.Conv1d(width >> len(rates), 1, 7, padding=3)
-        self.dur_predictor, self.duration_context, self.predicts_durations = None, 0, False
-        if p := c.get("dur_predictor_params"):
-            kernel = p["var_pred_kernel_size"]
-            self.dur_predictor = DurationPredictor(p["encoder_embed_dim"], p["var_pred_hidden_dim"], kernel)
-            self.duration_context, self.predicts_durations = 2 * (kernel // 2), True
+        p = c["dur_predictor_params"]
+        kernel = p["var_pred_kernel_size"]
+        self.dur_predictor = DurationPredictor(p["encoder_embed_dim"], p["var_pred_hidden_dim"], kernel)
+        self.duration_context = 2 * (kernel // 2)
         reach, rate = 3.0, 1  # in frames; steps per frame
         for k, r in zip(kernels, rates):
             reach, rate = reach + k / r / rate, rate * r
             reach += max(kernel // 2 * sum(d + 1 for d in dilations) for kernel, dilations in shapes) / rate
         self.context = math.ceil(reach + 3 / rate)
 
-    def waves(self, frames: Tensor, mask: Tensor | None) -> Tensor:
+    def waves(self, frames: Tensor) -> Tensor:
         x = self.dict(frames)
         for index, table in ((self.speaker, self.spkr), (0, self.style)):
             if table:
                 x = torch.cat([x, table.weight[index].expand(*x.shape[:2], -1)], -1)
-        x = masked(self.conv_pre(masked(x, mask).transpose(1, 2)), mask, time=2)
+        x = self.conv_pre(x.transpose(1, 2))
         n = len(self.resblocks) // len(self.ups)
         for i, (up, rate) in enumerate(zip(self.ups, self.rates)):
-            x = masked(up(F.leaky_relu(x, 0.1))[..., :x.shape[2] * rate], mask, time=2)  # odd kernels make one more
-            x = sum(block(x, mask) for block in self.resblocks[i * n:i * n + n]) / n
+            x = up(F.leaky_relu(x, 0.1))[..., :x.shape[2] * rate]  # odd kernels make one more
+            x = sum(block(x) for block in self.resblocks[i * n:i * n + n]) / n
         return self.conv_post(F.leaky_relu(x)).tanh()[:, 0].float()  # the last slope is 0.01, as published
 
-    def frame_counts(self, units: Tensor, mask: Tensor | None) -> Tensor:
-        if not self.dur_predictor:
-            raise ValueError("this vocoder has no duration predictor; give the durations")
-        return (self.dur_predictor(self.dict(units), mask).float().exp() - 1).round().clamp(min=1).long()
+    def frame_counts(self, units: Tensor) -> Tensor:
+        return (self.dur_predictor(self.dict(units)).float().exp() - 1).round().clamp(min=1).long()
 
     @classmethod
     def read(cls, name: str, speaker: int = 0) -> "HifiGan":
@@ -118,11 +115,7 @@ class HifiGan(Vocoder):
             config_path = path.with_name("config.json")
         try:
             config = json.loads(config_path.read_text())
-            hop = math.prod(config["upsample_rates"])
-            if config.get("code_hop_size", hop) != hop:
-                print(f"{config_path}: code_hop_size is {config['code_hop_size']}, but the product of upsample_rates, "
-                      f"which is used, is {hop}", file=sys.stderr)
-            rate_hz = config["sampling_rate"] / hop
+            rate_hz = config["sampling_rate"] / math.prod(config["upsample_rates"])  # code_hop_size may be stale
             fingerprint = replace(published_fingerprint(config["num_embeddings"] + 2), unit_rate_hz=rate_hz)
             if "fingerprint" in config:  # not in the published files, whose units are mHuBERT's
                 fingerprint = Fingerprint.of(config["fingerprint"])

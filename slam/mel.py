@@ -1,4 +1,5 @@
 """Mel spectra of waves, to train a vocoder, to measure re-synthesis (`eval.py --resynth_from`), and as pictures."""
+import functools
 import math
 import struct
 import zlib
@@ -11,6 +12,7 @@ from torch import Tensor
 from slam.audio import SAMPLE_RATE
 
 
+@functools.cache
 def mel_filters(n_fft: int, n_mels: int, sample_rate: int = SAMPLE_RATE) -> Tensor:
     """Slaney's triangular mel filters, (n_mels, n_fft // 2 + 1), from 0 Hz to half the sample rate."""
     from transformers.audio_utils import mel_filter_bank

@@ -1,29 +1,26 @@
-"""Metrics on numbers and texts: pair accuracy with its error, auto-BLEU, word error rate. No model, no audio.
-
-    pair_accuracy(np.array([1.0, 2.0]), np.array([1.5, 2.0])) -> {"value": 75.0, "se": 25.0, "n": 2, "ties": 1}
-    auto_bleu("a b a b") -> 2/3
-"""
+"""Metrics on numbers and texts: pair accuracy with its error, auto-BLEU, word error rate. No model, no audio."""
 import math
 import re
-from collections import defaultdict
+from collections import Counter
 
 import numpy as np
 
 SUBSETS = ("type", "subtype", "part", "frequency", "voice")  # manifest fields whose values get results of their own
 
 
-def mean_and_error(x: np.ndarray) -> tuple[float, float]:
-    """Mean of x (n,) and its standard error; nan where there are too few values."""
-    return (float(x.mean()) if len(x) else math.nan,
-            float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan)
+def mean_and_error(x: np.ndarray) -> tuple[float | None, float | None]:
+    """Mean of x (n,) and its standard error; None where there are too few values."""
+    return (float(x.mean()) if len(x) else None,
+            float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None)
 
 
 def pair_accuracy(positive: np.ndarray, negative: np.ndarray, items: list[str] | None = None) -> dict:
     """Share (%) of pairs whose positive has the lower NLL, with its standard error; a tie counts half.
 
-    positive, negative: NLLs (n,); a pair with a non-finite NLL is left out and counted as failed.
-    items: the item of each pair. The same item in several voices is not independent data: then the standard error and
-        a 95 % interval come from a bootstrap over items.
+    positive, negative: NLLs (n,); a pair with a non-finite NLL is left out and counted as failed. items: the item of
+    each pair. If items recur, in several voices, standard error and 95 % interval are bootstrapped over items, and
+    "macro" is the mean over items of an item's mean over its voices (ZeroSpeech's average).
+    pair_accuracy(np.array([1.0, 2.0]), np.array([1.5, 2.0])) -> {"value": 75.0, "se": 25.0, "n": 2, "ties": 1}
     """
     known = np.isfinite(positive) & np.isfinite(negative)
     correct = 100 * np.where(positive == negative, 0.5, positive < negative)[known]
@@ -34,10 +31,11 @@ def pair_accuracy(positive: np.ndarray, negative: np.ndarray, items: list[str] |
     _, item = np.unique(np.array(items or range(len(known)))[known], return_inverse=True)
     sums, sizes = np.bincount(item, correct), np.bincount(item)
     if (n_items := len(sizes)) < len(correct):
-        draws = np.random.default_rng(0).multinomial(n_items, np.full(n_items, 1 / n_items), 1000)
-        means = (draws @ sums) / (draws @ sizes)
-        result |= {"items": n_items, "se": math.nan}
+        macro, macro_se = mean_and_error(sums / sizes)
+        result |= {"items": n_items, "macro": macro, "macro_se": macro_se, "se": None}
         if n_items > 1:
+            draws = np.random.default_rng(0).multinomial(n_items, np.full(n_items, 1 / n_items), 1000)
+            means = (draws @ sums) / (draws @ sizes)
             result |= {"se": float(means.std() * math.sqrt(n_items / (n_items - 1))),
                        "interval": np.percentile(means, (2.5, 97.5)).tolist()}
     return result
@@ -46,8 +44,7 @@ def pair_accuracy(positive: np.ndarray, negative: np.ndarray, items: list[str] |
 def score_pairs(nll: np.ndarray, pairs: list[dict]) -> dict:
     """`pair_accuracy` over all pairs of a manifest (SlamKit's average), and "by" each value of its SUBSETS.
 
-    nll: (n, 2), of each pair's positive and negative. "macro": the mean over items of an item's mean over its voices
-    (ZeroSpeech's average).
+    nll: (n, 2), of each pair's positive and negative.
     """
     items = [p.get("item") or p["id"] for p in pairs]
     result, by = pair_accuracy(*nll.T, items), {}
@@ -56,15 +53,7 @@ def score_pairs(nll: np.ndarray, pairs: list[dict]) -> dict:
         for value in sorted({v for v in values if v}):
             rows = [i for i, v in enumerate(values) if v == value]
             by.setdefault(name, {})[value] = pair_accuracy(*nll[rows].T, [items[i] for i in rows])
-    if by:
-        voices = defaultdict(list)
-        for item, (positive, negative) in zip(items, nll.tolist()):
-            if math.isfinite(positive) and math.isfinite(negative):
-                voices[item].append(50 + 50 * np.sign(negative - positive))
-        macro, macro_se = mean_and_error(np.array([np.mean(x) for x in voices.values()]))
-        result |= {"macro": None if math.isnan(macro) else macro,
-                   "macro_se": None if math.isnan(macro_se) else macro_se, "by": by}
-    return result
+    return result | ({"by": by} if by else {})
 
 
 def standard_error(values: np.ndarray, n_seeds: int) -> float | None:
@@ -74,8 +63,7 @@ def standard_error(values: np.ndarray, n_seeds: int) -> float | None:
     """
     by_prompt = values.reshape(n_seeds, -1)
     known = ~np.isnan(by_prompt)
-    _, se = mean_and_error((np.nansum(by_prompt, 0) / np.maximum(known.sum(0), 1))[known.any(0)])
-    return None if math.isnan(se) else se
+    return mean_and_error((np.nansum(by_prompt, 0) / np.maximum(known.sum(0), 1))[known.any(0)])[1]
 
 
 # The Penn Treebank's rules as in NLTK 3.9.1, the release of SlamKit's time (later ones also split dashes). They are
@@ -109,18 +97,15 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-def auto_bleu(text: str, n: int = 2, overlapping: bool = True) -> float:
+def auto_bleu(text: str, n: int = 2) -> float:
     """Share of a text's n-gram positions whose n-gram recurs in the text (SlamKit's auto-BLEU); 0 for a short text.
 
-    overlapping: False counts only n-grams that recur without sharing a word (GSLM's auto-BLEU).
-    auto_bleu("a b a b") -> 2/3: "a b" twice, "b a" once; auto_bleu("ha ha ha", overlapping=False) -> 0
+    auto_bleu("a b a b") -> 2/3: "a b" twice, "b a" once
     """
-    tokens, places = words(text), defaultdict(list)
-    for i in range(len(tokens) - n + 1):
-        places[tuple(tokens[i:i + n])].append(i)
-    distance = 1 if overlapping else n  # the first and the last place are the farthest from any other
-    again = sum(max(i - at[0], at[-1] - i) >= distance for at in places.values() for i in at)
-    return again / max(1, len(tokens) - n + 1)
+    tokens = words(text)
+    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
+    counts = Counter(grams)
+    return sum(counts[gram] > 1 for gram in grams) / max(1, len(grams))
 
 
 def word_error_rate(reference: str, heard: str) -> tuple[int, int]:

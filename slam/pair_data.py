@@ -2,8 +2,7 @@
 
     python synth_stories.py config/spoken_swag.py --swag train.csv      # calls make_swag_pairs
 
-Each reader yields a row as a pair {"id", "prompt_text", "chosen_text", "rejected_text", ...}, or the reason (a string)
-why the row is skipped.
+A reader yields pairs {"id", "prompt_text", "chosen_text", "rejected_text", ...}; a string says why a row is skipped.
 """
 import contextlib
 import csv
@@ -12,13 +11,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from slam.audio import check_wave, load_audio
+from slam.audio import load_audio, parquet_rows
 from slam.device import pick_device
 from slam.metrics import auto_bleu
 from slam.slamkit import slamkit_tokenizer, slamkit_units
@@ -68,20 +66,11 @@ def parquet_files(input: str) -> list[tuple[Path, str]]:
     return [(p, p.relative_to(input).with_suffix("").as_posix()) for p in sorted(Path(input).rglob("*.parquet"))]
 
 
-def parquet_rows(path: Path, columns: list[str], optional: tuple[str, ...] = ()) -> Iterator[dict]:
-    """Rows of a parquet file. SystemExit if pyarrow is missing, the file is not whole, or a column is not there."""
+def rows_of(path: Path, columns: list[str], optional: tuple[str, ...] = ()) -> Iterator[dict]:
+    """`parquet_rows`, with SystemExit if the file is damaged."""
     try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise SystemExit(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        with ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if missing := sorted(set(columns) - set(names)):
-                raise SystemExit(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}")
-            for batch in file.iter_batches(16, columns=columns + [x for x in optional if x in names]):
-                yield from batch.to_pylist()
-    except (OSError, ValueError) as e:  # pyarrow's own errors are subclasses of these
+        yield from parquet_rows(path, columns, optional)
+    except (OSError, ValueError) as e:
         raise SystemExit(f"{path}: not a whole parquet file ({str(e).splitlines()[0]})") from None
 
 
@@ -92,7 +81,7 @@ def read_spoken_swag(input: str) -> Iterator[dict]:
     """
     for path, name in parquet_files(input):
         split = "val" if re.search(r"\b(val|test|dev)", name) else "train"
-        rows = parquet_rows(path, [f"{side}_text" for side in SIDES], optional=("speaker", "auto_bleu2"))
+        rows = rows_of(path, [f"{side}_text" for side in SIDES], optional=("speaker", "auto_bleu2"))
         for number, row in enumerate(rows):
             yield {"id": f"{name}/{number:07d}", "split": split} | row
 
@@ -136,14 +125,6 @@ def usable(rows: Iterable[dict | str], max_auto_bleu: float) -> tuple[list[dict]
 
 
 # ---------------------------------------------------------------- pair files
-def is_sound(wave: np.ndarray) -> bool:
-    """Whether a wave (T,) at 16 kHz holds anything that a tokeniser can hear."""
-    with contextlib.suppress(ValueError):
-        check_wave(wave)
-        return True
-    return False
-
-
 def stored_wave(audio: dict | None) -> np.ndarray:
     """A cell {"bytes", "path"} of an audio column -> wave (T,) at 16 kHz; no samples if it can't be read."""
     try:
@@ -153,14 +134,11 @@ def stored_wave(audio: dict | None) -> np.ndarray:
 
 
 def stored_waves(input: str, pairs: list[dict]) -> Iterator[list[np.ndarray]]:
-    """Yield the recordings [prompt, chosen, rejected], each (T,) float32 at 16 kHz, of pairs in the order of the files.
-
-    An unreadable recording gives an empty wave. SystemExit if a file is damaged.
-    """
+    """Yield the waves [prompt, chosen, rejected], each (T,) float32 at 16 kHz, of pairs in the order of the files."""
     ids = {p["id"] for p in pairs}
     for path, name in parquet_files(input):
         if any(id.startswith(f"{name}/") for id in ids):
-            for number, row in enumerate(parquet_rows(path, list(SIDES))):
+            for number, row in enumerate(rows_of(path, list(SIDES))):
                 if f"{name}/{number:07d}" in ids:
                     yield [stored_wave(row[side]) for side in SIDES]
 
@@ -168,8 +146,8 @@ def stored_waves(input: str, pairs: list[dict]) -> Iterator[list[np.ndarray]]:
 def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, say: Callable) -> int:
     """Write a pair file; returns how many pairs are left out because a side has no sound.
 
-    say(pairs) yields the waves of prompt, chosen and rejected, each tokenised by itself. Pairs go to PATH.kept as they
-    come, so a killed run continues with the next one.
+    say(pairs) yields the waves of prompt, chosen and rejected. Pairs go to PATH.kept as they come, so a killed run
+    continues with the next one.
     """
     if path.exists():
         return 0
@@ -177,17 +155,16 @@ def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, sa
     lines = kept.read_text(encoding="utf-8").split("\n")[:-1] if kept.exists() else []  # a kill may have cut the last
     write_atomic(kept, "".join(line + "\n" for line in lines))
     found = [json.loads(line) for line in lines]
-    said = zip(pairs[len(found):], say(pairs[len(found):]))
+    rest = pairs[len(found):]
     with open(kept, "a", encoding="utf-8") as f:
-        while batch := list(islice(said, 16)):
-            units = [pair | dict.fromkeys(SIDES) for pair, _ in batch]
-            sound = [(i, side, wave) for i, (_, waves) in enumerate(batch) for side, wave in zip(SIDES, waves)
-                     if is_sound(wave)]
-            for (i, side, _), (x, _) in zip(sound, tokenizer.encode_batch([wave for *_, wave in sound])):
-                units[i][side] = x.tolist()
-            f.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in units)
+        for pair, waves in zip(rest, say(rest)):
+            try:
+                units = [x.tolist() for x, _ in tokenizer.encode_batch(waves)]
+            except ValueError:  # one of them has no sound
+                units = [None] * len(SIDES)
+            found.append(pair | dict(zip(SIDES, units)))
+            f.write(json.dumps(found[-1], ensure_ascii=False) + "\n")
             f.flush()
-            found += units
     whole = [p for p in found if all(p[side] for side in SIDES)]
     write_pairs(path, tokenizer.fingerprint, whole)
     kept.unlink()
@@ -197,15 +174,13 @@ def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, sa
 def make_swag_pairs(cfg) -> None:
     """Write pairs_val.jsonl, `n_val` rows drawn by the seed, and pairs_train.jsonl, at most `n_pairs` of the others.
 
-    Rows of a data set with a validation split are drawn from that. cfg: of synth_stories.py. SystemExit if there are
-    too few rows.
+    cfg: of synth_stories.py. If the data set has a validation split, `n_val` are drawn from that. SystemExit if there
+    are too few rows.
     """
     kind, voices = Path(cfg.swag).suffix, cfg.voices or TTS[cfg.tts][1]
     stored, tokenizer = kind == ".parquet" or Path(cfg.swag).is_dir(), None
     if kind == ".jsonl":
-        fingerprint, base, _ = slamkit_tokenizer(cfg.swag, cfg.tokenizer)
-        if fingerprint != base:
-            raise SystemExit(f"{cfg.swag} has units, and {cfg.tokenizer} makes pieces of several; name the codebook")
+        fingerprint = slamkit_tokenizer(cfg.swag, cfg.tokenizer)
         rows = read_slamkit_pairs(cfg.swag, fingerprint.n_units)
     else:
         tokenizer = SpeechTokenizer.load(cfg.tokenizer, pick_device().type)

@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from slam.audio import SAMPLE_RATE, Item, check_extent, read_blocks, split_at_silences
+from slam.audio import SAMPLE_RATE, Item, read_blocks, split_at_silences, unusable
 from slam.tokenizer import windows
 
 
@@ -15,7 +15,6 @@ from slam.tokenizer import windows
 class Utterance:
     """A recording, or a part of one between two silences; one entry of a unit file."""
     id: str
-    text: str | None = None  # transcript
     problem: str = ""  # why it can't be used
     fatal: bool = False  # that problem loses an unknown number of other recordings
     frames: list[np.ndarray] = field(default_factory=list)  # units of its pieces, one per frame
@@ -41,26 +40,18 @@ def read_recording(item: Item, encoder, max_utterance_seconds: float) -> Iterato
             raise ValueError(item.problem)
         for start, blocks in split_at_silences(read_blocks(item.source, item.id), max_utterance_seconds):
             id = f"{item.id}@{start / SAMPLE_RATE:.2f}" if max_utterance_seconds else item.id
-            utterance, peak = Utterance(id, item.text), 0.0
+            utterance, peak = Utterance(id), 0.0
             utterances.append(utterance)
             for wave, first, last in windows(blocks, encoder):
                 peak = max(peak, float(np.abs(wave).max(initial=0)))
                 if last is None:
-                    utterance.problem = unusable(wave, peak, encoder)
+                    too_short = "" if encoder.n_frames(len(wave)) else "shorter than a frame of the encoder"
+                    utterance.problem = unusable(len(wave), peak) or too_short
                 if not utterance.problem:
                     yield Piece(utterance, wave, first, last)
     except ValueError as e:
         utterances = [Utterance(item.id, problem=str(e).removeprefix(f"{item.id}: "), fatal=item.fatal)]
     yield utterances
-
-
-def unusable(wave: np.ndarray, peak: float, encoder) -> str:
-    """Why an utterance can't be tokenised, by its last window (T,) and its peak; empty if it can."""
-    try:
-        check_extent(len(wave), peak, "")
-    except ValueError as e:
-        return str(e).removeprefix(": ")
-    return "" if encoder.n_frames(len(wave)) else f"{len(wave)} samples are less than a frame of the encoder"
 
 
 def ahead(pool: Executor, values: Iterator, n: int) -> Iterator:

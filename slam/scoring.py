@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slam.device import autocast, over_ranks, put
-from slam.packing import Packed, batch, cut
+from slam.packing import Packed, batch, cut, on_device
 from slam.units import IGNORE, UnitReader
 
 
@@ -23,11 +23,10 @@ def validation_loss(lm: torch.nn.Module, reader: UnitReader, context: int, micro
     reader.check()
     rows, total, n = list(Packed(cut(reader.lengths, context), context, None))[rank::world], 0.0, 0
     for at in range(0, len(rows), micro_batch):
-        tokens, targets, positions = batch(reader, rows[at:at + micro_batch], context, lm.device)
-        n += int((targets != IGNORE).sum())
+        part = batch(reader, rows[at:at + micro_batch], context, lm.device)
+        n += int((part[1] != IGNORE).sum())
         with autocast(lm.device, dtype):
-            total += lm(*(x.to(lm.device, non_blocking=True) for x in (tokens, targets, positions)),
-                        reduction="sum")[1].item()
+            total += lm(*on_device(part, lm.device, dtype), reduction="sum")[1].item()
     total, n = over_ranks([total, n])
     return total / n, int(n)
 
@@ -91,9 +90,10 @@ def row_logps(forward: Callable, rows: list[list[PrefixPair]], width: int, devic
             ours[3] += 3 * n  # where in the result the target's log-probability is added
             values[:, b, at:at + pair.n_inputs] = ours
             at, n = at + pair.n_inputs, n + 1
-    inputs, targets, positions, places = put(values, device)
+        values[2, b, at:] = torch.arange(width - at)  # of the padding, which is a segment
+    places = put(values[3], device)
     with autocast(device, dtype):
-        loss = forward(inputs, targets, positions, reduction="none")[1]
+        loss = forward(*on_device(values[:3], device, dtype), reduction="none")[1]
     return -loss.new_zeros(3 * n).index_add(0, places.flatten(), loss.flatten()).view(n, 3)
 
 
@@ -106,7 +106,7 @@ def pair_logps(lm: torch.nn.Module, pairs: list[PrefixPair], context: int, dtype
     short = [i for i, pair in enumerate(pairs) if pair.n_inputs <= context]
     rows = [[short[i] for i in row] for row in pack([pairs[i] for i in short], context)]
     rows += [[i] for i, pair in enumerate(pairs) if pair.n_inputs > context]
-    found, at, n_rows = torch.zeros(len(pairs), 3), 0, 64 if lm.device.type == "cuda" else 4
+    order, found, at, n_rows = [], [], 0, 64 if lm.device.type == "cuda" else 4
     with tqdm(total=len(pairs), disable=None, desc=desc, unit="pair", leave=False) as bar:
         while at < len(rows):
             part = rows[at:at + n_rows]
@@ -116,12 +116,12 @@ def pair_logps(lm: torch.nn.Module, pairs: list[PrefixPair], context: int, dtype
                 if len(part) > 1:
                     n_rows = len(part) // 2
                     continue
-                logps = torch.full((len(part[0]), 3), torch.nan)
-            ids = [i for row in part for i in row]
-            found[ids] = logps.cpu()
-            bar.update(len(ids))
+                logps = torch.full((len(part[0]), 3), torch.nan, device=lm.device)
+            order += [i for row in part for i in row]
+            found.append(logps)  # on the GPU, which computes while the CPU makes the next rows
+            bar.update(len(logps))
             at += len(part)
-    return found
+    return torch.cat(found).cpu()[np.argsort(order)] if found else torch.zeros(0, 3)
 
 
 def pair_nlls(lm: torch.nn.Module, pairs: list[tuple[list[int], list[int]]], context: int, score: str = "mean",

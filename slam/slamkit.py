@@ -8,23 +8,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slam.tokenizer import Bpe, codebook_fingerprints, read_codebook
+from slam.tokenizer import codebook_fingerprints, read_codebook
 from slam.units import Fingerprint, dedup, published_fingerprint, vocab_size
 
 
-def slamkit_tokenizer(path: str, tokenizer: str) -> tuple[Fingerprint, Fingerprint, Bpe | None]:
-    """Fingerprints of the units to write and of the units in a SlamKit file, and the BPE that makes one of the other.
+def slamkit_tokenizer(path: str, tokenizer: str) -> Fingerprint:
+    """Fingerprint of the units in a SlamKit file, which names no tokeniser: that of the codebook file `tokenizer`.
 
-    The file names no tokeniser. `tokenizer`, a codebook file, does; if it is empty, SlamKit's default, the published
-    mHuBERT, is assumed and a line on stderr says so.
+    If that is empty, it is SlamKit's default, the published mHuBERT, and a line on stderr says so.
     """
     if tokenizer:
-        tensors, meta = read_codebook(tokenizer)
-        return *codebook_fingerprints(tensors, meta), Bpe.of(tensors)
+        fingerprint, base = codebook_fingerprints(*read_codebook(tokenizer))
+        if fingerprint != base:
+            raise SystemExit(f"{path} has units, and {tokenizer} makes pieces of several; name the codebook that it "
+                             f"was made from, then `prepare_units.py bpe`")
+        return base
     published = published_fingerprint(vocab_size(500))
     print(f"{path} does not name its tokeniser; its units are taken to be of {published}. If they are of another, name "
           f"its codebook: --tokenizer", file=sys.stderr)
-    return published, published, None
+    return published
 
 
 def slamkit_units(record: dict, n_units: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -6,10 +6,7 @@
     losses = text_losses(texts, "embedded:smollm2-135m")          # nats per token; GenPPL is exp of their mean
 """
 import functools
-import hashlib
 import logging
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +14,7 @@ from tqdm import tqdm
 
 from slam.audio import SAMPLE_RATE, resample
 from slam.benchmarks import disk_cache
-from slam.checkpoint import weights_sha256
+from slam.checkpoint import sha256_of, weights_sha256
 from slam.device import autocast, pick_device
 from slam.embedded import resolve
 from slam.units import EOS, PAD, to_tokens, to_units
@@ -37,26 +34,28 @@ def continue_units(lm: torch.nn.Module, prompts: list[list[int]], new_units: int
     """Sample a continuation of each prompt; units in, units out.
 
     allow_eos: an EOS ends a continuation, which then has fewer than `new_units` units; False forbids EOS.
+    A model of speech and text continues in speech.
     """
     out: list = [None] * len(prompts)
+    first_text = getattr(lm.config, "first_text_token", 0)  # before it come the two markers (slam/interleave.py)
+    forbid = [PAD] + [EOS] * (not allow_eos) + [slice(first_text - 2, None)] * bool(first_text)
     generator = torch.Generator(lm.device).manual_seed(seed)
     for part in by_length([len(p) + 1 for p in prompts], batch, desc):
         with autocast(lm.device, "bfloat16" if lm.device.type == "cuda" else "float32"):
             new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator,
-                              forbid=(PAD,) if allow_eos else (PAD, EOS), stop=(EOS,),
+                              forbid=tuple(forbid), stop=(EOS,),
                               compile=compile and len(part) == batch, **sampling)
         for i, tokens in zip(part, new):
             out[i] = to_units(tokens)
     return out
 
 
-def speak(rows: list[list[int]], tokenizer, vocoder, batch: int = 16) -> list[np.ndarray]:
+def speak(rows: list[list[int]], tokenizer, vocoder) -> list[np.ndarray]:
     """A tokeniser's units or pieces -> waves (T,) at 16 kHz; an empty row gives an empty wave."""
-    units = [tokenizer.to_units(row) for row in rows]
-    waves = [np.zeros(0, np.float32)] * len(rows)
-    for part in by_length(list(map(len, units)), batch, "vocoding"):
-        for i, wave in zip(part, vocoder.synthesize_batch([units[i] for i in part])):
-            waves[i] = resample(wave, vocoder.sample_rate, SAMPLE_RATE)
+    waves = []
+    for row in tqdm(rows, disable=None, desc="vocoding", leave=False):
+        waves.append(resample(*vocoder.synthesize(tokenizer.to_units(row)), SAMPLE_RATE) if row
+                     else np.zeros(0, np.float32))
     return waves
 
 
@@ -147,8 +146,6 @@ def text_nlls(texts: list[str], judge: str) -> np.ndarray:
     def score(part: list[int]) -> list[float | None]:
         return continuation_scores([""] * len(part), [texts[i] for i in part], judge)
 
-    folder = resolve(judge)  # a hub id has no weights here to name the cache by
-    version = f"-{weights_sha256(folder)[:16]}" if Path(folder).is_dir() else ""
-    found = disk_cache(f"texts/{re.sub(r'[^A-Za-z0-9.-]+', '-', judge)}{version}",
-                       [hashlib.sha256(text.encode()).hexdigest() for text in texts], score)
+    version = weights_sha256(judge)
+    found = disk_cache("texts", [sha256_of(version, text) for text in texts], score)
     return np.array([np.nan if x is None else -x for x in found])

@@ -1,7 +1,7 @@
 """The speech tokeniser: speech -> encoder -> k-means -> dedup (-> BPE) -> units.
 
     tokenizer = SpeechTokenizer.load("embedded")
-    units, durations = tokenizer.encode(wave, 16_000)
+    units, durations = tokenizer.encode(wave, 16_000)   # (N,) int64 each; the durations sum to the frames
 
 `prepare_units.py fit` and `convert` make its codebook; prepare_units.py runs it over a corpus.
 """
@@ -35,8 +35,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class WhisperFrames:
     """Whisper's encoder as a 25 Hz frame extractor: log-mel -> `layer` blocks -> pairs of frames averaged.
 
-    Audio is not padded to 30 s. The encoder hears at most 30 s, so the windows in which longer audio is read
-    (`windows`) are part of the tokeniser's definition.
+    Audio is not padded to 30 s. The windows in which longer audio is read are part of the tokeniser's definition.
     """
     rate_hz, samples_per_frame = 25.0, 640
     window, hop = 750, 500  # frames
@@ -92,8 +91,8 @@ class OwnGroupNorm(nn.Module):
 class HubertFrames:
     """HuBERT as a frame extractor: `hidden_states[layer]` of the wave, padded by 40 samples on each side.
 
-    Padding is kept out of the attention, the positional convolution and the first normalisation over time, so a wave's
-    features do not depend on the others in the batch.
+    A batch's padding is kept out of attention, positional convolution and first normalisation, so a wave's features do
+    not depend on the others in the batch.
     """
     position_dependent = False  # HuBERT's positions are relative
 
@@ -180,8 +179,8 @@ def load_encoder(name: str, layer: int, device: str = "cpu", dtype: str = "auto"
 def windows(blocks: Iterable[np.ndarray], encoder) -> Iterator[tuple[np.ndarray, int, int | None]]:
     """Cut a stream at 16 kHz into windows (wave, first, last); frames first to last (None: the end) of each are kept.
 
-    Audio of up to `encoder.window` frames is one window. Longer audio gives overlapping windows, `encoder.hop` frames
-    apart, and the middle of each is kept; the last window ends where the audio does.
+    Audio longer than `encoder.window` frames gives overlapping windows, `encoder.hop` frames apart, of which the middle
+    is kept; the last window ends where the audio does.
     """
     spf, size, hop = encoder.samples_per_frame, encoder.window, encoder.hop
     margin = (size - hop) // 2
@@ -259,11 +258,7 @@ class Bpe:
 
 
 class SpeechTokenizer:
-    """Encoder + k-means + dedup (+ BPE), defined by a codebook file (see "codebook files" below).
-
-    tokenizer = SpeechTokenizer.load("embedded")
-    units, durations = tokenizer.encode(wave, 16_000)   # (N,) int64 each; the durations sum to the frames
-    """
+    """Encoder + k-means + dedup (+ BPE), defined by a codebook file (see "codebook files" below)."""
 
     def __init__(self, encoder, tensors: dict[str, Tensor], meta: dict):
         self.encoder, self.tensors, self.meta = encoder, tensors, meta
@@ -349,7 +344,8 @@ def read_codebook(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise SystemExit(f"{path}: no such codebook; `python prepare_units.py fit` makes one, `convert` another")
     try:
         with safe_open(path, "pt") as f:
-            tensors, meta = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+            meta = f.metadata() or {}
+            tensors = {key: f.get_tensor(key) for key in f.keys()} if "encoder" in meta else {}  # not a model's weights
         codebook_fingerprints(tensors, meta)
     except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as e:  # RuntimeError: sentencepiece
         raise SystemExit(f"{path}: not a codebook ({e}); `python prepare_units.py fit` makes one") from None
@@ -376,7 +372,7 @@ def find_codebook(fingerprint: Fingerprint, folder: str = "out") -> str:
         # SlamKit's checkpoints record no codebook; theirs is the published one.
         return found if fingerprint.codebook_sha256 or not is_published(meta) else replace(found, codebook_sha256="")
 
-    found = find_speaking(fingerprint, EMBEDDED_TOKENIZER, folder, "centroids", read)
+    found = find_speaking(fingerprint, EMBEDDED_TOKENIZER, folder, read)
     if not found:
         raise SystemExit(f"no codebook below {folder}/ is of {fingerprint}; name it with --tokenizer"
                          + ", or fetch it: python prepare_units.py convert" * fingerprint.encoder.startswith("slprl/"))

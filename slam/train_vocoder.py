@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from config import load_config
@@ -31,7 +30,7 @@ from slam.mel import magnitudes, mel_cepstral_distance, mel_filters, png, spectr
 from slam.optim import update
 from slam.run import Run
 from slam.units import Fingerprint, UnitReader, require_same, write_atomic
-from slam.vocoder import EMBEDDED_VOCODER, Vocos, pad
+from slam.vocoder import EMBEDDED_VOCODER, Vocos
 
 
 @dataclass
@@ -50,10 +49,6 @@ class Config:
     lr: float = 1e-3  # peak; 100 steps of warm-up, cosine to zero
     grad_clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights that are kept
-    adversarial: bool | None = None  # discriminators beside the spectral losses; none: on a GPU
-    adversarial_from: float = 0.1  # share of the training after which they join
-    adversarial_lr: float = 2e-4  # of the discriminators
-    disc_width: int = 32  # channels of the discriminators' first layers
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; spectra are float32
     max_hours: float = 50.0  # audio kept in memory, 0.12 GB an hour; of a larger corpus its beginning
     val_every: int = 25  # every so many utterances, one is held out
@@ -68,7 +63,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        positive = "width blocks minutes steps batch lr disc_width log_every save_every max_hours".split()
+        positive = "width blocks minutes steps batch lr log_every save_every max_hours".split()
         wrong = {f"{x} must be positive": getattr(self, x) is not None and getattr(self, x) <= 0 for x in positive}
         wrong |= {"crop_seconds must be at least 0.2": self.crop_seconds < 0.2,
                   "val_every must be at least 2": self.val_every < 2, "ema must be in [0, 1)": not 0 <= self.ema < 1,
@@ -76,78 +71,19 @@ class Config:
         return [problem for problem, found in wrong.items() if found]
 
 
-# ---------------------------------------------------------------- losses and discriminators
-class SpectralLoss(nn.Module):
+# ---------------------------------------------------------------- loss
+def spectral_loss(ours: Tensor, real: Tensor) -> Tensor:
     """Distance of waves (B, T) in log-mel and linear spectra of four resolutions; phases do not matter.
 
     Log-mel L1 (Kong et al. 2020), log-magnitude L1 and spectral convergence (Yamamoto et al. 2020), their mean.
     """
-    RESOLUTIONS = {2048: 160, 1024: 80, 512: 40, 256: 20}  # window in samples: mel bands
-
-    def __init__(self):
-        super().__init__()
-        for n_fft, n_mels in self.RESOLUTIONS.items():
-            self.register_buffer(f"mel{n_fft}", mel_filters(n_fft, n_mels))
-
-    def forward(self, ours: Tensor, real: Tensor) -> Tensor:
-        total = 0.0
-        for n_fft in self.RESOLUTIONS:
-            a, b = (magnitudes(x, n_fft, n_fft // 4) for x in (ours, real))
-            mel_a, mel_b = ((getattr(self, f"mel{n_fft}") @ x).clamp(min=1e-4).log() for x in (a, b))
-            total = total + F.l1_loss(mel_a, mel_b) + (a - b).norm() / (2 * b.norm().clamp(min=1e-3)) + \
-                F.l1_loss(a.clamp(min=1e-3).log(), b.clamp(min=1e-3).log()) / 2
-        return total / len(self.RESOLUTIONS)
-
-
-class Discriminator(nn.Module):
-    """Convolutions over a wave folded by a period (Kong et al. 2020), or over its spectrogram (Jang et al. 2021)."""
-
-    def __init__(self, width: int, period: int = 0, n_fft: int = 0):
-        super().__init__()
-        self.period, self.n_fft = period, n_fft
-        kernel, stride = ((5, 1), (3, 1)) if period else ((3, 9), (1, 2))
-        sizes = (1, width, 2 * width, 4 * width, 4 * width) if period else (1,) + 4 * (width,)
-        padding = tuple(k // 2 for k in kernel)
-        self.convs = nn.ModuleList(weight_norm(nn.Conv2d(a, b, kernel, stride, padding))
-                                   for a, b in zip(sizes, sizes[1:]))
-        self.last = weight_norm(nn.Conv2d(sizes[-1], 1, 3, padding=1))
-
-    def forward(self, wave: Tensor) -> list[Tensor]:
-        """(B, T) -> the feature maps of all layers, the verdict last."""
-        if self.period:
-            wave = F.pad(wave, (0, -wave.shape[1] % self.period), mode="reflect")
-            x = wave.unflatten(1, (-1, self.period))[:, None]
-        else:
-            x = magnitudes(wave, self.n_fft, self.n_fft // 4).transpose(1, 2)[:, None]
-        maps = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.1)
-            maps.append(x)
-        return [*maps, self.last(x)]
-
-
-def discriminators(width: int) -> nn.ModuleList:
-    """Five periods and three resolutions."""
-    return nn.ModuleList([*(Discriminator(width, period=p) for p in (2, 3, 5, 7, 11)),
-                          *(Discriminator(width, n_fft=n) for n in (1024, 512, 256))])
-
-
-def discriminator_loss(discs: nn.ModuleList, real: Tensor, ours: Tensor) -> Tensor:
-    """Least squares (Mao et al. 2017): real speech is 1, ours 0; the mean over discriminators."""
-    verdicts = [(disc(real)[-1], disc(ours.detach())[-1]) for disc in discs]
-    return sum((a.float() - 1).square().mean() + b.float().square().mean() for a, b in verdicts) / len(discs)
-
-
-def adversarial_loss(discs: nn.ModuleList, real: Tensor, ours: Tensor) -> Tensor:
-    """Ours should be taken for 1, and look like real speech in every layer (feature matching, twice as heavy)."""
     total = 0.0
-    for disc in discs:
-        with torch.no_grad():
-            wanted = disc(real)[:-1]
-        *maps, verdict = disc(ours)
-        total = total + (verdict.float() - 1).square().mean() + \
-            2 * sum(F.l1_loss(a.float(), b.float()) for a, b in zip(maps, wanted))
-    return total / len(discs)
+    for n_fft, n_mels in ((2048, 160), (1024, 80), (512, 40), (256, 20)):
+        a, b = (magnitudes(x, n_fft, n_fft // 4) for x in (ours, real))
+        mel_a, mel_b = ((mel_filters(n_fft, n_mels).to(x.device) @ x).clamp(min=1e-4).log() for x in (a, b))
+        total = total + F.l1_loss(mel_a, mel_b) + (a - b).norm() / (2 * b.norm().clamp(min=1e-3)) + \
+            F.l1_loss(a.clamp(min=1e-3).log(), b.clamp(min=1e-3).log()) / 2
+    return total / 4
 
 
 # ---------------------------------------------------------------- data
@@ -207,15 +143,15 @@ def crops(items: list[Utterance], frames: int, hop: int, rng: np.random.Generato
 def duration_loss(vocoder: Vocos, items: list[Utterance], rng: np.random.Generator) -> Tensor:
     """Mean squared error of the predicted log-durations, over 64 consecutive units of each utterance, ().
 
-    Over whole utterances, a depthwise convolution's backward pass would take a CPU longer than all the rest.
+    Shorter utterances are repeated. Over whole utterances, a depthwise convolution's backward pass would take a CPU
+    longer than all the rest.
     """
-    starts = [int(rng.integers(0, max(1, len(units) - 63))) for units, _, _ in items]
-    units, durations = ([torch.from_numpy(item[k][at:at + 64].astype(np.int64)) for item, at in zip(items, starts)]
-                        for k in (0, 1))
-    (units, mask), (durations, _) = pad(units), pad(durations)
-    units, mask, durations = (x.to(vocoder.device) for x in (units, mask, durations))
-    error = vocoder.log_durations(units, mask).float() - durations.clamp(min=1).log()
-    return (error.square() * mask).sum() / mask.sum()
+    rows = []
+    for units, durations, _ in items:
+        at = int(rng.integers(0, max(1, len(units) - 63)))
+        rows.append([np.resize(x[at:], 64).astype(np.int64) for x in (units, durations)])
+    units, durations = torch.from_numpy(np.stack(rows, 1)).to(vocoder.device)  # (B, 64) each
+    return (vocoder.log_durations(units).float() - durations.clamp(min=1).log()).square().mean()
 
 
 # ---------------------------------------------------------------- training
@@ -223,24 +159,31 @@ METRIC = "val_mel_cepstral_distance_db"
 
 
 class Training(nn.Module):
-    """All weights of a run: the vocoder, their running average (the run's product), the discriminators."""
+    """All weights of a run: the vocoder and their running average, which is the run's product."""
 
-    def __init__(self, cfg: Config, fingerprint: Fingerprint, resuming: bool = False):
+    def __init__(self, vocoder: Vocos):
         super().__init__()
-        self.vocoder = Vocos(fingerprint, cfg.width, cfg.blocks)
-        if cfg.init and not resuming:
-            start = Vocos.read(EMBEDDED_VOCODER if cfg.init == "embedded" else Path(cfg.init))
-            require_same(fingerprint, cfg.units, start.fingerprint, cfg.init)
-            if (start.width, start.blocks) != (cfg.width, cfg.blocks):
-                raise SystemExit(f"{cfg.init}: width {start.width} and {start.blocks} blocks; expected {cfg.width} and "
-                                 f"{cfg.blocks}")
-            self.vocoder.load_state_dict(start.state_dict())
-        self.average = copy.deepcopy(self.vocoder).eval().requires_grad_(False)
-        self.discs = discriminators(cfg.disc_width) if cfg.adversarial else nn.ModuleList()
+        self.vocoder, self.average = vocoder, copy.deepcopy(vocoder).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: Path, slam: dict, trainer: dict) -> None:
         """As UnitLM's, for `Run.save`."""
         write_folder(folder, {}, self.state_dict(), slam, trainer)
+
+
+def new_vocoder(cfg: Config, fingerprint: Fingerprint, resuming: bool) -> Vocos:
+    """A vocoder of the settings' shape, with `init`'s weights if the run is new. SystemExit if these do not fit."""
+    try:
+        vocoder = Vocos(fingerprint, cfg.width, cfg.blocks)
+    except ValueError as e:
+        raise SystemExit(f"{cfg.units}: {e}") from None
+    if cfg.init and not resuming:
+        start = Vocos.read(EMBEDDED_VOCODER if cfg.init == "embedded" else Path(cfg.init))
+        require_same(fingerprint, cfg.units, start.fingerprint, cfg.init)
+        if (start.width, start.blocks) != (cfg.width, cfg.blocks):
+            raise SystemExit(f"{cfg.init}: width {start.width} and {start.blocks} blocks; expected {cfg.width} and "
+                             f"{cfg.blocks}")
+        vocoder.load_state_dict(start.state_dict())
+    return vocoder
 
 
 @torch.inference_mode()
@@ -272,37 +215,30 @@ def evaluate(run: Run, average: Vocos, held_out: list[Utterance]) -> None:
 def main(cfg: Config) -> None:
     # ------------------------------------------------ hardware, and the run's folder
     device = pick_device()
-    cfg.adversarial = device.type == "cuda" if cfg.adversarial is None else cfg.adversarial
     torch.manual_seed(cfg.seed)
     run = Run(cfg, "vocoder", folder="state")
-    made = [p.name for p in (run.out / "vocoder.safetensors", run.out / "trainer.pt") if p.exists()]
-    if made and not (run.trainer or cfg.overwrite):
-        raise SystemExit(f"{run.out} holds {' and '.join(made)} but no state/ to --resume from (older code kept "
-                         f"another). Choose another --out, with --init {run.out}/vocoder.safetensors to start from its "
-                         f"weights, or --overwrite")
+    if (run.out / "vocoder.safetensors").exists() and not (run.trainer or cfg.overwrite):
+        raise SystemExit(f"{run.out} holds a vocoder.safetensors but no state/ to --resume from. Choose another --out, "
+                         f"with --init {run.out}/vocoder.safetensors to start from its weights, or --overwrite")
 
     # ------------------------------------------------ data
     reader = UnitReader(cfg.units)
     run.starts_from(units=reader.digest())
     if run.trainer and run.progress() >= 1 and run.evaluated(METRIC):
         return
-    try:
-        model = Training(cfg, reader.fingerprint, bool(run.trainer)).to(device)
-    except ValueError as e:
-        raise SystemExit(f"{cfg.units}: {e}") from None
+    model = Training(new_vocoder(cfg, reader.fingerprint, bool(run.trainer))).to(device)
     corpus = load_corpus(cfg, reader)
     held_out, corpus = corpus[::cfg.val_every], [x for i, x in enumerate(corpus) if i % cfg.val_every]
 
     # ------------------------------------------------ model and optimiser
-    vocoder, discs, spectral = model.vocoder, model.discs, SpectralLoss().to(device)
-    optimizer = torch.optim.AdamW([*vocoder.parameters(), *discs.parameters()], betas=(0.8, 0.99), weight_decay=0.01,
-                                  fused=True)  # a step updates only weights with gradients: either network's
+    vocoder = model.vocoder
+    optimizer = torch.optim.AdamW(vocoder.parameters(), betas=(0.8, 0.99), weight_decay=0.01, fused=True)
     if run.trainer:
         model.load_state_dict(load_file(run.checkpoint / "model.safetensors"))
         optimizer.load_state_dict(run.trainer["optimizer"])
     run.open()
-    print(f"{sum(p.numel() for p in vocoder.parameters()) / 1e6:.2f}M parameters, {len(discs)} discriminators; "
-          f"{len(corpus)} utterances to train on, {len(held_out)} held out; {device}")
+    print(f"{sum(p.numel() for p in vocoder.parameters()) / 1e6:.2f}M parameters; {len(corpus)} utterances to train "
+          f"on, {len(held_out)} held out; {device}")
 
     # ------------------------------------------------ loop
     frames_per_crop, pending = round(cfg.crop_seconds * reader.fingerprint.unit_rate_hz), []
@@ -310,25 +246,14 @@ def main(cfg: Config) -> None:
         if run.step and run.step % cfg.save_every == 0 and not run.evaluated(METRIC):
             with run.pause():
                 evaluate(run, model.average, held_out)
-        scale = min(1, (run.step + 1) / 100) * (1 + math.cos(math.pi * run.progress())) / 2  # of the learning rates
+        scale = min(1, (run.step + 1) / 100) * (1 + math.cos(math.pi * run.progress())) / 2  # of the learning rate
         rng = np.random.default_rng((cfg.seed, run.step))
         items = [corpus[i] for i in rng.integers(0, len(corpus), cfg.batch)]
         frames, real = (x.to(device) for x in crops(items, frames_per_crop, vocoder.hop, rng))
         with autocast(device, cfg.dtype):
-            ours, durations = vocoder.waves(frames, None), duration_loss(vocoder, items, rng)
-        losses = {"spectral": spectral(ours, real), "duration": durations}
-        loss = losses["spectral"] + 0.2 * durations
-        if discs and run.progress() >= cfg.adversarial_from:
-            with autocast(device, cfg.dtype):
-                losses["discriminators"] = discriminator_loss(discs, real, ours)
-            losses["discriminators"].backward()
-            update(discs, optimizer, cfg.adversarial_lr * scale, math.inf)
-            discs.requires_grad_(False)  # the vocoder's loss needs no gradients of theirs
-            with autocast(device, cfg.dtype):
-                losses["adversarial"] = adversarial_loss(discs, real, ours)
-            discs.requires_grad_(True)
-            loss = loss + 0.1 * losses["adversarial"]
-        loss.backward()
+            ours, durations = vocoder.waves(frames), duration_loss(vocoder, items, rng)
+        losses = {"spectral": spectral_loss(ours, real), "duration": durations}
+        (losses["spectral"] + 0.2 * durations).backward()
         losses["norm"] = update(vocoder, optimizer, cfg.lr * scale, cfg.grad_clip)
         run.step, run.tokens = run.step + 1, run.tokens + frames.numel()
         decay = min(cfg.ema, (1 + run.step) / (10 + run.step))  # the first weights are soon forgotten
@@ -337,7 +262,7 @@ def main(cfg: Config) -> None:
         run.tick()
         saving = run.step % cfg.save_every == 0
         if saving or run.step % cfg.log_every == 0 or run.progress() >= 1 or run.stopping:
-            means = {k: torch.stack([x[k] for x in pending if k in x]).mean().item() for k in pending[-1]}
+            means = {k: torch.stack([x[k] for x in pending]).mean().item() for k in losses}
             run.check_finite([sum(means.values())], means["norm"])
             means["lr"], pending = cfg.lr * scale, []
             run.log(" | ".join(f"{k} {v:.4g}" for k, v in means.items()) + f" | {run.clock()}", **means)

@@ -6,6 +6,9 @@ A unit file is a safetensors file; its tokens are memory-mapped and its header i
     tokens    uint16 (n_tokens,)        the utterances, each as `1 units 1`, one after the other
     offsets   int64  (n_utterances + 1,) where each begins, and the end of the last
     durations uint16 (n_tokens,)        frames per unit, 0 at BOS and EOS; only if asked for
+    text      uint32 (n_text,)          text tokens of the utterances, and
+    words     uint32 (n_words, 2)       of each word the first text token and the first unit, counted in its utterance,
+    ends      int64  (n_utterances, 2)  and where an utterance's text and words end; only from slam/alignment.py
     records   uint8                     JSON lines, one per utterance: {"id": ..., "text": ...}
     header    format, version, fingerprint, source, n_utterances, n_tokens, hours (0 if durations are not known)
 A corpus is a folder of numbered unit files, its shards. Processes that share a folder number their own, under a prefix.
@@ -77,17 +80,31 @@ class Fingerprint:
     n_units: int
     dedup: bool
     codebook_sha256: str  # empty: not recorded
+    text_lm: str = ""  # the text LM whose tokens stand beside the units, if any,
+    text_vocab: int = 0  # the number of these tokens,
+    text_sha256: str = ""  # and the sha256 of its tokenizer
 
     @classmethod
     def of(cls, values: dict) -> "Fingerprint":
         return cls(**values)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if self.text_lm or not k.startswith("text_")}
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of a model: PAD, EOS, units; with text also two markers and the text's (slam/interleave.py)."""
+        return vocab_size(self.n_units) + (2 + self.text_vocab if self.text_lm else 0)
+
+    def speech(self) -> "Fingerprint":
+        """Of the units alone, without the text."""
+        return replace(self, text_lm="", text_vocab=0, text_sha256="")
 
     def __str__(self) -> str:
+        book = self.codebook_sha256[:12] or "not recorded"
+        text = f", text of {self.text_lm} (tokenizer {self.text_sha256[:12]})" if self.text_lm else ""
         return (f"{self.encoder} layer {self.layer}, {self.unit_rate_hz:g} Hz, {self.n_units} units, "
-                f"{'dedup' if self.dedup else 'no dedup'}, codebook {self.codebook_sha256[:12] or 'not recorded'}")
+                f"{'dedup' if self.dedup else 'no dedup'}, codebook {book}{text}")
 
 
 def published_fingerprint(vocab: int) -> Fingerprint:
@@ -96,7 +113,9 @@ def published_fingerprint(vocab: int) -> Fingerprint:
 
 
 def same_units(a: Fingerprint, b: Fingerprint) -> bool:
-    """Whether two fingerprints are equal; a codebook that is not recorded is assumed to be the other's."""
+    """Whether two fingerprints are equal; a codebook or text that is not recorded is assumed to be the other's."""
+    if "" in (a.text_sha256, b.text_sha256):
+        a, b = a.speech(), b.speech()
     return a == b or "" in (a.codebook_sha256, b.codebook_sha256) and \
         replace(a, codebook_sha256="") == replace(b, codebook_sha256="")
 
@@ -111,23 +130,22 @@ def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
                          f"  make one of them again with the other's tokeniser (prepare_units.py)")
 
 
-def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str, tensor: str,
+def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str,
                   read: Callable[[Path], Fingerprint]) -> str | None:
-    """Name of a codebook or vocoder with this fingerprint: `embedded`, or the newest such file below a folder.
+    """Name of a codebook or vocoder with this fingerprint: `embedded`, or the newest such file below a folder, or None.
 
-    embedded: the embedded codebook's or vocoder's file. tensor: a tensor that only files of this kind have. read: gives
-    a file's fingerprint. None if there is no such file.
+    embedded: the embedded one's file. read: gives a file's fingerprint; SystemExit for other files.
     """
-    files = []
-    for path in Path(folder).rglob("*.safetensors"):
+    def modified(path: Path) -> float:
         with contextlib.suppress(OSError):  # a broken link, or gone meanwhile
-            files.append((path.stat().st_mtime, str(path), path))
-    for name, path in [("embedded", embedded), *(x[1:] for x in sorted(files, reverse=True))]:
-        with contextlib.suppress(SafetensorError, OSError, SystemExit):  # other stages' files, or damaged ones
-            with safe_open(path, "numpy") as f:
-                is_kind = tensor in f.keys()
-            if is_kind and read(path) == fingerprint:
-                return name
+            return path.stat().st_mtime
+        return 0.0
+
+    files = sorted(Path(folder).rglob("*.safetensors"), key=modified, reverse=True)
+    for path in [embedded, *files]:
+        with contextlib.suppress(SystemExit):
+            if read(path) == fingerprint.speech():
+                return "embedded" if path == embedded else str(path)
     return None
 
 
@@ -135,9 +153,8 @@ def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str, tensor:
 class UnitWriter(contextlib.AbstractContextManager):
     """Write a corpus as numbered shards: `with UnitWriter(folder, fingerprint) as w: w.add(id, units, durations)`.
 
-    A shard is written when it holds `shard_tokens` tokens (None: only by `flush`), and when the `with` block ends
-    without an error. To resume, open the folder again: `done` holds the ids of all written shards, and the caller adds
-    the others. SystemExit if the folder's units are another tokeniser's.
+    A shard is written when it holds `shard_tokens` tokens (None: only by `flush`), and at the end of the `with` block.
+    To resume, open the folder again and add what is not in `done`. SystemExit if its units are another tokeniser's.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Fingerprint, source: str = "", durations: bool = False,
@@ -152,18 +169,23 @@ class UnitWriter(contextlib.AbstractContextManager):
             self.done = set(there.ids())
         numbers = [int(p.stem[-5:]) for p in self.folder.glob(f"{prefix}{'[0-9]' * 5}.safetensors")]
         self.number = max(numbers, default=-1) + 1  # of the next shard
-        self.held: list[tuple[np.ndarray, np.ndarray, str]] = []  # its utterances: tokens, durations, record
+        self.held: list[tuple] = []  # its utterances: tokens, durations, record, text, words
         self.n_tokens = self.n_frames = 0
 
-    def add(self, id: str, units: np.ndarray, durations: np.ndarray | None, **record) -> None:
-        """Add an utterance: units and durations (frames), (T,) ints; `record`: more to keep of it, e.g. text="..."."""
+    def add(self, id: str, units: np.ndarray, durations: np.ndarray | None, text_tokens: np.ndarray = (),
+            words: np.ndarray = (), **record) -> None:
+        """Add an utterance: units and durations (frames), (T,) ints; `record`: more to keep of it, e.g. text="...".
+
+        text_tokens (n,), words (m, 2): as in the file; all utterances of a folder have them, or none.
+        """
         units = np.asarray(units)
         durations = np.zeros_like(units) if durations is None else np.asarray(durations)
         assert units.shape == durations.shape and len(units), f"{id}: {units.shape} units, {durations.shape} durations"
         assert units.min() >= 0 and units.max() < self.fingerprint.n_units, f"{id}: unit out of range"
         self.held.append((np.array(to_tokens(units), dtype="<u2"),
                           np.array([0, *np.minimum(durations, 65_535), 0], dtype="<u2"),  # at most 43 min of one unit
-                          json.dumps({"id": id} | record, ensure_ascii=False)))
+                          json.dumps({"id": id} | record, ensure_ascii=False),
+                          np.array(text_tokens, dtype="<u4"), np.array(words, dtype="<u4").reshape(-1, 2)))
         self.n_tokens += len(units) + 2
         self.n_frames += int(durations.sum())
         self.done.add(id)
@@ -174,12 +196,15 @@ class UnitWriter(contextlib.AbstractContextManager):
         """Write the utterances added since the last shard as a new one; hours: of speech, if durations do not tell."""
         if not self.held:
             return
-        tokens, durations, records = zip(*self.held)
+        tokens, durations, records, texts, words = zip(*self.held)
         tensors = {"tokens": np.concatenate(tokens),
                    "offsets": np.cumsum([0, *map(len, tokens)], dtype="<i8"),
                    "records": np.frombuffer("\n".join(records).encode("utf-8", "surrogateescape"), dtype=np.uint8)}
         if self.with_durations:
             tensors["durations"] = np.concatenate(durations)
+        if self.fingerprint.text_lm:
+            ends = np.cumsum([(len(text), len(word)) for text, word in zip(texts, words)], 0, dtype="<i8")
+            tensors |= {"text": np.concatenate(texts), "words": np.concatenate(words), "ends": ends}
         if hours is None:
             hours = self.n_frames / self.fingerprint.unit_rate_hz / 3600
         header = {"format": "slam-units", "version": VERSION, "fingerprint": self.fingerprint.to_dict(),
@@ -194,18 +219,13 @@ class UnitWriter(contextlib.AbstractContextManager):
             self.flush()
 
 
-def file_stat(path: Path) -> tuple[int, int]:
-    """Size and time of the last change of a file, by which a change is noticed."""
-    return path.stat().st_size, path.stat().st_mtime_ns
-
-
 class Shard:
     """One unit file, memory-mapped. SystemExit, naming the file, if it is not whole or not a unit file."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.stat = file_stat(path)
+            self.modified = path.stat().st_mtime_ns
             self.file = safe_open(path, "numpy")
             header = self.header = json.loads((self.file.metadata() or {}).get("slam", "{}"))
             if header.get("format") != "slam-units" or header.get("version") != VERSION:
@@ -216,6 +236,7 @@ class Shard:
             self.offsets = self.file.get_tensor("offsets")
             self.tokens = self.file.get_slice("tokens")  # an utterance is read when it is sliced
             self.durations = self.file.get_slice("durations") if "durations" in self.file.keys() else None
+            self.ends = self.file.get_tensor("ends") if self.fingerprint.text_lm else None
             if not self.offsets[-1] == header["n_tokens"] == self.tokens.get_shape()[0]:
                 raise ValueError("header, offsets and tokens disagree")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
@@ -282,7 +303,7 @@ class UnitReader:
     def check(self) -> None:
         """SystemExit, naming it, if a file has vanished or changed: reading its mapping could kill the process."""
         for shard in self.shards:
-            if not shard.path.exists() or file_stat(shard.path) != shard.stat:
+            if not shard.path.exists() or shard.path.stat().st_mtime_ns != shard.modified:
                 raise SystemExit(f"{shard.path}: {'changed' if shard.path.exists() else 'gone'} while in use")
 
     def _find(self, i: int) -> tuple[Shard, slice]:
@@ -300,6 +321,14 @@ class UnitReader:
     def durations(self, i: int) -> np.ndarray | None:
         shard, span = self._find(i)
         return None if shard.durations is None else shard.durations[span][1:-1].astype(np.int64)
+
+    def words(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Text tokens (n,) int64 and words (m, 2) int64 of an utterance; of unit files of slam/alignment.py."""
+        s = int(np.searchsorted(self.starts, i, side="right")) - 1
+        shard, j = self.shards[s], i - self.starts[s]
+        (text, word), (text_end, word_end) = shard.ends[j - 1] if j else (0, 0), shard.ends[j]
+        return (shard.file.get_slice("text")[text:text_end].astype(np.int64),
+                shard.file.get_slice("words")[word:word_end].astype(np.int64))
 
     def records(self) -> Iterator[dict]:
         for shard in self.shards:

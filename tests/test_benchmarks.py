@@ -156,13 +156,10 @@ def test_a_manifest_written_read_and_scored(slm21, runs, tmp_path):
     said = run("eval.py", "--benchmark=sblimp", f"--path={slm21}", f"--write_manifest={manifest}").stdout
     assert "18 pairs" in said
     assert read_manifest(str(manifest)).pairs == read_benchmark("sblimp", str(slm21)).pairs
-    wave = load_audio(slm21 / "syntactic" / "dev" / "syntactic_0_1.wav")
-    soundfile.write(slm21 / "syntactic" / "dev" / "syntactic_0_1.wav", wave[::2], 8000)
     model = tmp_path / "lm"
     shutil.copytree(runs / "lm", model)
     (model / "results.json").write_text('{"mine": {"value": 1}}')
-    said = run("eval.py", "--benchmark=sblimp", f"--path={slm21}", f"--checkpoint={model}").stdout
-    assert "files of different sample rates" in said and "1 of 8,000 Hz" in said
+    run("eval.py", "--benchmark=sblimp", f"--path={slm21}", f"--checkpoint={model}")
     results = json.loads((model / "results.json").read_text())
     first = results["sblimp"]
     assert results["mine"] == {"value": 1} and first["n"] == 18 and first["items"] == 6 and len(first["interval"]) == 2

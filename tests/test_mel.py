@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from slam.mel import cepstral_distance, log_mel, mel_cepstral_distance, mel_filters, png, spectrogram
-from slam.train_vocoder import SpectralLoss
+from slam.train_vocoder import spectral_loss
 
 
 def test_spectral_loss_and_distance(voice):
     wave = voice("The dog is sleeping.")
-    x, loss = torch.from_numpy(wave)[None], SpectralLoss()
+    x, loss = torch.from_numpy(wave)[None], spectral_loss
     assert loss(x, x) < 1e-6 and loss(-x, x) < 1e-6  # the phase does not matter
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     values = [loss(x + level * noise, x).item() for level in (0.001, 0.01, 0.1)]

@@ -52,14 +52,6 @@ def test_auto_bleu():
     text = "the cat saw the dog and the cat saw the bird ."
     grams = list(zip(text.split(), text.split()[1:]))
     assert auto_bleu(text, 2) == pytest.approx(sum(grams.count(g) > 1 for g in grams) / len(grams))
-    # GSLM's: elsewhere is where no word is shared.
-    assert auto_bleu("ha ha ha", overlapping=False) == 0 and auto_bleu("ha ha ha ha", overlapping=False) == 2 / 3
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        tokens = rng.choice(list("abc"), 12).tolist()
-        grams = list(zip(tokens, tokens[1:]))
-        expected = np.mean([any(g == h and abs(i - j) >= 2 for j, h in enumerate(grams)) for i, g in enumerate(grams)])
-        assert auto_bleu(" ".join(tokens), overlapping=False) == pytest.approx(expected)
     stories = "Once upon a time there was a girl. She liked to play. She saw a dog. The dog ran. She ran."
     assert auto_bleu(stories) == 0  # "girl." and "play." are words; only the last full stop is one of its own
 

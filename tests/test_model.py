@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import scipy.stats
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -16,8 +17,11 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+import model
 from model import KVCache, ModelConfig, UnitLM, from_config, sample, twisted
 from slam import embedded
+from slam.attention import compiled_decode
+from slam.device import with_linear_layers_in
 
 V = 60
 HF = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -196,7 +200,7 @@ def test_twist_layers_theta_and_context(base):
 
 
 def test_twist_refuses_what_it_cannot_do(base):
-    with pytest.raises(ValueError, match="first_rows, random or none"):
+    with pytest.raises(ValueError, match="first_rows, random, none"):
         UnitLM.twist(base[0], 20, init="zeros")
     with pytest.raises(ValueError, match="has 3 layers, not 4"):
         UnitLM.twist(base[0], 20, n_layers=4)
@@ -211,6 +215,25 @@ def test_twist_of_an_untied_base_is_tied(tmp_path):
     lm = UnitLM.twist(str(tmp_path), 20)
     assert not hasattr(lm, "lm_head") and lm.config.tie_word_embeddings
     assert torch.equal(lm.model.embed_tokens.weight, hf.model.embed_tokens.weight[:20])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_twist_that_keeps_the_text(tied, tmp_path):
+    """A text row is the old one; so a text has the base's logits, once the tokens before the text's are left out."""
+    hf = hf_model("llama", tied=tied)
+    hf.save_pretrained(tmp_path)
+    rows = hf.get_input_embeddings().weight.detach()
+    for init in ("keep_text", "keep_text_random"):
+        lm = UnitLM.twist(str(tmp_path), V + 24, init=init, rope_theta=None)
+        assert lm.config.first_text_token == 24 and hasattr(lm, "lm_head") != tied
+        new, tokens = lm.model.embed_tokens.weight[:24].detach(), random_tokens(2, 30)
+        assert (lm(tokens + 24)[0][..., 24:] - hf(tokens).logits).abs().max() < 1e-4
+        assert new.std().item() == pytest.approx(rows.std().item() if init == "keep_text" else 0.02, rel=0.2)
+    lm.save_pretrained(tmp_path / "mixed")
+    assert UnitLM.from_pretrained(str(tmp_path / "mixed")).config == lm.config
+    assert "first_text_token" not in UnitLM.twist(str(tmp_path), 20).hf_config()
+    with pytest.raises(ValueError, match="a vocabulary with its text, not 20 tokens"):
+        UnitLM.twist(str(tmp_path), 20, init="keep_text")
 
 
 # ---------------------------------------------------------------- bases of the paper's table 6
@@ -447,6 +470,43 @@ def test_generation_in_bf16(lm):
             logits[:, 0] = -torch.inf
             gap = logits.max(-1).values - logits.gather(1, torch.tensor(row)[:, None])[:, 0]
             assert len(row) == 12 and gap.max() < 0.1 * logits[:, 1:].std()
+
+
+def test_under_autocast_weights_are_cast_once_for_all_tokens(lm, monkeypatch):
+    """Not at every token; the tokens are the same. The head's, which is the embedding, is small and stays fp32."""
+    def draw(n: int) -> tuple[list[list[int]], int]:
+        casts = []
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+                if op is torch.ops.aten._to_copy.default and any(args[0] is p for p in lm.parameters()):
+                    casts.append(args[0])
+                return op(*args, **kwargs or {})
+
+        with torch.autocast("cpu", dtype=torch.bfloat16), Count():
+            return lm.generate(PROMPTS[:3], n, temperature=0, stop=()), len(casts)
+
+    (tokens, few), (_, many) = draw(12), draw(2)
+    assert few - many == 10
+    monkeypatch.setattr(model, "with_linear_layers_in", lambda dtype, lm: lm)
+    (expected, all_of_them), (_, fewer) = draw(12), draw(2)
+    assert tokens == expected and all_of_them - fewer > 100
+
+
+def test_compiled_generation_keeps_its_place_and_takes_new_weights():
+    """CUDA graphs read weights and cache where they were when they were captured."""
+    lm, static = our_model(), {}
+    found = []
+    with torch.inference_mode():
+        for _ in range(2):
+            lm.model.layers[0].mlp.up_proj.weight.mul_(2)
+            decode, cache = compiled_decode(static, with_linear_layers_in(torch.bfloat16, lm), 2, 128, torch.bfloat16)
+            weight = static["lm"].model.layers[0].mlp.up_proj.weight
+            assert torch.equal(weight, lm.model.layers[0].mlp.up_proj.weight.bfloat16())
+            found.append((decode, cache, weight.data_ptr()))
+        assert found[0] == found[1]
+        assert compiled_decode(static, lm, 2, 128, torch.float32)[1] is not cache
+    assert not any("static" in name for name in lm.state_dict())
 
 
 # ---------------------------------------------------------------- sampling

@@ -31,8 +31,6 @@ def test_evaluation(runs, stories, tmp_path):
         assert results["gen_ppl"]["n"] + results["gen_ppl"]["empty"] == 4
         said = [json.loads(x) for x in (runs / name / "generated.jsonl").read_text().splitlines()]
         assert [x["seed"] for x in said] == [0, 0, 1, 1] and all(len(x["units"]) == 40 for x in said)
-        judged = [json.loads(x) for x in (runs / name / "judge_prompts.jsonl").read_text().splitlines()]
-        assert all(f": {x['text'].strip()}\n" in j["prompt"] for x, j in zip(said, judged, strict=True))
         assert any(x["text"].startswith(" ") for x in said)  # as the judge reads it
         losses = [x for x in text_losses([x["text"] for x in said], "embedded:smollm2-135m") if x is not None]
         assert results["gen_ppl"]["value"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
@@ -50,7 +48,7 @@ def test_what_units_keep_of_speech(stories, capsys):
     assert found["files"] == 4 and found["words"] > 100 and found["clipped_share"] == 0
     assert found["resynthesis_word_error_rate"]["original_durations"] <= 0.04
     assert found["resynthesis_word_error_rate"]["predicted_durations"] <= 0.06
-    assert 0.5 < found["mel_cepstral_distance_db"] < 2.5 and found["times_real_time"] > 0
+    assert 0.5 < found["mel_cepstral_distance_db"] < 2.5
 
 
 def test_a_model_of_pieces(stories, voice, tmp_path):

@@ -133,16 +133,14 @@ def test_torchrun_shares_the_work(recordings, whole, tmp_path):
     verify([tmp_path / "u"])
 
 
-def test_archives_and_text(librispeech, tmp_path):  # noqa: F811
-    """A tar.gz as downloaded gives what its folder gives; what is said in it comes along."""
+def test_archives(librispeech, tmp_path):  # noqa: F811
+    """A tar.gz as downloaded gives what its folder gives."""
     archive = pack(librispeech / "LibriSpeech", tmp_path / "dev-clean.tar.gz")
-    cfg = Config(input=str(librispeech), out=f"{tmp_path}/a", text=True)
+    cfg = Config(input=str(librispeech), out=f"{tmp_path}/a")
     main(cfg)
     main(replace(cfg, input=str(archive), out=f"{tmp_path}/b"))
     assert said(tmp_path / "a") == said(tmp_path / "b")
-    records = list(UnitReader(tmp_path / "b").records())
-    assert records == list(UnitReader(tmp_path / "a").records()) and len(records) == 6
-    assert records[0] == {"id": "LibriSpeech/dev-clean/174/1/174-1-0000.flac", "text": "SAID BY 174 0"}
+    assert len(said(tmp_path / "b")) == 6
 
 
 def test_long_recordings_are_cut_at_silences(recordings, tmp_path, capsys):

@@ -14,7 +14,8 @@ SETTINGS = {"prepare_units.py": {"": "Config", "fit": "slam.kmeans.FitConfig", "
                                  "bpe": "BpeConfig"},
             "synth_stories.py": {"": "Config"}, "train.py": {"": "Config"}, "eval.py": {"": "Config"},
             "sample.py": {"": "Config"}, "dpo.py": {"": "Config", "pairs": "slam.align_pairs.PairsConfig"},
-            "-m slam.train_vocoder": {"": "Config"}, "dev/check_tokenizer.py": {"": "CheckConfig"},
+            "-m slam.train_vocoder": {"": "Config"}, "-m slam.alignment": {"": "Config"},
+            "dev/check_tokenizer.py": {"": "CheckConfig"},
             "dev/plot.py": {"": "PlotConfig"},
             "dev/bench.py": {"train": "BenchTrain", "dpo": "BenchDpo", "generate": "BenchGenerate", "eval": "BenchEval",
                              "memory": "BenchMemory", "units": "BenchUnits", "vocoder": "BenchVocoder"}}
@@ -77,14 +78,16 @@ def test_command(command):
 def test_every_config_file_is_a_whole_config():
     on_top = {"study": "slam", "gpu_24gb": "slam", "gpu_16gb": "slam", "gpu_12gb": "slam", "gpu_8gb": "slam"}
     training = ("slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories", "demo_train",
-                *on_top)
-    scripts = {"fit_embedded": ("prepare_units.py", "fit"), "align_pairs": ("dpo.py", "pairs"),
+                "slam_interleaved", "demo_interleaved", *on_top)
+    scripts = {"align_demo": ("-m slam.alignment", ""),
+               "fit_embedded": ("prepare_units.py", "fit"), "align_pairs": ("dpo.py", "pairs"),
                **dict.fromkeys(("units_embedded", "corpus_units", "units_mhubert25"), ("prepare_units.py", "")),
                **dict.fromkeys(("vocoder_embedded", "vocoder_gpu"), ("-m slam.train_vocoder", "")),
                **dict.fromkeys(training, ("train.py", "")),
                **dict.fromkeys(("slam_dpo", "slam_scaled_dpo", "demo_dpo"), ("dpo.py", "")),
                **dict.fromkeys(("demo_eval", "eval_slam"), ("eval.py", "")),
-               **dict.fromkeys(("study_stories", "demo_stories", "corpus_stories", "spoken_swag"),
+               **dict.fromkeys(("study_stories", "demo_stories", "corpus_stories", "spoken_swag",
+                               "mini_stories"),
                                ("synth_stories.py", ""))}
     assert set(scripts) == {p.stem for p in (ROOT / "config").glob("*.py")} - {"__init__"}
     for name, (script, command) in scripts.items():

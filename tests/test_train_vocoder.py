@@ -1,4 +1,4 @@
-"""slam.train_vocoder: its data, its discriminators, and a run from audio to a vocoder file."""
+"""slam.train_vocoder: its data, and a run from audio to a vocoder file."""
 import json
 import signal
 
@@ -11,15 +11,7 @@ from conftest import run, start
 import prepare_units
 from config import load_config
 from slam.audio import load_audio
-from slam.train_vocoder import (
-    Config,
-    adversarial_loss,
-    crops,
-    discriminator_loss,
-    discriminators,
-    load_corpus,
-    main,
-)
+from slam.train_vocoder import Config, crops, load_corpus, main
 from slam.units import UnitReader
 from slam.vocoder import Vocoder
 
@@ -64,25 +56,6 @@ def test_utterances_cut_out_of_a_recording(voice, tmp_path, capsys):
         load_corpus(cfg, reader)
 
 
-def test_discriminators_can_tell():
-    """Trained on noise against tones, they tell these apart."""
-    torch.manual_seed(0)
-    discs = discriminators(4)
-    real, ours = torch.sin(torch.arange(3000) * torch.rand(2, 1)), torch.randn(2, 3000)
-    optimizer = torch.optim.AdamW(discs.parameters(), 5e-3)
-    before = discriminator_loss(discs, real, ours).item()
-    for _ in range(12):
-        optimizer.zero_grad()
-        discriminator_loss(discs, real, ours).backward()
-        optimizer.step()
-    assert discriminator_loss(discs, real, ours).item() < 0.6 * before
-    ours.requires_grad_()
-    adversarial_loss(discs, real, ours).backward()
-    assert ours.grad.abs().sum() > 0
-    with torch.no_grad():
-        assert adversarial_loss(discs, real, ours) > adversarial_loss(discs, real, real)
-
-
 @pytest.fixture
 def signals():
     """A run within this process takes the signals; they are given back."""
@@ -100,8 +73,7 @@ def test_training_learns_resumes_and_saves(stories, tmp_path, signals, capsys):
     units = tmp_path / "units"
     run("prepare_units.py", f"--input={stories / 'audio'}", f"--out={units}", "--durations")
     flags = [f"--units={units}", f"--audio={stories / 'audio'}", "--width=32", "--blocks=1", "--batch=2",
-             "--val_every=3", "--log_every=4", "--adversarial", "--disc_width=2", "--adversarial_from=0.3",
-             "--ema=0.9", "--lr=1e-2", "--steps=24", "--save_every=8"]
+             "--val_every=3", "--log_every=4", "--ema=0.9", "--lr=1e-2", "--steps=24", "--save_every=8"]
 
     def train(out, *more) -> str:
         """Train within this process; what it printed."""
@@ -119,7 +91,6 @@ def test_training_learns_resumes_and_saves(stories, tmp_path, signals, capsys):
     train("whole")
     steps, saves = [x for x in log("whole") if "spectral" in x], [x for x in log("whole") if "val_clipped_share" in x]
     assert [x["step"] for x in steps] == [4, 8, 12, 16, 20, 24] and [x["step"] for x in saves] == [8, 16, 24]
-    assert "adversarial" not in steps[0] and {"adversarial", "discriminators"} <= steps[-1].keys()
     for metric in ("val_mel_cepstral_distance_db", "val_duration_loss"):
         assert saves[-1][metric] < saves[0][metric]
     samples, made = tmp_path / "whole" / "samples", tmp_path / "whole" / "vocoder.safetensors"
@@ -142,12 +113,11 @@ def test_training_learns_resumes_and_saves(stories, tmp_path, signals, capsys):
     assert "finished already" in train("whole", "--resume")
     refuses("width was 32", "whole", "--resume", "--width=64")
     refuses("expected 64 and 1", "x", "--width=64", f"--init={made}")
-    # A run of older code has another state; its vocoder still loads, and a new run starts from it.
+    # A vocoder without the run's state is not overwritten; a new run starts from it.
     old = tmp_path / "old"
     old.mkdir()
     made.rename(old / "vocoder.safetensors")
-    (old / "trainer.pt").write_bytes(b"of older code")
-    refuses(f"vocoder.safetensors and trainer.pt but no state/.*--init {old}/vocoder", "old", "--resume")
+    refuses(f"a vocoder.safetensors but no state/.*--init {old}/vocoder", "old", "--resume")
     train("new", f"--init={old}/vocoder.safetensors", "--steps=1")
     # Audio of other recordings is not taken for theirs.
     other = tmp_path / "other"

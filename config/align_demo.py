@@ -1,0 +1,6 @@
+"""Words in the demo's stories (which keep their audio), for speech and text in one model."""
+units = "out/demo/data/units/train"
+audio = "out/demo/data/audio"
+suffix = ".flac"
+out = "out/demo/words/train"
+text_lm = "embedded:smollm2-135m"
