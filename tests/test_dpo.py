@@ -193,6 +193,31 @@ def test_it_learns_and_resumes_bit_equal(start, pairs, tmp_path):
     assert "--resume" in refused("dpo.py", *dpo_flags(start, pairs, whole, **how))
 
 
+def test_two_processes_do_what_one_does(start, pairs, tmp_path):
+    """torchrun with two ranks: the same curve, and one reference for all; resumed by one process, and by two."""
+    folder, two, one, whole = (tmp_path / x for x in ("pairs", "two", "one", "whole"))
+    shutil.copytree(pairs, folder, ignore=shutil.ignore_patterns("*.npy"))
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dpo.py"
+    how = dict(schedule="constant", warmup=0.0, log_every=2, eval_every=4)
+    done = run(*torchrun, *dpo_flags(start, folder, two, **how, steps=4))
+    assert done.stdout.count("step 00004 | loss") == done.stdout.count("on 2 x cpu") == 1  # one speaks for both
+    kept = {p: p.stat().st_mtime_ns for p in folder.glob("*.npy")}
+    shutil.copytree(two, one)
+    run(*torchrun, *dpo_flags(start, folder, two, **how, steps=8), "--resume")
+    run("dpo.py", *dpo_flags(start, folder, one, **how, steps=8), "--resume")
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("*.npy")} == kept and len(kept) == 2
+    run("dpo.py", *dpo_flags(start, pairs, whole, **how))
+    for ours in kept:  # the reference by two ranks, and by one
+        np.testing.assert_allclose(np.load(ours), np.load(pairs / ours.name), rtol=1e-5, atol=1e-4)
+    curves = [[{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in (out / "log.jsonl").open()]
+              for out in (two, one, whole)]
+    assert [r["step"] for r in curves[2]] == [0, 2, 4, 4, 6, 8, 8]
+    for curve in curves[:2]:
+        assert [r.keys() for r in curve] == [r.keys() for r in curves[2]]
+        for ours, expected in zip(curve, curves[2]):
+            assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
 def test_the_reference_is_computed_once(start, pairs, tmp_path):
     """It is kept beside the pairs, for this checkpoint and these pairs."""
     folder = tmp_path / "pairs"
