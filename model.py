@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slam.attention import KVCache, Segments, packed_mask
+from slam.attention import KVCache, Segments, VarLen, attend, packed_mask
 from slam.checkpoint import load_weights, read_folder, write_folder
 
 HUB_TYPES = ("opt", "gpt_neox")  # model types that run in transformers' code
@@ -80,8 +80,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        autocast = torch.is_autocast_enabled(x.device.type)  # one cast here serves all linear layers that read it
-        return y.to(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+        return y.to(matmul_dtype(x))  # one cast here serves all linear layers that read it
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Type in which x is multiplied: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -110,7 +115,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Segments | None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Segments | VarLen | Tensor | None,
                 cache: KVCache | None, positions: Tensor) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -118,17 +123,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
-        groups = q.shape[1] // k.shape[1]  # query heads that share a key and value head
-        if T == 1 and cache is not None:  # grouped heads share keys: as queries of one head, keys need no copies
-            q, groups = q.view(B, k.shape[1], groups, self.head_dim), 1
-        elif q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
-            # CUDA's fused kernels do not share heads in these cases
-            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-        if isinstance(mask, Segments):
-            y = mask.attend(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
-            y = y.reshape(B, -1, T, self.head_dim)
+        y = attend(q, k, v, mask)  # (B, heads, T, head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -196,26 +191,27 @@ class UnitLM(nn.Module):
         self.activation_checkpointing = on
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
-                cache: KVCache | None = None, last: Tensor | None = None,
-                reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
+                mask: Segments | VarLen | Tensor | None = None, cache: KVCache | None = None,
+                last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocab) and, with targets, the cross-entropy in nats (fp32).
 
         tokens, targets: (B, T) int64; targets of -100 are ignored. reduction: mean, sum or none (-> (B, T)).
         positions: (B, T) int64, counted from 0 in each utterance of a packed row, which attends to itself alone
             (slam/attention.py; also several continuations of a shared prefix). None: each row is one utterance.
+        mask: `packed_mask` of the positions, made beforehand; compiled code on a GPU is fast only with it.
         cache: keys and values of earlier tokens; `positions` are then the new tokens' places, after those.
         last: (B,) int64, the one place of each row whose logits are wanted -> (B, 1, vocab).
         """
         B, T = tokens.shape
-        mask = None
-        if positions is None:
-            positions = torch.arange(T, device=tokens.device).expand(B, T)
-        elif cache is None:  # a CPU skips what the mask would hide
-            mask = packed_mask(positions)
-        if cache is not None:
-            mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)
+        if positions is None:  # plain causal attention
+            assert cache is None or cache.length == T
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        elif cache is not None:
+            mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
+        elif mask is None:
+            mask = packed_mask(positions, tokens.device, matmul_dtype(x))
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         for block in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, cache, positions, use_reentrant=False)
@@ -253,8 +249,7 @@ class UnitLM(nn.Module):
         tokens = torch.tensor([p + p[-1:] * (width - len(p)) for p in prompts], device=device)
         position = torch.tensor([len(p) - 1 for p in prompts], device=device)  # of each row's newest token
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device).scatter_(1, tokens, True)
-        kind, capacity = device.type, width + max_new_tokens
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.norm.weight.dtype
+        capacity, dtype = width + max_new_tokens, matmul_dtype(self.model.norm.weight)
         if compile:
             capacity = -(-capacity // 128) * 128  # prompts of similar lengths share a compiled step and its cache
             decode, cache = self._compiled(B, capacity, dtype)

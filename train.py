@@ -34,7 +34,7 @@ from slam.device import (
     sum_gradients,
 )
 from slam.optim import make_optimizer, schedule, update
-from slam.packing import Loader, Rows
+from slam.packing import Loader, Rows, on_device
 from slam.run import Run, plot, run_problems
 from slam.scoring import validation_loss
 from slam.units import UnitReader, require_same, vocab_size
@@ -118,9 +118,8 @@ def accumulate(forward, micro_batches: list[tuple], n_targets: int, device: torc
     """
     total = torch.zeros((), device=device)
     for micro_batch in micro_batches:
-        tokens, targets, positions = (x.to(device, non_blocking=True) for x in micro_batch)
         with autocast(device, dtype):
-            loss = forward(tokens, targets, positions, reduction="sum")[1] / n_targets
+            loss = forward(*on_device(micro_batch, device, dtype), reduction="sum")[1] / n_targets
         loss.backward()
         total += loss.detach()
     return total

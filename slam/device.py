@@ -71,12 +71,18 @@ def fast_bfloat16(cpu: dict) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def autocast(device: torch.device, dtype: str):
-    """Context of mixed precision: bfloat16 matrix products over fp32 weights, or nothing for the other dtypes."""
+def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
+    """Of matrix products, for a Config's `dtype`; auto: bfloat16 where the hardware multiplies it fast."""
     if dtype == "auto":
         fast = device.type == "cuda" or fast_bfloat16(torch.cpu.get_capabilities())
         dtype = "bfloat16" if fast else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    return torch.float32 if dtype == "float32" else torch.bfloat16
+
+
+def autocast(device: torch.device, dtype: str):
+    """Context of mixed precision: bfloat16 matrix products over fp32 weights. Nothing if both have the same type."""
+    mixed = dtype != "pure_bfloat16" and compute_dtype(device, dtype) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
 
 
 def compiled(lm: torch.nn.Module, wanted: bool | None) -> Callable:

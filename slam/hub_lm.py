@@ -50,8 +50,11 @@ class HubLM(nn.Module):
         write_folder(folder, self.hf_config(), self.state_dict(), slam, trainer)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
-                last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, vocab) and, with targets, the cross-entropy, as `UnitLM.forward`; there is no cache."""
+                mask=None, last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
+        """Logits (B, T, vocab) and, with targets, the cross-entropy, as `UnitLM.forward`; there is no cache.
+
+        The mask is always a tensor, which transformers' models take; another one handed in is not looked at.
+        """
         mask = None if positions is None else attention_mask(positions)
         logits = self.lm(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
         if last is not None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slam.attention import Segments, VarLen, packed_mask
+from slam.device import compute_dtype, put
 from slam.units import IGNORE, PAD, UnitReader
 
 
@@ -65,8 +67,9 @@ class Packed:
 def collate(reader: UnitReader, rows: list[np.ndarray], context: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fill rows of chunks with tokens -> tokens, targets, positions (B, context) int64.
 
-    Positions restart with every chunk, which sees itself alone. Padding has position 0 and the target IGNORE.
-    Chunks of `1 7 8 1` and `1 9 1` in a row of 6: tokens 1 7 8 1 9 0, targets 7 8 1 9 1 -100, positions 0 1 2 0 1 0.
+    Positions restart with every chunk, which sees itself alone, and with the padding, whose targets are IGNORE.
+    Chunks of `1 7 8 1` and `1 9 1` in a row of 7: tokens 1 7 8 1 9 0 0, targets 7 8 1 9 1 -100 -100, positions
+    0 1 2 0 1 0 1.
     """
     tokens = np.full((len(rows), context), PAD, dtype=np.int64)
     targets = np.full((len(rows), context), IGNORE, dtype=np.int64)
@@ -77,6 +80,7 @@ def collate(reader: UnitReader, rows: list[np.ndarray], context: int) -> tuple[T
             x, span = reader.tokens(utterance)[start:start + length + 1], slice(at, at + length)
             tokens[b, span], targets[b, span], positions[b, span] = x[:-1], x[1:], np.arange(length)
             at += length
+        positions[b, at:] = np.arange(context - at)
     return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(positions)
 
 
@@ -84,6 +88,16 @@ def batch(reader: UnitReader, rows: list[np.ndarray], context: int, device: torc
     """`collate` into pinned memory if the device is a GPU, so that the copy to it need not be waited for."""
     tensors = collate(reader, rows, context)
     return tuple(x.pin_memory() for x in tensors) if device.type == "cuda" else tensors
+
+
+def on_device(rows: tuple[Tensor, ...], device: torch.device,
+              dtype: str) -> tuple[Tensor, Tensor, Tensor, Segments | VarLen | Tensor]:
+    """Tokens, targets and positions (B, T) of the CPU -> these and their mask on the device, without waiting for it.
+
+    They are the first arguments of `UnitLM.forward`. dtype: a Config's.
+    """
+    tokens, targets, positions = (put(x, device) for x in rows)
+    return tokens, targets, positions, packed_mask(rows[2], device, compute_dtype(device, dtype))
 
 
 # ---------------------------------------------------------------- the order of a training run

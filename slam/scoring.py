@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slam.device import autocast, over_ranks, put
-from slam.packing import Packed, batch, cut
+from slam.packing import Packed, batch, cut, on_device
 from slam.units import IGNORE, UnitReader
 
 
@@ -23,11 +23,10 @@ def validation_loss(lm: torch.nn.Module, reader: UnitReader, context: int, micro
     reader.check()
     rows, total, n = list(Packed(cut(reader.lengths, context), context, None))[rank::world], 0.0, 0
     for at in range(0, len(rows), micro_batch):
-        tokens, targets, positions = batch(reader, rows[at:at + micro_batch], context, lm.device)
-        n += int((targets != IGNORE).sum())
+        part = batch(reader, rows[at:at + micro_batch], context, lm.device)
+        n += int((part[1] != IGNORE).sum())
         with autocast(lm.device, dtype):
-            total += lm(*(x.to(lm.device, non_blocking=True) for x in (tokens, targets, positions)),
-                        reduction="sum")[1].item()
+            total += lm(*on_device(part, lm.device, dtype), reduction="sum")[1].item()
     total, n = over_ranks([total, n])
     return total / n, int(n)
 
@@ -91,9 +90,10 @@ def row_logps(forward: Callable, rows: list[list[PrefixPair]], width: int, devic
             ours[3] += 3 * n  # where in the result the target's log-probability is added
             values[:, b, at:at + pair.n_inputs] = ours
             at, n = at + pair.n_inputs, n + 1
-    inputs, targets, positions, places = put(values, device)
+        values[2, b, at:] = torch.arange(width - at)  # of the padding, which is a segment
+    places = put(values[3], device)
     with autocast(device, dtype):
-        loss = forward(inputs, targets, positions, reduction="none")[1]
+        loss = forward(*on_device(values[:3], device, dtype), reduction="none")[1]
     return -loss.new_zeros(3 * n).index_add(0, places.flatten(), loss.flatten()).view(n, 3)
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from test_model import our_model, random_tokens
 
-from slam.attention import attention_mask, segment_attention, segments
+from slam.attention import Segments, attention_mask, segment_attention
 
 
 def mask_of(layout: list[tuple[int, int, int]], width: int) -> torch.Tensor:
@@ -24,7 +24,7 @@ def mask_of(layout: list[tuple[int, int, int]], width: int) -> torch.Tensor:
 def test_examples_of_the_docstrings():
     assert attention_mask(torch.tensor([[0, 1, 2, 1, 0]])).int().tolist() == [[[
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [0, 0, 0, 0, 1]]]]
-    assert segments(torch.tensor([[0, 1, 0], [0, 1, 1]])) == [(2, 0, 0), (1, 1, 0), (2, 2, 0), (1, 2, 1)]
+    assert Segments.of(torch.tensor([[0, 1, 0], [0, 1, 1]])).spans == [(2, 0, 0), (1, 1, 0), (2, 2, 0), (1, 2, 1)]
     assert mask_of([(2, 0, 0), (1, 0, 1)], 3).int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]
 
 
@@ -35,7 +35,7 @@ BRANCHES = [[0, 1, 2, 3, 2, 3, 4, 3], [0, 1, 2, 1, 2, 3, 3, 0], [0, 1, 2, 3, 4, 
 @pytest.mark.parametrize("positions", [PACKED, BRANCHES], ids=["packed", "branches"])
 def test_mask_and_segments_say_the_same(positions):
     positions = torch.tensor(positions)
-    mask, layout = attention_mask(positions), segments(positions)
+    mask, layout = attention_mask(positions), Segments.of(positions).spans
     assert torch.equal(mask[:, 0], mask_of(layout, 8))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, heads, 8, 4, generator=generator) for heads in (4, 2, 2))
@@ -53,5 +53,5 @@ def test_several_continuations_of_a_shared_prefix():
     expected = torch.cat([lm(wholes[0])[0], *(lm(x)[0][:, 5:] for x in wholes[1:]), lm(other)[0]], 1)
     torch.testing.assert_close(lm(tokens, positions=positions)[0], expected, rtol=1e-5, atol=1e-5)
     both = torch.cat([positions, torch.arange(positions.shape[1])[None]])  # a second row is one utterance
-    assert segments(both) == [(11, 0, 0), (1, 0, 5), (4, 0, 5), (7, 3, 0), (23, 4, 0)]
-    assert torch.equal(attention_mask(both)[:, 0], mask_of(segments(both), 23))
+    assert Segments.of(both).spans == [(11, 0, 0), (1, 0, 5), (4, 0, 5), (7, 3, 0), (23, 4, 0)]
+    assert torch.equal(attention_mask(both)[:, 0], mask_of(Segments.of(both).spans, 23))
