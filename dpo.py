@@ -3,8 +3,7 @@
 In:  a checkpoint of train.py and pair files (synth_stories.py, or `pairs` below).
 Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json
 
-    python dpo.py                                    # the paper's recipe, on the newest pre-trained run under out/
-    python dpo.py config/slam_dpo.py                 # the same by name: half an hour on a 24 GB GPU, 9 GB of disk
+    python dpo.py                                    # the paper's half hour, on the newest pre-trained run under out/
     python dpo.py config/demo_dpo.py                 # a minute on two CPU cores
     torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
     python dpo.py pairs config/align_pairs.py        # make pairs of the model's own continuations
@@ -26,7 +25,7 @@ from torch import Tensor
 from config import load_config
 from model import UnitLM
 from slam import checkpoint as folders
-from slam.device import compiled, join_ranks, leave_ranks, over_ranks, pick_device, put, sum_gradients
+from slam.device import compiled, join_ranks, over_ranks, pick_device, put, sum_gradients
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Epochs
 from slam.run import Run, run_problems
@@ -319,7 +318,7 @@ def main(cfg: Config) -> None:
         run.finish(lm, optimizer, fingerprint, run.gather(statistics, norm))  # after a signal, the process ends here
         evaluate(run, lm, val, cfg, fingerprint, world)
     print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")
-    leave_ranks()
+    run.close()
 
 
 if __name__ == "__main__":

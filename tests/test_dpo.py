@@ -193,6 +193,7 @@ def test_it_learns_and_resumes_bit_equal(start, pairs, tmp_path):
     assert "--resume" in refused("dpo.py", *dpo_flags(start, pairs, whole, **how))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
 def test_two_processes_do_what_one_does(start, pairs, tmp_path):
     """torchrun with two ranks: the same curve, and one reference for all; resumed by one process, and by two."""
     folder, two, one, whole = (tmp_path / x for x in ("pairs", "two", "one", "whole"))

@@ -1,0 +1,122 @@
+"""dev/gpu_check.py: every case runs, with two small layers on a CPU; what fails or hangs costs its own line alone."""
+import json
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dev import gpu_cases, gpu_check
+from dev.gpu_check import A5000, DRY, Case, Size, make_data, measure, plan, predicted, report, rounded, run_cases
+from model import ModelConfig, UnitLM
+from slam.attention import attention_mask
+from slam.units import UnitReader, read_pairs
+
+# Of several cases of one function, these; the others differ in a number.
+CHOSEN = ["training peer=True", "training micro_batch=32 dtype=pure_bfloat16", "optimizer_step kind=muon torchs=True",
+          "dpo_steps micro_batch=4", "scoring dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def size(tmp_path_factory):
+    size = Size(**vars(DRY) | {"work": str(tmp_path_factory.mktemp("gpu"))})
+    make_data(size)
+    return size
+
+
+@pytest.fixture
+def as_before():
+    """Cases change what belongs to the process; a worker has it for itself."""
+    handlers = [(x, signal.getsignal(x)) for x in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def test_every_case_runs(size, as_before, tmp_path):
+    several = {c.run for c in plan() if sum(c.run is x.run for x in plan()) > 1}
+    chosen = [c for c in plan() if c.run not in several or c.name in CHOSEN]
+    assert {c.run for c in chosen} == {c.run for c in plan()}
+    lines = []
+    for case in chosen:
+        found = {"not_run": "x"} if case.missing() else measure(case, size)
+        assert found.get("ok", True), (case.name, found)
+        lines.append(json.loads(json.dumps({"group": case.group, "case": case.name, "device": "cpu"} | rounded(found))))
+    by_name = {x["case"]: x for x in lines}
+    for name in CHOSEN[:2]:
+        assert by_name[name]["tokens_per_s"] > 0 and len(by_name[name]["kernels"]) == 15
+    assert by_name["one_graph"]["graphs"] == 3
+    text = report(lines)
+    assert re.search(r"\| peer=True \| [\d,]+ \|.*\| [\d,]+ \|\n", text) and "16,500" in text
+    assert all(f"- {case.name}: " in text for case in chosen) and "| micro_batch=64 | not run yet |" in text
+
+
+def test_the_plan_is_slams_shape_and_fits_its_time():
+    lm = UnitLM(ModelConfig(**Size().shape | {"num_hidden_layers": 1}))
+    assert lm.config.num_hidden_layers == 1 and ModelConfig(**Size().shape).num_hidden_layers == 24
+    block = sum(p.numel() for p in lm.model.layers[0].parameters())
+    assert lm.n_params() + 23 * block == 358_347_904  # the paper's table 6
+    assert list(dict.fromkeys(c.group for c in plan())) == list(gpu_check.SECONDS)
+    assert sum(gpu_check.SECONDS[x] for x in ("env", "correct", "first")) <= 360
+    assert gpu_check.SECONDS["mfu"] <= 570 and gpu_check.SECONDS["stages"] <= 480
+
+
+def test_made_up_data_has_structure(size):
+    reader, (_, pairs) = UnitReader(f"{size.work}/train"), read_pairs(f"{size.work}/pairs_train.jsonl")
+    follows = {}
+    for i in range(len(reader)):
+        for a, b in zip(reader.units(i), reader.units(i)[1:]):
+            follows.setdefault(a, set()).add(b)
+    assert len(reader) == DRY.utterances and max(map(len, follows.values())) <= 8
+    assert pairs and all(sorted(p["chosen"]) == sorted(p["rejected"]) for p in pairs)
+
+
+def good(size, x):
+    return {"x": x}
+
+
+def bad(size):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def hanging(size):
+    time.sleep(1000)
+
+
+def test_what_fails_or_hangs_costs_its_line(tmp_path):
+    """A new process goes on with the next case; none is begun when its group's time is over."""
+    cases = [Case("a", good, 60, {"x": 1}), Case("a", bad, 60), Case("a", good, 60, {"x": 2}), Case("a", hanging, 1),
+             Case("a", good, 60, {}, ("no_such_module",)), Case("b", good, 60, {"x": 3})]
+    run_cases(cases, DRY, tmp_path / "out.jsonl", {"a": 900, "b": 0})
+    lines = [json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [x["case"] for x in lines] == ["good x=1", "bad", "good x=2", "hanging", "good", "good x=3"]
+    assert lines[0]["x"] == 1 and lines[2]["x"] == 2 and "seconds" in lines[0]
+    assert lines[1]["error"] == "exit code 1: torch.OutOfMemoryError: CUDA out of memory"
+    assert lines[3]["error"] == "no end within 1 s"
+    assert lines[4]["not_run"] == "needs no_such_module" and "time was over" in lines[5]["not_run"]
+
+
+def test_the_prediction_by_hand():
+    here = {"matmul_tflops": 4 * A5000["matmul_tflops"], "copy_gb_per_s": 6 * A5000["copy_gb_per_s"]}
+    assert predicted({"tokens_per_s": 90_000, "matrix_share": 0.75}, here) == pytest.approx(90_000 / (3 + 1.5))
+    assert predicted({"tokens_per_s": 9.0, "matrix_share": 0.2}, A5000) == pytest.approx(9.0)
+
+
+def test_flex_attention_sees_what_the_mask_shows():
+    """Forward only: its backward pass needs a GPU."""
+    positions = torch.tensor([[*range(90), *range(38)], [*range(3), *range(125)]])
+    q, k, v = (torch.randn(2, h, 128, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+    with torch.no_grad():
+        ours = gpu_cases.flex_attend(q, k, v, gpu_cases.flex_mask(positions, q.device, q.dtype))
+    expected = F.scaled_dot_product_attention(q, k, v, attention_mask(positions), enable_gqa=True)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_errors_would_show_a_wrong_mask(size, monkeypatch):
+    monkeypatch.setattr(gpu_cases.attention, "packed_mask", lambda *args: None)  # plain causal attention
+    found = gpu_cases.attention_errors(size)
+    assert not found["ok"] and found["one segment"] < 1e-2 < min(found["mixed"], found["pairs"])
+    assert not gpu_cases.judged({"x": float("nan")}, 1)["ok"] and np.isfinite(found["mixed"])
