@@ -25,7 +25,7 @@ from torch import Tensor
 from config import load_config
 from model import UnitLM
 from slam import checkpoint as folders
-from slam.device import compiled, join_ranks, over_ranks, pick_device, put, sum_gradients
+from slam.device import compiled, explain_out_of_memory, join_ranks, over_ranks, pick_device, put, sum_gradients
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Epochs
 from slam.run import Run, run_problems
@@ -241,6 +241,7 @@ def complete(cfg: Config) -> Config:
     return full
 
 
+@explain_out_of_memory
 def main(cfg: Config) -> None:
     # ------------------------------------------------------------ hardware and settings
     ranks = rank, world = join_ranks()

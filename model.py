@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slam.attention import KVCache, Segments, VarLen, attend, packed_mask
 from slam.checkpoint import load_weights, read_folder, write_folder
+from slam.device import copy_weights, matmul_dtype, with_linear_layers_in
 
 HUB_TYPES = ("opt", "gpt_neox")  # model types that run in transformers' code
 VOCABULARY = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")  # a row for each token
@@ -81,12 +82,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         return y.to(matmul_dtype(x))  # one cast here serves all linear layers that read it
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Type in which x is multiplied: autocast's, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -250,13 +245,14 @@ class UnitLM(nn.Module):
         position = torch.tensor([len(p) - 1 for p in prompts], device=device)  # of each row's newest token
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device).scatter_(1, tokens, True)
         capacity, dtype = width + max_new_tokens, matmul_dtype(self.model.norm.weight)
+        lm = with_linear_layers_in(dtype, self)
         if compile:
             capacity = -(-capacity // 128) * 128  # prompts of similar lengths share a compiled step and its cache
-            decode, cache = self._compiled(B, capacity, dtype)
+            decode, cache = self._compiled(lm, B, capacity, dtype)
         else:
-            decode, cache = self._decode, KVCache(self.config, B, capacity, device, dtype)
+            decode, cache = lm._decode, KVCache(self.config, B, capacity, device, dtype)
         cache.length = width
-        logits = self(tokens, cache=cache, last=position)[0][:, 0]
+        logits = lm(tokens, cache=cache, last=position)[0][:, 0]
         cache.length = capacity if compile else width
 
         # Token by token. Rows that have ended run on, unread, until they are dropped.
@@ -285,17 +281,18 @@ class UnitLM(nn.Module):
         """A token of each row (B,) at its position (B,) -> logits of the next (B, vocab)."""
         return self(token[:, None], positions=position[:, None], cache=cache)[0][:, 0]
 
-    def _compiled(self, batch: int, capacity: int, dtype: torch.dtype) -> tuple[Callable, KVCache]:
-        """`_decode`, compiled, and a cache at a fixed address, as CUDA graphs need; both are kept for later calls."""
-        key = batch, capacity, self.device, dtype
-        if not hasattr(self, "static"):
+    def _compiled(self, lm: "UnitLM", batch: int, capacity: int, dtype: torch.dtype) -> tuple[Callable, KVCache]:
+        """`lm._decode`, compiled, and a cache; at fixed addresses, as CUDA graphs need, so kept for later calls."""
+        place, size, static = (self.device, dtype), (batch, capacity), self.__dict__.setdefault("static", {})
+        if static.get("place") != place:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # the former: CUDA graphs
-            self.compiled_decode, self.static = torch.compile(self._decode, dynamic=False, mode=mode), (None, None)
-        if self.static[0] != key:
-            self.static = key, KVCache(self.config, *key)
-            for x in (*self.static[1].k, *self.static[1].v):
+            static |= {"place": place, "lm": lm, "decode": torch.compile(lm._decode, dynamic=False, mode=mode)}
+        if static.get("cache_of") != (place, size):
+            static |= {"cache_of": (place, size), "cache": KVCache(self.config, *size, *place)}
+            for x in (*static["cache"].k, *static["cache"].v):
                 torch._dynamo.mark_static_address(x)
-        return self.compiled_decode, self.static[1]
+        copy_weights(lm, static["lm"])
+        return static["decode"], static["cache"]
 
     @classmethod
     def from_pretrained(cls, name: str) -> "UnitLM":

@@ -24,6 +24,7 @@ from model import ModelConfig, UnitLM
 from slam.device import (
     autocast,
     compiled,
+    explain_out_of_memory,
     flops_per_token,
     join_ranks,
     leave_ranks,
@@ -58,7 +59,7 @@ class Config:
     steps: int | None = None  # length of the run, by whichever of these is set: optimiser steps,
     tokens: float | None = None  # target tokens,
     time_budget_hours: float | None = None  # or hours of training (compiling, saving and evaluating not counted)
-    optimizer: Literal["adamw", "ademamix", "adalomo", "muon"] = "adamw"  # slam/optim.py says what they are
+    optimizer: Literal["adamw", "ademamix", "muon"] = "adamw"  # slam/optim.py says what they are
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 5e-5  # floor of the cosine and wsd schedules
     schedule: Literal["cosine", "inverse_sqrt", "wsd", "constant"] = "cosine"  # of the learning rate
@@ -141,6 +142,7 @@ def evaluate(lm: UnitLM, val: UnitReader, cfg: Config, run: Run, world: int) -> 
     run.results({"val_loss" if run.step else "val_loss_before_training": {"value": loss, "n": n, "step": run.step}})
 
 
+@explain_out_of_memory
 def main(cfg: Config) -> None:
     # ------------------------------------------------ hardware
     (rank, world), device = join_ranks(), pick_device()
@@ -177,7 +179,7 @@ def main(cfg: Config) -> None:
 
     # ------------------------------------------------ before the first step
     run.open()
-    flops, peak = flops_per_token(lm, cfg.context), peak_flops(device)
+    needed, palm, peak = flops_per_token(lm, rows.keys()), flops_per_token(lm, cfg.context), peak_flops(device)
     if not rank:
         start = "from scratch" if cfg.shape else f"{cfg.base}, init {cfg.init}"
         print(f"{lm.n_params() / 1e6:.1f}M parameters ({start}), {len(reader):,} utterances, {reader.n_tokens:,} tokens"
@@ -212,8 +214,8 @@ def main(cfg: Config) -> None:
             if device.type == "cuda":
                 record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             if peak:  # known GPUs
-                record["mfu"] = rate * flops / peak / world
-                line += f" | mfu {100 * record['mfu']:.1f}%"
+                record["mfu_needed"], record["mfu"] = (rate * flops / peak / world for flops in (needed, palm))
+                line += f" | mfu {100 * record['mfu_needed']:.1f}% (PaLM's formula: {100 * record['mfu']:.1f}%)"
             run.log(f"{line} | {run.clock()}", **record)
             losses, logged_at = [], (run.seconds, run.tokens)
         if run.step % cfg.save_every == 0 and run.progress() < 1:

@@ -255,16 +255,27 @@ def generation(size: Size) -> dict:
     return {"ok": all(x == 1 for k, x in shares.items() if k != "bfloat16")} | shares
 
 
+def make(lm: torch.nn.Module, kind: str):
+    """`make_optimizer`; for "torch's muon" with torch's, matrix by matrix, in the place of ours."""
+    optimizer = make_optimizer(lm, bench.TrainConfig(optimizer=kind.split()[-1], weight_decay=0.1))
+    if kind == "torch's muon":
+        group, = optimizer.optimizers[0].param_groups
+        theirs = torch.optim.Muon(group["params"], group["lr"], group["weight_decay"], group["momentum"],
+                                  adjust_lr_fn="match_rms_adamw")
+        optimizer.optimizers = (theirs, *optimizer.optimizers[1:])
+    return optimizer
+
+
 def optimizers(size: Size) -> dict:
     """Three steps of each optimiser against the CPU's, with the same gradients: largest difference / learning rate."""
     errors, device = {}, pick_device()
     start = UnitLM(ModelConfig(**size.shape | {"num_hidden_layers": 2}))
     grads = [[torch.randn_like(p) for p in start.parameters()] for _ in range(3)]
-    for kind in ("adamw", "ademamix", "muon"):
+    for kind in ("adamw", "ademamix", "muon", "torch's muon"):
         ends = []
-        for where in ("cpu", device):
+        for where, which in (("cpu", kind.split()[-1]), (device, kind)):
             lm = copy.deepcopy(start).to(where)
-            optimizer = make_optimizer(lm, bench.TrainConfig(optimizer=kind, weight_decay=0.1))
+            optimizer = make(lm, which)
             for step in grads:
                 for p, g in zip(lm.parameters(), step):
                     p.grad = g.to(where, copy=True)
@@ -357,14 +368,10 @@ def training(size: Size, way: str = "auto", micro_batch: int = 8, dtype: str = "
     return found | {name: rate * flops_per_token(lm, n) / peak for name, n in keys.items() if peak}
 
 
-def optimizer_step(size: Size, kind: str, torchs: bool = False) -> dict:
-    """Milliseconds of a step and its clipping; torchs: torch's Muon, matrix by matrix, in the place of ours."""
+def optimizer_step(size: Size, kind: str) -> dict:
+    """Milliseconds of a step and its clipping."""
     lm = UnitLM(ModelConfig(**size.shape)).to(pick_device())
-    optimizer = make_optimizer(lm, bench.TrainConfig(optimizer=kind))
-    if torchs:
-        group, = optimizer.optimizers[0].param_groups
-        muon = torch.optim.Muon(group["params"], lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        optimizer.optimizers = (muon, *optimizer.optimizers[1:])
+    optimizer = make(lm, kind)
     grads = [torch.randn_like(p) for p in lm.parameters()]
 
     def step() -> None:

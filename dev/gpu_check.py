@@ -169,7 +169,7 @@ def plan() -> list[Case]:
         mfu(90, way="auto"), mfu(micro_batch=32), mfu(micro_batch=64),
         Case("mfu", cases.optimizer_step, 30, {"kind": "adamw"}),
         Case("mfu", cases.optimizer_step, 30, {"kind": "muon"}),
-        Case("mfu", cases.optimizer_step, 30, {"kind": "muon", "torchs": True}),
+        Case("mfu", cases.optimizer_step, 30, {"kind": "torch's muon"}),
         mfu(peer=True), mfu(micro_batch=32, dtype="pure_bfloat16"), mfu(90, micro_batch=32, way="mask"),
         Case("mfu", cases.training, 90, {"micro_batch": 32, "way": "flex"}, ("cuda",)),
         mfu(way="mask", cudnn=True),

@@ -82,7 +82,7 @@ class VarLen(NamedTuple):
     """The segments as FlashAttention wants them: where each one's queries and keys begin, int32.
 
     Queries are the flattened rows. Keys are too, unless a prefix is shared: then each segment's keys are gathered, the
-    prefix's and its own. The last offset is repeated until there are a multiple of 128, so few packings differ in shape.
+    prefix's and its own. The last offset is repeated until there are a multiple of 128: packings differ less in shape.
     """
     query_offsets: Tensor  # (128 n,)
     key_offsets: Tensor  # (128 n,)

@@ -1,4 +1,5 @@
 """The hardware: GPU or CPU, processes of torchrun, mixed precision, FLOPs."""
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -17,8 +18,25 @@ PEAK_TFLOPS = {"A5000": 111, "A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "A10
 
 def pick_device() -> torch.device:
     """The GPU if there is one (under torchrun, this process's), else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else \
-        torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, longer than a step of generation takes
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def explain_out_of_memory(main: Callable) -> Callable:
+    """For a stage's `main(cfg)`: when the GPU's memory is full, SystemExit says what is kept and what needs less."""
+    @functools.wraps(main)
+    def explained(cfg) -> None:
+        try:
+            main(cfg)
+        except torch.OutOfMemoryError as e:
+            less = [f"a smaller micro_batch (now {cfg.micro_batch})"] * (cfg.micro_batch > 1)
+            less += ["--activation_checkpointing=true"] * (not cfg.activation_checkpointing)
+            less += ["a smaller context or model, or config/gpu_*.py in a new run"]
+            raise SystemExit(f"{'. '.join(str(e).split('. ')[:2])}.\nStopped; checkpoints saved so far are kept, and "
+                             f"--resume goes on. It takes less memory with {', '.join(less)}.") from None
+    return explained
 
 
 # ---------------------------------------------------------------- several processes
@@ -85,6 +103,33 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
 
 
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Type in which x is multiplied: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def with_linear_layers_in(dtype: torch.dtype, lm: torch.nn.Module) -> torch.nn.Module:
+    """A `model.UnitLM`, or if its type is another, one that shares all weights but the linear layers', cast to this.
+
+    For generation under autocast, which outside of training casts them at every token. The results are the same.
+    """
+    if dtype == next(lm.parameters()).dtype:
+        return lm
+    with torch.device("meta"):
+        other = type(lm)(lm.config)
+    linear = {id(p) for x in lm.modules() if isinstance(x, torch.nn.Linear) for p in x.parameters()}
+    other.load_state_dict({k: p.to(dtype) if id(p) in linear else p for k, p in lm.named_parameters()}, assign=True)
+    return other
+
+
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Copy all weights that the two do not share."""
+    for new, old in zip(source.parameters(), target.parameters(), strict=True):
+        if new is not old:
+            old.copy_(new)
+
+
 def compiled(lm: torch.nn.Module, wanted: bool | None) -> Callable:
     """The model's forward, compiled if `wanted`; None: on a GPU only."""
     if not (lm.device.type == "cuda" if wanted is None else wanted):
@@ -105,9 +150,12 @@ def put(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def flops_per_token(lm: torch.nn.Module, context: int) -> float:
-    """6 N + 12 L d T (Chowdhery et al. 2022, appendix B): forward and backward, with attention."""
-    return 6 * lm.n_params() + 12 * lm.config.num_hidden_layers * lm.config.hidden_size * context
+def flops_per_token(lm: torch.nn.Module, keys: float) -> float:
+    """6 N + 12 L d T, forward and backward, where a token attends to T keys.
+
+    With T the context it is the formula of PaLM (Chowdhery et al. 2022, appendix B), which counts hidden keys too.
+    """
+    return 6 * lm.n_params() + 12 * lm.config.num_hidden_layers * lm.config.hidden_size * keys
 
 
 def peak_flops(device: torch.device) -> float | None:

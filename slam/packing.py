@@ -131,6 +131,11 @@ class Rows:
         rows = [self.packed[self.order[i]] for i in range(first, first + self.rows_per_step)]
         return rows[self.rank::self.world], sum(int(row[:, 2].sum()) for row in rows)
 
+    def keys(self) -> float:
+        """Number of keys that a token attends to, on average: chunks of n tokens have n (n + 1) / 2 pairs."""
+        n = self.packed.chunks[:, 2]
+        return float((n * (n + 1) / 2).sum() / n.sum())
+
     def fill(self) -> float:
         """Share of the places in the rows that hold a token."""
         return int(self.packed.chunks[:, 2].sum()) / (len(self.packed) * self.context)

@@ -106,7 +106,7 @@ def pair_logps(lm: torch.nn.Module, pairs: list[PrefixPair], context: int, dtype
     short = [i for i, pair in enumerate(pairs) if pair.n_inputs <= context]
     rows = [[short[i] for i in row] for row in pack([pairs[i] for i in short], context)]
     rows += [[i] for i, pair in enumerate(pairs) if pair.n_inputs > context]
-    found, at, n_rows = torch.zeros(len(pairs), 3), 0, 64 if lm.device.type == "cuda" else 4
+    order, found, at, n_rows = [], [], 0, 64 if lm.device.type == "cuda" else 4
     with tqdm(total=len(pairs), disable=None, desc=desc, unit="pair", leave=False) as bar:
         while at < len(rows):
             part = rows[at:at + n_rows]
@@ -116,12 +116,12 @@ def pair_logps(lm: torch.nn.Module, pairs: list[PrefixPair], context: int, dtype
                 if len(part) > 1:
                     n_rows = len(part) // 2
                     continue
-                logps = torch.full((len(part[0]), 3), torch.nan)
-            ids = [i for row in part for i in row]
-            found[ids] = logps.cpu()
-            bar.update(len(ids))
+                logps = torch.full((len(part[0]), 3), torch.nan, device=lm.device)
+            order += [i for row in part for i in row]
+            found.append(logps)  # on the GPU, which computes while the CPU makes the next rows
+            bar.update(len(logps))
             at += len(part)
-    return found
+    return torch.cat(found).cpu()[np.argsort(order)] if found else torch.zeros(0, 3)
 
 
 def pair_nlls(lm: torch.nn.Module, pairs: list[tuple[list[int], list[int]]], context: int, score: str = "mean",

@@ -1,8 +1,10 @@
-"""slam.device: which arithmetic is fast here, and mixed precision."""
+"""slam.device: which arithmetic is fast here, mixed precision, and what is said when memory runs out."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from slam.device import autocast, fast_bfloat16
+from slam.device import autocast, compute_dtype, explain_out_of_memory, fast_bfloat16, flops_per_token
 
 
 @pytest.mark.parametrize("name, amx, avx512, fast", [
@@ -17,6 +19,8 @@ def test_auto_takes_bfloat16_where_it_is_fast(name, amx, avx512, fast):
     chosen = torch.bfloat16 if fast_bfloat16(known) else torch.float32
     with autocast(torch.device("cpu"), "auto"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == chosen
+    assert [compute_dtype(torch.device("cpu"), x) for x in ("auto", "float32", "bfloat16", "pure_bfloat16")] == [
+        chosen, torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_bf16_autocast_keeps_fp32_weights():
@@ -24,3 +28,30 @@ def test_bf16_autocast_keeps_fp32_weights():
     with autocast(torch.device("cpu"), "bfloat16"):
         y = layer(torch.ones(1, 4))
     assert y.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_flops_of_attention_are_those_of_its_two_products():
+    """Against torch's own count of a forward pass: scores and weighted values, over the keys that a token sees."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from model import ModelConfig, UnitLM
+    lm = UnitLM(ModelConfig(vocab_size=22, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+                            num_attention_heads=4, num_key_value_heads=4))
+    with FlopCounterMode(display=False) as counter:
+        lm(torch.ones(3, 50, dtype=torch.long))
+    small = sum(p.numel() for p in lm.parameters() if p.ndim == 1)  # no matrix products
+    assert 3 * counter.get_total_flops() == 150 * (flops_per_token(lm, 50) - 6 * small)
+
+
+@pytest.mark.parametrize("micro_batch, checkpointing, said, unsaid", [
+    (8, False, "a smaller micro_batch (now 8), --activation_checkpointing=true", "nothing"),
+    (1, True, "with a smaller context", "micro_batch")])
+def test_a_full_gpu_is_explained(micro_batch, checkpointing, said, unsaid):
+    @explain_out_of_memory
+    def main(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+
+    with pytest.raises(SystemExit) as e:
+        main(SimpleNamespace(micro_batch=micro_batch, activation_checkpointing=checkpointing))
+    assert "Tried to allocate 2.00 GiB.\n" in str(e.value) and "--resume" in str(e.value)
+    assert said in str(e.value) and unsaid not in str(e.value) and "capacity" not in str(e.value)

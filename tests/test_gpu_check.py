@@ -16,7 +16,7 @@ from slam.attention import attention_mask
 from slam.units import UnitReader, read_pairs
 
 # Of several cases of one function, these; the others differ in a number.
-CHOSEN = ["training peer=True", "training micro_batch=32 dtype=pure_bfloat16", "optimizer_step kind=muon torchs=True",
+CHOSEN = ["training peer=True", "training micro_batch=32 dtype=pure_bfloat16", "optimizer_step kind=torch's muon",
           "dpo_steps micro_batch=4", "scoring dtype=float32"]
 
 

@@ -1,8 +1,10 @@
 """OPT and Pythia behind UnitLM's interface; activation checkpointing and compilation of all three kinds of model."""
 import json
+import random
 import shutil
 
 import pytest
+import test_attention  # noqa: F401, CPU kernels of FlashAttention's operators
 import torch
 import torch.nn.functional as F
 from conftest import run
@@ -10,11 +12,10 @@ from safetensors.torch import load_file
 from test_model import our_model, random_tokens, randomise
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
-import model
 from model import HUB_TYPES, UnitLM
 from slam import attention
-from slam.attention import attention_mask
 from slam.device import n_graphs
+from slam.scoring import PrefixPair, row_logps
 from train import accumulate
 
 
@@ -176,7 +177,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, tmp_path):
 @pytest.mark.parametrize("kind, checkpointing", [("qwen2", False), ("qwen2", True), ("opt", True), ("gpt_neox", True)])
 def test_training_compiles_to_one_graph(kind, checkpointing, tmp_path, monkeypatch):
     """As on a GPU, but for the code behind the graph: one graph, none after the first step, whatever the packing."""
-    monkeypatch.setattr(model, "packed_mask", attention_mask)  # as on a GPU
+    monkeypatch.setattr(attention, "WAY", "varlen" if kind == "qwen2" else "mask")
     torch._dynamo.reset()
     if kind == "qwen2":
         lm = our_model()
@@ -184,15 +185,35 @@ def test_training_compiles_to_one_graph(kind, checkpointing, tmp_path, monkeypat
         hub_model(kind).save_pretrained(tmp_path)
         lm = UnitLM.from_pretrained(str(tmp_path))
     lm.train().set_activation_checkpointing(checkpointing)
-    forward, before = torch.compile(lm, backend="aot_eager"), n_graphs()
-    x = random_tokens(2, 24)
-    for seed, cuts in enumerate(([24], [5, 19], [3, 3, 18])):
-        positions = torch.cat([torch.arange(n) for n in cuts]).expand(2, 24)
-        loss = accumulate(forward, [(x, x.roll(-1, 1), positions)] * 2, 96, lm.device, "bfloat16")
-        assert loss.item() == pytest.approx(accumulate(lm, [(x, x.roll(-1, 1), positions)] * 2, 96, lm.device,
-                                                       "bfloat16").item(), rel=2e-2)
+    forward, before = torch.compile(lm, backend="aot_eager", fullgraph=True), n_graphs()
+    x = random_tokens(2, 100)
+    for cuts in ([100], [5, 95], [1] * 80 + [20], [3, 3, 94]):  # at most 127 segments, and more
+        positions = torch.cat([torch.arange(n) for n in cuts]).expand(2, 100)
+        losses = [accumulate(f, [(x, x.roll(-1, 1), positions)] * 2, 400, lm.device, "bfloat16") for f in (forward, lm)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=2e-2)
         with torch.inference_mode():
             lm(x, positions=positions)
+    assert n_graphs() - before == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_preference_tuning_compiles_to_one_graph(checkpointing, monkeypatch):
+    """The same with pairs, of which any number share prefixes of any length; loss and gradients are a CPU's."""
+    torch._dynamo.reset()
+    lm, rng = our_model().train(), random.Random(0)
+    lm.set_activation_checkpointing(checkpointing)
+    forward, before = torch.compile(lm, backend="aot_eager", fullgraph=True), n_graphs()
+    for sizes in ([(3, 4, 5)], [(20, 30, 40)] + [(2, 1, 1)] * 20, [(2, 1, 2)] * 40):
+        rows = [[PrefixPair(*([rng.randrange(1, 40) for _ in range(n)] for n in size)) for size in sizes], []]
+        found = []
+        for way, f in (("varlen", forward), ("segments", lm)):
+            monkeypatch.setattr(attention, "WAY", way)
+            logps = row_logps(f, rows, 170, lm.device, "float32")
+            logps.square().mean().backward()
+            found.append([logps, *(p.grad for p in lm.parameters())])
+            lm.zero_grad()
+        for compiled, eager in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item())
     assert n_graphs() - before == 1
 
 
@@ -201,8 +222,7 @@ def test_compiled_on_a_cpu_attention_still_goes_segment_by_segment(checkpointing
     """The mask is never built, no graph is compiled for another packing, and loss and gradients are the eager ones."""
     monkeypatch.setattr(attention, "attention_mask", None)
     torch._dynamo.reset()
-    monkeypatch.setattr(attention, "segments", attention.segments)  # put back afterwards
-    monkeypatch.setattr(attention, "segment_attention", attention.segment_attention)
+    monkeypatch.setattr(attention, "segment_attention", attention.segment_attention)  # put back afterwards
     attention.compile_around_segments()
     lm = our_model().train()
     lm.set_activation_checkpointing(checkpointing)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import scipy.stats
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -16,8 +17,10 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+import model
 from model import KVCache, ModelConfig, UnitLM, from_config, sample, twisted
 from slam import embedded
+from slam.device import with_linear_layers_in
 
 V = 60
 HF = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -447,6 +450,43 @@ def test_generation_in_bf16(lm):
             logits[:, 0] = -torch.inf
             gap = logits.max(-1).values - logits.gather(1, torch.tensor(row)[:, None])[:, 0]
             assert len(row) == 12 and gap.max() < 0.1 * logits[:, 1:].std()
+
+
+def test_under_autocast_weights_are_cast_once_for_all_tokens(lm, monkeypatch):
+    """Not at every token; the tokens are the same. The head's, which is the embedding, is small and stays fp32."""
+    def draw(n: int) -> tuple[list[list[int]], int]:
+        casts = []
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+                if op is torch.ops.aten._to_copy.default and any(args[0] is p for p in lm.parameters()):
+                    casts.append(args[0])
+                return op(*args, **kwargs or {})
+
+        with torch.autocast("cpu", dtype=torch.bfloat16), Count():
+            return lm.generate(PROMPTS[:3], n, temperature=0, stop=()), len(casts)
+
+    (tokens, few), (_, many) = draw(12), draw(2)
+    assert few - many == 10
+    monkeypatch.setattr(model, "with_linear_layers_in", lambda dtype, lm: lm)
+    (expected, all_of_them), (_, fewer) = draw(12), draw(2)
+    assert tokens == expected and all_of_them - fewer > 100
+
+
+def test_compiled_generation_keeps_its_place_and_takes_new_weights():
+    """CUDA graphs read weights and cache where they were when they were captured."""
+    lm = our_model()
+    found = []
+    with torch.inference_mode():
+        for _ in range(2):
+            lm.model.layers[0].mlp.up_proj.weight.mul_(2)
+            decode, cache = lm._compiled(with_linear_layers_in(torch.bfloat16, lm), 2, 128, torch.bfloat16)
+            weight = lm.static["lm"].model.layers[0].mlp.up_proj.weight
+            assert torch.equal(weight, lm.model.layers[0].mlp.up_proj.weight.bfloat16())
+            found.append((decode, cache, weight.data_ptr()))
+        assert found[0] == found[1]
+        assert lm._compiled(lm, 2, 128, torch.float32)[1] is not cache
+    assert not any("static" in name for name in lm.state_dict())
 
 
 # ---------------------------------------------------------------- sampling

@@ -2,10 +2,12 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 from conftest import N_UNITS
 
 from model import ModelConfig, UnitLM
+from slam.attention import attention_mask
 from slam.packing import Loader, Packed, Rows, collate, cut
 from slam.units import IGNORE, UnitReader
 
@@ -95,3 +97,14 @@ def test_the_loader_gives_each_step_once_in_any_order(corpus):
         assert [len(m[0]) for m in micro] == [3, 3, 2] and n == sum(int((m[1] != IGNORE).sum()) for m in micro)
         expected = collate(reader, rows.step(step)[0], 64)
         assert all(torch.equal(torch.cat(x), y) for x, y in zip(zip(*micro), expected))
+
+
+def test_keys_are_what_attention_sees(corpus):
+    """On average over the tokens of an epoch; the padding of a row is one more segment."""
+    reader = UnitReader(corpus / "train")
+    rows, context = Rows(reader.lengths, 64, 8, seed=3), 64
+    _, targets, positions = collate(reader, list(rows.packed), context)
+    seen = attention_mask(positions)[:, 0].sum(2)
+    assert rows.keys() == pytest.approx(seen[targets != IGNORE].float().mean().item())
+    padding = (targets == IGNORE).sum(1)
+    assert padding.max() > 1 and torch.equal(seen[:, -1][padding > 0], padding[padding > 0])
