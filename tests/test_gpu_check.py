@@ -7,12 +7,11 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dev import gpu_cases, gpu_check
 from dev.gpu_check import A5000, DRY, Case, Size, make_data, measure, plan, predicted, report, rounded, run_cases
 from model import ModelConfig, UnitLM
-from slam.attention import attention_mask
+from slam import packing
 from slam.units import UnitReader, read_pairs
 
 # Of several cases of one function, these; the others differ in a number.
@@ -107,11 +106,14 @@ def test_the_prediction_by_hand():
 
 def test_flex_attention_sees_what_the_mask_shows():
     """Forward only: its backward pass needs a GPU."""
-    positions = torch.tensor([[*range(90), *range(38)], [*range(3), *range(125)]])
-    q, k, v = (torch.randn(2, h, 128, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+    lm, tokens = UnitLM(ModelConfig(**DRY.shape | {"head_dim": 16})).eval(), torch.randint(2, 502, (2, 128))
+    rows = tokens, tokens, torch.tensor([[*range(90), *range(38)], [*range(3), *range(125)]])
     with torch.no_grad():
-        ours = gpu_cases.flex_attend(q, k, v, gpu_cases.flex_mask(positions, q.device, q.dtype))
-    expected = F.scaled_dot_product_attention(q, k, v, attention_mask(positions), enable_gqa=True)
+        expected = lm(*packing.on_device(rows, lm.device, "float32"))[0]
+        with gpu_cases.flex():
+            inputs = packing.on_device(rows, lm.device, "float32")
+            ours = lm(*inputs)[0]
+    assert type(inputs[3]).__name__ == "BlockMask" and (expected - lm(tokens)[0]).abs().max() > 1e-3
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
