@@ -25,7 +25,8 @@ from torch import Tensor
 from config import load_config
 from model import UnitLM
 from slam import checkpoint as folders
-from slam.device import compiled, explain_out_of_memory, join_ranks, over_ranks, pick_device, put, sum_gradients
+from slam.costs import explain_out_of_memory
+from slam.device import compiled, join_ranks, leave_ranks, over_ranks, pick_device, put, sum_gradients
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Epochs
 from slam.run import Run, run_problems
@@ -150,8 +151,7 @@ def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[PrefixPair]]:
 
 
 def completion_logps(lm: UnitLM, pairs: list[PrefixPair], cfg: Config, desc: str, ranks=(0, 1)) -> Tensor:
-    """Log-probabilities (n, 2), on the CPU, of both completions given the prompt; ranks (this, how many) divide the
-    pairs, and each gets the results of all. SystemExit if one is not finite."""
+    """Log-probabilities (n, 2) of both completions, on the CPU; the ranks divide the work. SystemExit if one is NaN."""
     logps, mine = torch.zeros(len(pairs), 2), slice(ranks[0], None, ranks[1])
     logps[mine] = pair_logps(lm.eval(), pairs[mine], cfg.context, cfg.dtype, desc)[:, 1:]
     logps = torch.tensor(over_ranks(logps.flatten().tolist())).view(-1, 2)
@@ -319,7 +319,7 @@ def main(cfg: Config) -> None:
         run.finish(lm, optimizer, fingerprint, run.gather(statistics, norm))  # after a signal, the process ends here
         evaluate(run, lm, val, cfg, fingerprint, world)
     print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")
-    run.close()
+    leave_ranks()
 
 
 if __name__ == "__main__":

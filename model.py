@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slam.attention import KVCache, Segments, VarLen, attend, packed_mask
+from slam.attention import KVCache, Mask, attend, packed_mask
 from slam.checkpoint import load_weights, read_folder, write_folder
-from slam.device import copy_weights, matmul_dtype, with_linear_layers_in
+from slam.device import matmul_dtype, with_linear_layers_in
 
 HUB_TYPES = ("opt", "gpt_neox")  # model types that run in transformers' code
 VOCABULARY = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")  # a row for each token
@@ -110,8 +110,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Segments | VarLen | Tensor | None,
-                cache: KVCache | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None,
+                positions: Tensor) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -186,8 +186,8 @@ class UnitLM(nn.Module):
         self.activation_checkpointing = on
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
-                mask: Segments | VarLen | Tensor | None = None, cache: KVCache | None = None,
-                last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
+                mask: Mask = None, cache: KVCache | None = None, last: Tensor | None = None,
+                reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocab) and, with targets, the cross-entropy in nats (fp32).
 
         tokens, targets: (B, T) int64; targets of -100 are ignored. reduction: mean, sum or none (-> (B, T)).
@@ -291,7 +291,9 @@ class UnitLM(nn.Module):
             static |= {"cache_of": (place, size), "cache": KVCache(self.config, *size, *place)}
             for x in (*static["cache"].k, *static["cache"].v):
                 torch._dynamo.mark_static_address(x)
-        copy_weights(lm, static["lm"])
+        for new, old in zip(lm.parameters(), static["lm"].parameters()):
+            if new is not old:
+                old.copy_(new)
         return static["decode"], static["cache"]
 
     @classmethod

@@ -21,19 +21,8 @@ from torch import Tensor
 
 from config import load_config
 from model import ModelConfig, UnitLM
-from slam.device import (
-    autocast,
-    compiled,
-    explain_out_of_memory,
-    flops_per_token,
-    join_ranks,
-    leave_ranks,
-    n_graphs,
-    over_ranks,
-    peak_flops,
-    pick_device,
-    sum_gradients,
-)
+from slam.costs import explain_out_of_memory, flops_per_token, peak_flops
+from slam.device import autocast, compiled, join_ranks, leave_ranks, n_graphs, over_ranks, pick_device, sum_gradients
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Loader, Rows, on_device
 from slam.run import Run, plot, run_problems

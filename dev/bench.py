@@ -50,7 +50,8 @@ from prepare_units import extract
 from slam.audio import SAMPLE_RATE, load_audio
 from slam.benchmarks import read_manifest, tokenize_pairs, units_cache
 from slam.checkpoint import checkpoint_fingerprint, fetch, find_checkpoint
-from slam.device import autocast, compiled, flops_per_token, peak_flops, pick_device
+from slam.costs import flops_per_token, peak_flops
+from slam.device import autocast, compiled, pick_device
 from slam.embedded import cache_dir, resolve
 from slam.hifigan import HifiGan
 from slam.optim import make_optimizer, update

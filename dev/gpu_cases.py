@@ -2,7 +2,6 @@
 import contextlib
 import copy
 import importlib.metadata
-import importlib.util
 import io
 import json
 import math
@@ -27,8 +26,9 @@ import model
 from dev import bench
 from dpo import load_pairs
 from model import ModelConfig, UnitLM
-from slam import attention, packing, train_vocoder
-from slam.device import autocast, flops_per_token, n_graphs, peak_flops, pick_device
+from slam import attention, packing, train_vocoder, varlen
+from slam.costs import flops_per_token, peak_flops
+from slam.device import autocast, n_graphs, pick_device
 from slam.optim import make_optimizer, update
 from slam.packing import Packed, collate, cut
 from slam.run import git_commit
@@ -149,9 +149,7 @@ def environment(size: Size) -> dict:
     for name in ("torch", "triton", "transformers", "numpy", "soundfile", "trl"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    if importlib.util.find_spec("torch.nn.attention.varlen"):
-        attention.load_flash()
-        found["varlen"] = str(attention.flash.keywords)
+    found["varlen"] = str(getattr(varlen.flash, "keywords", "not in this torch"))
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         found |= {"memory_gb": p.total_memory / 1e9, "capability": f"{p.major}.{p.minor}",

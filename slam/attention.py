@@ -1,4 +1,4 @@
-"""Attention over packed rows: who sees whom, three ways to compute it, and attention over a KV cache.
+"""Attention over packed rows: who sees whom, two ways to compute it, and attention over a KV cache.
 
 A row packs several utterances; `positions` count from 0 in each. A segment is a stretch of consecutive positions, and
 attention is causal within it. A segment that begins at 0 is an utterance. One that begins at p > 0 is another
@@ -6,16 +6,11 @@ continuation of the utterance before it: its tokens also attend to the shared pr
 
 `packed_mask` picks one of three ways, and `attend` follows it:
     Segments  one call a segment: on a CPU, where a call costs little
-    VarLen    one call of FlashAttention for all segments: on a GPU in 16 bits
-    a mask    (B, 1, T, T) bool, computes hidden pairs too: on a GPU in fp32, or with a torch older than 2.10
+    VarLen    one call for all segments: on a GPU in 16 bits (slam/varlen.py)
+    a mask    (B, 1, T, T) bool, computes hidden pairs too: on a GPU otherwise
 """
-import functools
-import importlib.util
-import inspect
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +58,10 @@ def segment_table(positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return begin, length, (number * (shared == 0)).cummax(0).values, shared
 
 
-# ---------------------------------------------------------------- three ways
+# ---------------------------------------------------------------- how it is computed
 @dataclass
 class Segments:
-    """The segments as a list of (length, first, shared), see `segment_table`.
-
-    The class wraps the list: compiled code hands it on unread, so no new list makes it compile again.
-    """
+    """A list of each segment's (length, first, shared), see `segment_table`, that compiled code hands on unread."""
     spans: list[tuple[int, int, int]]
 
     @classmethod
@@ -77,104 +69,34 @@ class Segments:
         """Segments.of([[0, 1, 0], [0, 1, 1]]) -> [(2, 0, 0), (1, 1, 0), (2, 2, 0), (1, 2, 1)]"""
         return cls(list(zip(*(x.tolist() for x in segment_table(positions)[1:]))))
 
-
-class VarLen(NamedTuple):
-    """The segments as FlashAttention wants them: where each one's queries and keys begin, int32.
-
-    Queries are the flattened rows. Keys are too, unless a prefix is shared: then each segment's keys are gathered, the
-    prefix's and its own. The last offset is repeated until there are a multiple of 128: packings differ less in shape.
-    """
-    query_offsets: Tensor  # (128 n,)
-    key_offsets: Tensor  # (128 n,)
-    keys: Tensor | None = None  # (K,) int64, the token of each gathered key
-    uses: Tensor | None = None  # (B T, n) int64, where among the gathered keys each token is, -1: nowhere else
-
-    @classmethod
-    def of(cls, positions: Tensor, device: torch.device) -> "VarLen":
-        """VarLen.of([[0, 1, 0], [0, 1, 1]]) -> [0 2 3 5 6 6 …], [0 2 3 5 7 7 …], [0 1 2 3 4 3 5], [[0 -1] [1 -1] … ]"""
-        load_flash()
-        begin, length, first, shared = segment_table(positions)
-        n_tokens, n_keys = positions.numel(), length + shared
-
-        def offsets(lengths: Tensor) -> Tensor:
-            x = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            return torch.cat((x, x[-1:].expand(-len(x) % 128)))
-
-        if not shared.any():
-            found = (offsets(length),) * 2
-        else:
-            segment = torch.arange(len(begin), device=begin.device).repeat_interleave(n_keys)
-            place = torch.arange(len(segment), device=begin.device) - (n_keys.cumsum(0) - n_keys)[segment]
-            own = place - shared[segment]  # negative: in the prefix
-            keys = torch.where(own < 0, begin[first][segment] + place, begin[segment] + own)
-            by_token, count = keys.argsort(stable=True), keys.bincount(minlength=n_tokens)
-            token = keys[by_token]
-            uses = keys.new_full((n_tokens, max(2, int(count.max()))), -1)
-            uses[token, torch.arange(len(keys), device=keys.device) - (count.cumsum(0) - count)[token]] = by_token
-            found = offsets(length), offsets(n_keys), keys, uses
-        if device.type == "cuda" and not positions.is_cuda:
-            found = [x.pin_memory().to(device, non_blocking=True) for x in found]
-        if dynamo := sys.modules.get("torch._dynamo"):  # something is compiled: one graph for all these sizes
-            for x in found[:3]:
-                dynamo.mark_dynamic(x, 0)
-        return cls(*found)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return segment_attention(q, k, v, self.spans)
 
 
-flash: Callable  # torch's varlen_attn, causal, key heads shared; `load_flash` sets it
+Mask = Any  # Segments | slam.varlen.VarLen | Tensor | None
 
 
-@functools.cache
-def load_flash() -> None:
-    """Import torch's FlashAttention over segments of any lengths; not at the start, since that takes seconds."""
-    global flash
-    from torch.nn.attention.varlen import varlen_attn
-    flash = functools.partial(varlen_attn, **causal_options(varlen_attn))
-
-
-def causal_options(varlen_attn: Callable) -> dict:
-    """What tells this version of `varlen_attn` to be causal and to share key heads among queries."""
-    known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # torch >= 2.11; 2.10
-    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})  # torch >= 2.12; earlier ones always do
-
-
-@functools.cache
-def flash_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU has it. Says so once if not."""
-    reason = "" if dtype in (torch.bfloat16, torch.float16) else f"it computes in {dtype}".replace("torch.", "")
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        reason = "it is older than Ampere"
-    if not importlib.util.find_spec("torch.nn.attention.varlen"):
-        reason = f"torch {torch.__version__} is older than 2.10"
-    if reason:
-        print(f"{torch.cuda.get_device_name(device)}: attention takes a mask, not FlashAttention: {reason}",
-              file=sys.stderr)
-    return not reason
-
-
-def packed_mask(positions: Tensor, device: torch.device, dtype: torch.dtype) -> Segments | VarLen | Tensor:
+def packed_mask(positions: Tensor, device: torch.device, dtype: torch.dtype) -> Mask:
     """What `attend` needs to know of packed rows, positions (B, T) int64, when it computes on `device` in `dtype`.
 
-    Call it outside compiled code, with positions on the CPU: it counts segments, and a GPU would have to be waited for.
+    Call it outside compiled code, with positions on the CPU: to count segments on a GPU is to wait for it.
     """
-    way = WAY
-    if way == "auto":
-        in_graph = torch.compiler.is_compiling()  # of sizes that depend on the data there is no graph
-        way = "segments" if device.type == "cpu" else "varlen" if not in_graph and flash_runs(device, dtype) else "mask"
-    if way == "segments":
+    if WAY == "segments" or WAY == "auto" and device.type == "cpu":
         return Segments.of(positions)
-    return VarLen.of(positions, device) if way == "varlen" else attention_mask(positions.to(device, non_blocking=True))
+    if WAY != "mask" and not torch.compiler.is_compiling():  # of sizes that depend on the data there is no graph
+        from slam.varlen import VarLen, flash_runs  # imports torch.compile's parts, which takes seconds
+        if WAY == "varlen" or flash_runs(device, dtype):
+            return VarLen.of(positions, device)
+    return attention_mask(positions.to(device, non_blocking=True))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Segments | VarLen | Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attention, in which groups of query heads share a key head: q (B, H, T, D), k and v (B, H_kv, S, D) -> as q.
 
     mask: of `packed_mask`; or bool, True where a query sees a key; None: causal, with S = T.
     """
-    if isinstance(mask, Segments):
-        return segment_attention(q, k, v, mask.spans)
-    if isinstance(mask, VarLen):
-        return varlen_attention(q, k, v, mask)
+    if not (mask is None or isinstance(mask, Tensor)):
+        return mask.attend(q, k, v)
     groups = q.shape[1] // k.shape[1]
     if q.shape[2] == 1:  # a decoding step: as queries of one head, the heads of a group need no copies of its keys
         return F.scaled_dot_product_attention(q.view(len(q), -1, groups, q.shape[3]), k, v, mask).view_as(q)
@@ -211,30 +133,6 @@ def compile_around_segments() -> None:
     """
     global segment_attention
     segment_attention = torch.compiler.disable(segment_attention)
-
-
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: VarLen) -> Tensor:
-    """The same as `segment_attention` in one call (Dao 2023, FlashAttention-2)."""
-    B, H, T, D = q.shape
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B T, heads, D)
-    if layout.keys is not None:
-        k, v = (Gather.apply(x, layout.keys, layout.uses) for x in (k, v))
-    y = flash(q, k, v, layout.query_offsets, layout.key_offsets, T, T)  # a segment's last query sees all of its keys
-    return y.view(B, T, H, D).transpose(1, 2)
-
-
-class Gather(torch.autograd.Function):
-    """x[keys] of x (N, H, D), whose backward pass gathers too: exact in any order, and no atomic additions in bf16."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, keys: Tensor, uses: Tensor) -> Tensor:
-        ctx.save_for_backward(uses)
-        return x[keys]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        uses, = ctx.saved_tensors
-        return grad[uses].masked_fill((uses < 0)[..., None, None], 0).sum(1), None, None
 
 
 # ---------------------------------------------------------------- generation

@@ -1,5 +1,4 @@
-"""The hardware: GPU or CPU, processes of torchrun, mixed precision, FLOPs."""
-import functools
+"""The hardware: GPU or CPU, processes of torchrun, mixed precision."""
 import os
 import sys
 from collections.abc import Callable
@@ -12,9 +11,6 @@ from torch import Tensor
 
 from slam.attention import compile_around_segments
 
-# Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets.
-PEAK_TFLOPS = {"A5000": 111, "A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989, "H200": 989}
-
 
 def pick_device() -> torch.device:
     """The GPU if there is one (under torchrun, this process's), else the CPU."""
@@ -22,21 +18,6 @@ def pick_device() -> torch.device:
         return torch.device("cpu")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, longer than a step of generation takes
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def explain_out_of_memory(main: Callable) -> Callable:
-    """For a stage's `main(cfg)`: when the GPU's memory is full, SystemExit says what is kept and what needs less."""
-    @functools.wraps(main)
-    def explained(cfg) -> None:
-        try:
-            main(cfg)
-        except torch.OutOfMemoryError as e:
-            less = [f"a smaller micro_batch (now {cfg.micro_batch})"] * (cfg.micro_batch > 1)
-            less += ["--activation_checkpointing=true"] * (not cfg.activation_checkpointing)
-            less += ["a smaller context or model, or config/gpu_*.py in a new run"]
-            raise SystemExit(f"{'. '.join(str(e).split('. ')[:2])}.\nStopped; checkpoints saved so far are kept, and "
-                             f"--resume goes on. It takes less memory with {', '.join(less)}.") from None
-    return explained
 
 
 # ---------------------------------------------------------------- several processes
@@ -110,10 +91,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def with_linear_layers_in(dtype: torch.dtype, lm: torch.nn.Module) -> torch.nn.Module:
-    """A `model.UnitLM`, or if its type is another, one that shares all weights but the linear layers', cast to this.
-
-    For generation under autocast, which outside of training casts them at every token. The results are the same.
-    """
+    """A `model.UnitLM` that shares all weights but the linear layers', cast once; autocast would do so at every token."""
     if dtype == next(lm.parameters()).dtype:
         return lm
     with torch.device("meta"):
@@ -121,13 +99,6 @@ def with_linear_layers_in(dtype: torch.dtype, lm: torch.nn.Module) -> torch.nn.M
     linear = {id(p) for x in lm.modules() if isinstance(x, torch.nn.Linear) for p in x.parameters()}
     other.load_state_dict({k: p.to(dtype) if id(p) in linear else p for k, p in lm.named_parameters()}, assign=True)
     return other
-
-
-def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Copy all weights that the two do not share."""
-    for new, old in zip(source.parameters(), target.parameters(), strict=True):
-        if new is not old:
-            old.copy_(new)
 
 
 def compiled(lm: torch.nn.Module, wanted: bool | None) -> Callable:
@@ -148,17 +119,3 @@ def n_graphs() -> int:
 def put(x: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
-def flops_per_token(lm: torch.nn.Module, keys: float) -> float:
-    """6 N + 12 L d T, forward and backward, where a token attends to T keys.
-
-    With T the context it is the formula of PaLM (Chowdhery et al. 2022, appendix B), which counts hidden keys too.
-    """
-    return 6 * lm.n_params() + 12 * lm.config.num_hidden_layers * lm.config.hidden_size * keys
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a known GPU, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((t * 1e12 for known, t in PEAK_TFLOPS.items() if known in name), None)

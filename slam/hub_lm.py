@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slam.attention import attention_mask
+from slam.attention import Mask, attention_mask
 from slam.checkpoint import write_folder
 
 
@@ -50,7 +50,7 @@ class HubLM(nn.Module):
         write_folder(folder, self.hf_config(), self.state_dict(), slam, trainer)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
-                mask=None, last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
+                mask: Mask = None, last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocab) and, with targets, the cross-entropy, as `UnitLM.forward`; there is no cache.
 
         The mask is always a tensor, which transformers' models take; another one handed in is not looked at.

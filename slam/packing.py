@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slam.attention import Segments, VarLen, packed_mask
+from slam.attention import Mask, packed_mask
 from slam.device import compute_dtype, put
 from slam.units import IGNORE, PAD, UnitReader
 
@@ -90,8 +90,7 @@ def batch(reader: UnitReader, rows: list[np.ndarray], context: int, device: torc
     return tuple(x.pin_memory() for x in tensors) if device.type == "cuda" else tensors
 
 
-def on_device(rows: tuple[Tensor, ...], device: torch.device,
-              dtype: str) -> tuple[Tensor, Tensor, Tensor, Segments | VarLen | Tensor]:
+def on_device(rows: tuple[Tensor, ...], device: torch.device, dtype: str) -> tuple[Tensor, Tensor, Tensor, Mask]:
     """Tokens, targets and positions (B, T) of the CPU -> these and their mask on the device, without waiting for it.
 
     They are the first arguments of `UnitLM.forward`. dtype: a Config's.

@@ -19,7 +19,7 @@ import torch
 
 from config import save_config
 from slam.checkpoint import recover
-from slam.device import dist, leave_ranks, over_ranks
+from slam.device import dist, over_ranks
 from slam.units import Fingerprint, write_atomic
 
 # Settings that a resumed run may change, and the older names of settings in slam.json.
@@ -221,10 +221,6 @@ class Run:
         """The last `save`. If a signal asked to stop, the process exits with the signal's code."""
         self.save(*what)
         self.exit_if_stopping()
-
-    def close(self) -> None:
-        """The end: wait for the other processes, and leave them."""
-        leave_ranks()
 
     def exit_if_stopping(self) -> None:
         if self.stopping:

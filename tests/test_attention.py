@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from slam import attention
-from slam.attention import Segments, VarLen, attend, attention_mask, causal_options, packed_mask, segment_attention
+from slam.attention import Segments, attend, attention_mask, packed_mask, segment_attention
+from slam.varlen import VarLen, causal_options
 
 CPU = torch.device("cpu")
 

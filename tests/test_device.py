@@ -1,10 +1,11 @@
-"""slam.device: which arithmetic is fast here, mixed precision, and what is said when memory runs out."""
+"""slam.device and slam.costs: which arithmetic is fast here, mixed precision, FLOPs, a full memory."""
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from slam.device import autocast, compute_dtype, explain_out_of_memory, fast_bfloat16, flops_per_token
+from slam.costs import explain_out_of_memory, flops_per_token
+from slam.device import autocast, compute_dtype, fast_bfloat16
 
 
 @pytest.mark.parametrize("name, amx, avx512, fast", [
@@ -31,13 +32,14 @@ def test_bf16_autocast_keeps_fp32_weights():
 
 
 def test_flops_of_attention_are_those_of_its_two_products():
-    """Against torch's own count of a forward pass: scores and weighted values, over the keys that a token sees."""
+    """Against torch's own count of a forward pass: scores and weighted values, over all keys."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from model import ModelConfig, UnitLM
     lm = UnitLM(ModelConfig(vocab_size=22, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
                             num_attention_heads=4, num_key_value_heads=4))
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         lm(torch.ones(3, 50, dtype=torch.long))
     small = sum(p.numel() for p in lm.parameters() if p.ndim == 1)  # no matrix products
     assert 3 * counter.get_total_flops() == 150 * (flops_per_token(lm, 50) - 6 * small)

@@ -180,7 +180,7 @@ def test_training_compiles_to_one_graph(kind, checkpointing, tmp_path, monkeypat
     monkeypatch.setattr(attention, "WAY", "varlen" if kind == "qwen2" else "mask")
     torch._dynamo.reset()
     if kind == "qwen2":
-        lm = our_model()
+        lm = our_model(num_hidden_layers=1)
     else:
         hub_model(kind).save_pretrained(tmp_path)
         lm = UnitLM.from_pretrained(str(tmp_path))
@@ -200,7 +200,7 @@ def test_training_compiles_to_one_graph(kind, checkpointing, tmp_path, monkeypat
 def test_preference_tuning_compiles_to_one_graph(checkpointing, monkeypatch):
     """The same with pairs, of which any number share prefixes of any length; loss and gradients are a CPU's."""
     torch._dynamo.reset()
-    lm, rng = our_model().train(), random.Random(0)
+    lm, rng = our_model(num_hidden_layers=1).train(), random.Random(0)
     lm.set_activation_checkpointing(checkpointing)
     forward, before = torch.compile(lm, backend="aot_eager", fullgraph=True), n_graphs()
     for sizes in ([(3, 4, 5)], [(20, 30, 40)] + [(2, 1, 1)] * 20, [(2, 1, 2)] * 40):

@@ -1,4 +1,5 @@
 """slam/stream.py: a continuation spoken while it is being generated, by sample.py."""
+import io
 import json
 import select
 import subprocess
@@ -6,10 +7,13 @@ import subprocess
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import run, start
 
 import sample
 from config import load_config
+from slam.stream import stream
+from slam.tokenizer import SpeechTokenizer
 from slam.vocoder import Vocoder
 
 
@@ -72,3 +76,17 @@ def test_a_listener_who_leaves(flags, tmp_path):
     done = process.end()
     assert done.returncode == 0 and b"listener left" in done.stderr and b"Traceback" not in done.stderr
     assert soundfile.info(record(tmp_path / "s")["whole"]).duration < 30
+
+
+def test_the_voice_stays_fp32_under_the_language_models_autocast():
+    """On a GPU, units are drawn under autocast, and `progress` is called there."""
+    tokenizer, vocoder, tokens = SpeechTokenizer.load("embedded"), Vocoder.load(), torch.arange(2, 98, 3)[None]
+    waves = []
+    for on in (False, True):
+        def draw(progress):
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                for n in range(8, 33, 8):
+                    progress(tokens[:, :n])
+
+        waves.append(stream(draw, tokenizer, vocoder, [1, 5, 6], 9.0, io.BytesIO())[1])
+    assert len(waves[0]) > 16_000 and np.array_equal(*waves)

@@ -294,9 +294,12 @@ def test_too_little_memory_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_pa
         return real(*args)
 
     monkeypatch.setattr(train, "accumulate", until_memory_is_full)
+    monkeypatch.setattr(train, "peak_flops", lambda device: 1e12)  # no GPU's, so that there is an MFU
     with pytest.raises(SystemExit, match=r"allocate 2.00 GiB.\n.*a smaller micro_batch \(now 4\)"):
         train.main(cfg)
     train.main(replace(cfg, resume=True, micro_batch=2))
+    log = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
+    assert all(0 < x["mfu_needed"] < x["mfu"] for x in log if "loss" in x) and "loss" in log[-2]
     assert len(calls) == 6 + 4 and json.loads((tmp_path / "x" / "results.json").read_text())["val_loss"]["step"] == 8
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
