@@ -388,11 +388,9 @@ def flags(**settings) -> list[str]:
 def run_stage(size: Size, *command: str) -> None:
     """`python COMMAND` to its end; RuntimeError with what it said if it fails. Dry: in this process."""
     if size.dry:
-        before, sys.argv = (sys.argv, [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]), list(command)
+        argv, sys.argv = sys.argv, list(command)
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-        sys.argv, handlers = before
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
-            signal.signal(number, handler)
+        sys.argv = argv
         return
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr, file=sys.stderr)
@@ -417,13 +415,14 @@ def train_stage(size: Size) -> dict:
         time.sleep(0.2)
     first = time.perf_counter() - started
     process.send_signal(signal.SIGTERM)
-    code = process.wait()
+    if (code := process.wait()) not in (0, 128 + signal.SIGTERM):
+        raise RuntimeError(f"train.py: exit code {code}")
     stopped = log_of(out)[-1]["step"]
     run_stage(size, *command, "--resume")
     records = [x for x in log_of(out) if "loss" in x]
-    return {"ok": code in (0, 128 + signal.SIGTERM) and [x["step"] for x in records] == [*range(1, steps + 1)] and
-            records[-1]["loss"] < records[0]["loss"], "exit_code": code, "stopped_at": stopped, "first_step_s": first,
-            "losses": [records[0]["loss"], records[-1]["loss"]],
+    losses = [x["loss"] for x in records]
+    return {"ok": [x["step"] for x in records] == [*range(1, steps + 1)] and losses[-1] < losses[0], "exit_code": code,
+            "stopped_at": stopped, "first_step_s": first, "losses": [losses[0], losses[-1]],
             **{k: records[-1][k] for k in ("tokens_per_second", "mfu", "mfu_needed", "memory_gb") if k in records[-1]}}
 
 
@@ -463,7 +462,7 @@ def dpo_steps(size: Size, micro_batch: int) -> dict:
 
 
 def bench_lines(run: Callable, cfg) -> dict:
-    """The cases that a function of dev/bench.py prints: {number: [ours, peer, unit, ...]}."""
+    """The lines that a function of dev/bench.py prints: {case: {ours, peer, unit, ratio}}."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run(cfg)
     lines = [json.loads(x) for x in said.getvalue().splitlines() if x.startswith("{")]

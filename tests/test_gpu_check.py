@@ -85,17 +85,22 @@ def hanging(size):
     time.sleep(1000)
 
 
-def test_what_fails_or_hangs_costs_its_line(tmp_path):
-    """A new process goes on with the next case; none is begun when its group's time is over."""
+def test_what_fails_or_hangs_costs_its_line(tmp_path, monkeypatch, capsys):
+    """A new process goes on with the next case; none is begun when the time is over."""
     cases = [Case("a", good, 60, {"x": 1}), Case("a", bad, 60), Case("a", good, 60, {"x": 2}), Case("a", hanging, 1),
-             Case("a", good, 60, {}, ("no_such_module",)), Case("b", good, 60, {"x": 3})]
-    run_cases(cases, DRY, tmp_path / "out.jsonl", {"a": 900, "b": 0})
+             Case("a", good, 60, {}, ("no_such_module",))]
+    run_cases(cases, DRY, tmp_path / "out.jsonl", {"a": 900})
+    run_cases([Case("b", good, 60, {"x": 3})], DRY, tmp_path / "out.jsonl", {"b": 0})
     lines = [json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [x["case"] for x in lines] == ["good x=1", "bad", "good x=2", "hanging", "good", "good x=3"]
     assert lines[0]["x"] == 1 and lines[2]["x"] == 2 and "seconds" in lines[0]
     assert lines[1]["error"] == "exit code 1: torch.OutOfMemoryError: CUDA out of memory"
     assert lines[3]["error"] == "no end within 1 s"
-    assert lines[4]["not_run"] == "needs no_such_module" and "time was over" in lines[5]["not_run"]
+    assert lines[4]["not_run"] == "needs no_such_module" and lines[5]["not_run"] == "the time was over"
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["gpu_check.py", "report", str(tmp_path / "out.jsonl")])
+        gpu_check.main()
+    assert "- bad: error exit code 1: torch.OutOfMemoryError" in capsys.readouterr().out
 
 
 def test_the_prediction_by_hand():
