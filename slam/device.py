@@ -91,7 +91,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def with_linear_layers_in(dtype: torch.dtype, lm: torch.nn.Module) -> torch.nn.Module:
-    """A `model.UnitLM` that shares all weights but the linear layers', cast once; autocast would do so at every token."""
+    """A `model.UnitLM` that shares all weights but the linear layers', cast once, not at every token as by autocast."""
     if dtype == next(lm.parameters()).dtype:
         return lm
     with torch.device("meta"):
