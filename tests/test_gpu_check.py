@@ -11,7 +11,7 @@ import torch
 from dev import gpu_cases, gpu_check
 from dev.gpu_check import A5000, DRY, Case, Size, make_data, measure, plan, predicted, report, rounded, run_cases
 from model import ModelConfig, UnitLM
-from slam import packing
+from slam import attention, packing
 from slam.units import UnitReader, read_pairs
 
 # Of several cases of one function, these; the others differ in a number.
@@ -30,27 +30,46 @@ def size(tmp_path_factory):
 def as_before():
     """Cases change what belongs to the process; a worker has it for itself."""
     handlers = [(x, signal.getsignal(x)) for x in (signal.SIGTERM, signal.SIGINT)]
+    way, precision = attention.WAY, torch.get_float32_matmul_precision()
     yield
+    attention.WAY = way
+    torch.set_float32_matmul_precision(precision)
     for number, handler in handlers:
         signal.signal(number, handler)
 
 
-def test_every_case_runs(size, as_before, tmp_path):
+def chosen(group: str) -> list[Case]:
     several = {c.run for c in plan() if sum(c.run is x.run for x in plan()) > 1}
-    chosen = [c for c in plan() if c.run not in several or c.name in CHOSEN]
-    assert {c.run for c in chosen} == {c.run for c in plan()}
-    lines = []
-    for case in chosen:
-        found = {"not_run": "x"} if case.missing() else measure(case, size)
+    return [c for c in plan() if c.group == group and (c.run not in several or c.name in CHOSEN)]
+
+
+@pytest.mark.parametrize("group", ["env", "correct", "mfu", "stages"])
+def test_every_case_runs(size, as_before, group):
+    for case in (c for c in chosen(group) if not c.missing()):
+        found = json.loads(json.dumps(rounded(measure(case, size))))
         assert found.get("ok", True), (case.name, found)
-        lines.append(json.loads(json.dumps({"group": case.group, "case": case.name, "device": "cpu"} | rounded(found))))
-    by_name = {x["case"]: x for x in lines}
-    for name in CHOSEN[:2]:
-        assert by_name[name]["tokens_per_s"] > 0 and len(by_name[name]["kernels"]) == 15
-    assert by_name["one_graph"]["graphs"] == 3
-    text = report(lines)
-    assert re.search(r"\| peer=True \| [\d,]+ \|.*\| [\d,]+ \|\n", text) and "16,500" in text
-    assert all(f"- {case.name}: " in text for case in chosen) and "| micro_batch=64 | not run yet |" in text
+        if case.run is gpu_cases.training:
+            assert found["tokens_per_s"] > 0 and len(found["kernels"]) == 15 and 0 < found["matrix_share"] < 1
+        if case.run is gpu_cases.one_graph:
+            assert found["graphs"] == 3
+
+
+def test_every_function_is_chosen():
+    assert {c.run for group in gpu_check.SECONDS for c in chosen(group)} == {c.run for c in plan()}
+
+
+def test_the_report():
+    measured = {"tokens_per_s": 90_000.0, "matrix_share": 0.75, "compile_s": 41.2, "graphs": 1, "peak_gb": 20.1,
+                "mfu_needed": 0.301, "mfu_palm": 0.334, "kernels": [[40.5, "gemm"], [9.0, "copy"]]}
+    lines = [{"matmul_tflops": 4 * A5000["matmul_tflops"], "copy_gb_per_s": 6 * A5000["copy_gb_per_s"]}, measured,
+             {"error": "exit code 1: x"}, {"ok": False, "mixed": 0.5}, {"not_run": "needs soundfile"}]
+    names = ["ceilings", "training way=auto", "training way=mask", "attention_errors", "vocoder_training"]
+    text = report([{"group": "x", "case": name, "device": "H"} | line for name, line in zip(names, lines)])
+    assert "| way=auto | 90,000 | 30.1 / 33.4 | 20.1 | 41, 1 | 20,000 |" in text and "Measured on: H." in text
+    assert "| way=mask | failed |" in text and "| micro_batch=64 | not run yet |" in text and "16,500" in text
+    wrong = text.split("Wrong, failed or not run:")[1].split("All cases:")[0]
+    assert re.findall("^- ([^:]+):", wrong, re.M) == ["training way=mask", "attention_errors", "vocoder_training"]
+    assert "40.5 % `gemm`" in text
 
 
 def test_the_plan_is_slams_shape_and_fits_its_time():
