@@ -3,15 +3,14 @@
 In:  a checkpoint of train.py and pair files (synth_stories.py, or `pairs` below).
 Out: a run folder like train.py's: checkpoint/ · log.jsonl · results.json
 
-    python dpo.py                                    # the paper's recipe, on the newest pre-trained run under out/
-    python dpo.py config/slam_dpo.py                 # the same by name: half an hour on a 24 GB GPU, 9 GB of disk
+    python dpo.py                                    # the paper's half hour, on the newest pre-trained run under out/
     python dpo.py config/demo_dpo.py                 # a minute on two CPU cores
+    torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
     python dpo.py pairs config/align_pairs.py        # make pairs of the model's own continuations
 
 The reference is the starting checkpoint. Its log-probabilities are saved beside the pairs: one model is in memory.
 """
 import io
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from config import load_config
 from model import UnitLM
 from slam import checkpoint as folders
 from slam.costs import explain_out_of_memory
-from slam.device import compiled, pick_device, put
+from slam.device import compiled, join_ranks, leave_ranks, over_ranks, pick_device, put, sum_gradients
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Epochs
 from slam.run import Run, run_problems
@@ -48,8 +47,8 @@ class Config:
     length_normalized: bool = False  # log-probabilities per token instead of sums; needs a beta of about 5
     nll_weight: float = 0.0  # weight of the chosen completion's negative log-likelihood per token in the loss
     context: int = 1024  # tokens in a row of one or several pairs; longer prompts lose their beginning
-    batch_pairs: int = 64  # pairs in an optimiser step (the paper: micro-batch 4 x accumulation 16)
-    micro_batch: int = 4  # rows in a forward pass, as many as fit into memory; the result does not depend on it
+    batch_pairs: int = 64  # pairs in an optimiser step, on all GPUs together (the paper: micro-batch 4 x 16)
+    micro_batch: int = 4  # rows in a forward pass: 12.6 GB with 4, 18.9 with 8; the result does not depend on it
     steps: int | None = 813  # length of the run, by whichever of these is set: optimiser steps,
     tokens: float | None = None  # completion tokens,
     time_budget_hours: float | None = None  # or hours of training
@@ -65,6 +64,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; weights and optimiser are fp32
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
     compile: bool | None = None  # torch.compile; none: on a GPU
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside log.jsonl; each must be installed
     log_every: int = 10  # steps
     eval_every: int = 200  # steps between evaluations on the validation pairs
     n_samples: int = 16  # validation prompts continued and transcribed at each evaluation, to see repetition; 0: none
@@ -103,12 +103,10 @@ def dpo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, reference
     chosen, rejected = policy_chosen_logp - reference_chosen_logp, policy_rejected_logp - reference_rejected_logp
     if length_normalized:
         chosen, rejected = chosen / lengths[0], rejected / lengths[1]
-
-    def of(h: Tensor) -> Tensor:
-        return -F.logsigmoid(beta * h) if loss == "sigmoid" else (h - 1 / (2 * beta)).square()
-
+    h = torch.stack([chosen - rejected, rejected - chosen])
+    right, wrong = -F.logsigmoid(beta * h) if loss == "sigmoid" else (h - 1 / (2 * beta)).square()
     nll = -policy_chosen_logp / lengths[0] if nll_weight else 0.0
-    total = (1 - label_smoothing) * of(chosen - rejected) + label_smoothing * of(rejected - chosen) + nll_weight * nll
+    total = (1 - label_smoothing) * right + label_smoothing * wrong + nll_weight * nll
     return total.mean(), beta * chosen.detach(), beta * rejected.detach()
 
 
@@ -152,25 +150,28 @@ def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[PrefixPair]]:
     return fingerprint, pairs
 
 
-def completion_logps(lm: UnitLM, pairs: list[PrefixPair], cfg: Config, desc: str) -> Tensor:
-    """Log-probabilities (n, 2), on the CPU, of both completions given the prompt. SystemExit if one is not finite."""
-    logps = pair_logps(lm.eval(), pairs, cfg.context, cfg.dtype, desc)[:, 1:]
+def completion_logps(lm: UnitLM, pairs: list[PrefixPair], cfg: Config, desc: str, ranks=(0, 1)) -> Tensor:
+    """Log-probabilities (n, 2) of both completions, on the CPU; the ranks divide the work. SystemExit if one is NaN."""
+    logps, mine = torch.zeros(len(pairs), 2), slice(ranks[0], None, ranks[1])
+    logps[mine] = pair_logps(lm.eval(), pairs[mine], cfg.context, cfg.dtype, desc)[:, 1:]
+    logps = torch.tensor(over_ranks(logps.flatten().tolist())).view(-1, 2)
     if n := int((~logps.isfinite()).any(1).sum()):
         raise SystemExit(f"{desc}: {n} of {len(pairs)} pairs have no log-probability: not enough memory for a row of "
                          f"{cfg.context} tokens, or a model that has diverged")
     return logps
 
 
-def reference_logps(start: str, weights: str, path: str, pairs: list[PrefixPair], cfg: Config) -> Tensor:
+def reference_logps(start: str, weights: str, path: str, pairs: list[PrefixPair], cfg: Config, ranks=(0, 1)) -> Tensor:
     """`completion_logps` by the starting checkpoint, of weights with this sha256; saved beside the pair file."""
     saved = Path(f"{path}.reference-{folders.sha256_of(weights, pairs, cfg.dtype, pick_device().type)[:16]}.npy")
-    if saved.exists():
+    if over_ranks([saved.exists()]) == [ranks[1]]:  # all see it, so that none waits for the others below
         return torch.from_numpy(np.load(saved))
     lm, content = UnitLM.from_pretrained(start).to(pick_device()), io.BytesIO()
-    logps = completion_logps(lm, pairs, cfg, f"reference, {Path(path).name}")
+    logps = completion_logps(lm, pairs, cfg, f"reference, {Path(path).name}", ranks)
     np.save(content, logps.numpy())
     try:
-        write_atomic(saved, content.getvalue())
+        if not ranks[0]:
+            write_atomic(saved, content.getvalue())
     except OSError as e:
         print(f"{saved}: not saved ({e.strerror}); the next run computes it again", file=sys.stderr)
     return logps
@@ -195,9 +196,9 @@ def step_rows(ids: list[int], pairs: list[PrefixPair], cfg: Config, width: int) 
 
 
 def backward(forward: Callable, data: Data, rows: list[list[int]], cfg: Config, width: int) -> Tensor:
-    """Forward and backward passes of a step's rows; the step's STATISTICS (7,), without waiting for the GPU.
+    """Forward and backward passes of this rank's rows, with no wait for the GPU; its part of the STATISTICS (7,).
 
-    The loss is the mean over the step's pairs, however they are divided into micro-batches.
+    The loss is the mean over the pairs of all ranks, however they are divided into micro-batches.
     """
     device, total = data.reference.device, 0.0
     for at in range(0, len(rows), cfg.micro_batch):
@@ -212,14 +213,14 @@ def backward(forward: Callable, data: Data, rows: list[list[int]], cfg: Config, 
 
 
 # ---------------------------------------------------------------- the run
-def evaluate(run: Run, lm: UnitLM, val: Data, cfg: Config, fingerprint: Fingerprint) -> None:
+def evaluate(run: Run, lm: UnitLM, val: Data, cfg: Config, fingerprint: Fingerprint, world: int) -> None:
     """Log loss, margin and accuracies on held-out pairs, and transcripts of continuations of their prompts."""
-    logps = completion_logps(lm, val.pairs, cfg, "validation")
+    logps = completion_logps(lm, val.pairs, cfg, "validation", (run.rank, world))
     loss, margin, accuracy, *_ = loss_and_statistics(cfg, logps, val.reference, val.lengths)[1].tolist()
     found = {"val_dpo_loss": loss, "val_margin": margin, "val_reward_accuracy": accuracy,
              "val_chosen_preferred": (1 + (logps[:, 0] - logps[:, 1]).sign()).mean().item() / 2}
     samples = {}
-    if cfg.n_samples:  # imported here: speech tokeniser, vocoder and Whisper are needed for nothing else
+    if cfg.n_samples and not run.rank:  # imported here: tokeniser, vocoder and Whisper are needed for nothing else
         from slam.align_pairs import hear_samples
         samples = hear_samples(lm, [pair.prefix for pair in val.pairs[:cfg.n_samples]], fingerprint, cfg.seed)
     run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found.items()), **found, **samples)
@@ -242,11 +243,13 @@ def complete(cfg: Config) -> Config:
 
 @explain_out_of_memory
 def main(cfg: Config) -> None:
-    # ------------------------------------------------------------ settings
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SystemExit("dpo.py trains on one GPU: start it without torchrun")
-    cfg, device = complete(cfg), pick_device()
+    # ------------------------------------------------------------ hardware and settings
+    ranks = rank, world = join_ranks()
+    device, sys.stdout = pick_device(), None if rank else sys.stdout  # the first process speaks for all
     torch.set_float32_matmul_precision("high")
+    if cfg.batch_pairs % world:
+        raise SystemExit(f"batch_pairs {cfg.batch_pairs} must be a multiple of the {world} GPUs")
+    cfg = complete(cfg)
     start = folders.find_checkpoint(cfg.checkpoint)
     for path in (start, cfg.pairs, cfg.val_pairs):  # --overwrite would remove it
         if Path(path).resolve().is_relative_to(Path(cfg.out).resolve()):
@@ -258,12 +261,12 @@ def main(cfg: Config) -> None:
         theirs, pairs[name] = load_pairs(path, cfg.context)
         require_same(fingerprint, cfg.checkpoint, theirs, path)
         fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's checkpoints do not record it
-    run, weights = Run(cfg, "dpo"), folders.weights_sha256(start)
+    run, weights = Run(cfg, "dpo", rank), folders.weights_sha256(start)
     run.starts_from(checkpoint=weights, **{name: folders.sha256_of(found) for name, found in pairs.items()})
     if run.trainer and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
         return
-    train = Data.of(pairs["train"], reference_logps(start, weights, cfg.pairs, pairs["train"], cfg), device)
-    val = Data.of(pairs["val"], reference_logps(start, weights, cfg.val_pairs, pairs["val"], cfg), torch.device("cpu"))
+    train, val = (Data.of(pairs[name], reference_logps(start, weights, path, pairs[name], cfg, ranks), where)
+                  for name, path, where in (("train", cfg.pairs, device), ("val", cfg.val_pairs, torch.device("cpu"))))
     order = Epochs(len(train.pairs), cfg.seed)  # the order of the pairs is a pure function of the seed
 
     # ------------------------------------------------------------ model
@@ -274,15 +277,15 @@ def main(cfg: Config) -> None:
 
     # ------------------------------------------------------------ optimiser
     optimizer = make_optimizer(lm, cfg)
-    statistics: list[Tensor] = []  # of the steps since the last log line
+    statistics, norm = [], torch.zeros(())  # this rank's, of the steps since the last log line; the last gradient's
     if run.trainer:
         optimizer.load_state_dict(run.trainer["optimizer"])
-        statistics = [x.to(device) for x in run.trainer["pending"]]
+        statistics = [x.to(device) / world for x in run.trainer["pending"]]
         run.trainer = None  # frees its memory
 
     # ------------------------------------------------------------ loop
     run.open()
-    print(f"{lm.n_params() / 1e6:.1f}M parameters from {cfg.checkpoint}, {len(train.pairs):,} pairs, on {device}")
+    print(f"{lm.n_params() / 1e6:.1f}M parameters, {len(train.pairs):,} pairs, on {world} x {device.type}")
     if forward is not lm and run.progress() < 1:
         with run.pause():  # compile before the clock runs
             backward(forward, train, step_rows([0], train.pairs, cfg, width), cfg, width)
@@ -291,35 +294,32 @@ def main(cfg: Config) -> None:
     while run.progress() < 1 and not run.stopping:
         if run.step % cfg.eval_every == 0 and (not run.step or run.step > first or not run.evaluated("val_dpo_loss")):
             with run.pause():
-                evaluate(run, lm, val, cfg, fingerprint)
-
-        # The pairs of this step; forward, loss and backward of each micro-batch; the update.
+                evaluate(run, lm, val, cfg, fingerprint, world)
+        # The pairs of this step and of this rank; forward, loss and backward of each micro-batch; the update.
         ids = [order[run.step * cfg.batch_pairs + i] for i in range(cfg.batch_pairs)]
-        rows = step_rows(ids, train.pairs, cfg, width)
+        rows = step_rows(ids[rank::world], train.pairs, cfg, width)
         statistics.append(backward(forward, train, rows, cfg, width))
         lr = cfg.lr * schedule(cfg.schedule, run.progress(), cfg.warmup, cfg.min_lr / cfg.lr)
+        if world > 1:
+            sum_gradients(lm)
         norm = update(lm, optimizer, lr, cfg.grad_clip)
-        run.step += 1
-        run.tokens += sum(sum(train.pairs[i].lengths[1:]) for i in ids)
+        run.step, run.tokens = run.step + 1, run.tokens + sum(sum(train.pairs[i].lengths[1:]) for i in ids)
         run.tick()
-
-        log_due, save_due = run.step % cfg.log_every == 0 or run.progress() >= 1, run.step % cfg.save_every == 0
-        if log_due or save_due or run.stopping:
-            run.check_finite([x[0].item() for x in statistics], norm.item())  # waits for the GPU, so not at every step
+        if run.step % cfg.log_every == 0 or run.progress() >= 1:
+            mean = torch.stack(run.gather(statistics, norm)).mean(0)  # waits for the GPU
             run.tick()
-            log_due = log_due or run.progress() >= 1
-        if log_due:
-            found = dict(zip(STATISTICS, torch.stack(statistics).mean(0).tolist())) | {"lr": lr, "gnorm": norm.item()}
+            found = dict(zip(STATISTICS, mean.tolist())) | {"lr": lr, "gnorm": norm.item()}
             line = " | ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in found.items())
             run.log(f"{line} | {run.clock()}", **found)
             statistics = []
-        if save_due and run.progress() < 1:
+        if run.step % cfg.save_every == 0 and run.progress() < 1:
             with run.pause():
-                run.save(lm, optimizer, fingerprint, statistics)
+                run.save(lm, optimizer, fingerprint, run.gather(statistics, norm))
     with run.pause():
-        run.finish(lm, optimizer, fingerprint, statistics)  # the process ends here if a signal asked for it
-        evaluate(run, lm, val, cfg, fingerprint)
+        run.finish(lm, optimizer, fingerprint, run.gather(statistics, norm))  # after a signal, the process ends here
+        evaluate(run, lm, val, cfg, fingerprint, world)
     print(f"{run.checkpoint}: {run.step} steps, {run.seconds / 60:.1f} min of training")
+    leave_ranks()
 
 
 if __name__ == "__main__":

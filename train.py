@@ -11,7 +11,6 @@ Out: a run folder:  checkpoint/ (a Hugging Face folder + slam.json + trainer.pt)
 SIGTERM and ctrl-C save and exit after the step; `--resume` goes on from there, bit-equal on a CPU. torchrun gives its
 processes 30 s to do so; a run that is killed has its last saved checkpoint.
 """
-import importlib.util
 import math
 import sys
 from dataclasses import dataclass, field
@@ -95,8 +94,7 @@ class Config:
         elif self.batch_tokens < 1 or self.batch_tokens % (self.context * self.micro_batch):
             found.append(f"batch_tokens {self.batch_tokens} must be a multiple of context x micro_batch = "
                          f"{self.context * self.micro_batch}")
-        return found + [f"loggers: {name} is not installed; pip install {name}" for name in self.loggers
-                        if importlib.util.find_spec(name) is None]
+        return found
 
 
 # ---------------------------------------------------------------- the model, a step, an evaluation

@@ -1,4 +1,7 @@
-"""Slam (scaled), its preference tuning: two epochs of SpokenSwag in batches twice as large, 9M completion tokens."""
+"""Slam (scaled), its preference tuning: two epochs of SpokenSwag in batches twice as large, 9M completion tokens.
+
+    torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
+"""
 from config.slam_dpo import *
 
 out = "out/slam_scaled_dpo"

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import soundfile
 import torch
 import transformers
 from torch import Tensor
@@ -530,13 +529,16 @@ class BenchUnits:
     hour: bool = True  # tokenise an hour in one file as well, and look at the memory that takes
 
 
-def random_hubert(folder: Path) -> str:
-    """A codebook over a HuBERT base with a frame rate of 25 Hz, both of random numbers: as fast as the real one."""
+def random_hubert(folder: Path, **shape) -> str:
+    """A codebook over a HuBERT base with a frame rate of 25 Hz, both of random numbers: as fast as the real one.
+
+    shape: fields of transformers' HubertConfig that are not the base's.
+    """
     torch.manual_seed(0)
-    config = transformers.HubertConfig(conv_stride=(5, 2, 2, 2, 2, 2, 4))
+    config = transformers.HubertConfig(conv_stride=(5, 2, 2, 2, 2, 2, 4), **shape)
     transformers.HubertModel(config).save_pretrained(folder / "hubert")
-    write_codebook(folder / "codebook.safetensors", {"centroids": torch.randn(500, 768)},
-                   {"encoder": folder / "hubert", "layer": 11, "unit_rate_hz": 25.0})
+    write_codebook(folder / "codebook.safetensors", {"centroids": torch.randn(500, config.hidden_size)},
+                   {"encoder": folder / "hubert", "layer": config.num_hidden_layers - 1, "unit_rate_hz": 25.0})
     return str(folder / "codebook.safetensors")
 
 
@@ -579,6 +581,7 @@ def peer_units(tokenizer: SpeechTokenizer, paths: list[Path], out: Path) -> Call
 
 def stage_rates(tokenizer: SpeechTokenizer, paths: list[Path], cfg: BenchUnits, out: Path) -> dict[str, float]:
     """Seconds of audio per second of each stage of ours by itself, in one thread of ours."""
+    import soundfile
     found, seconds = {}, 0.0
 
     def timed(name, work):
@@ -608,6 +611,7 @@ def stage_rates(tokenizer: SpeechTokenizer, paths: list[Path], cfg: BenchUnits, 
 
 
 def bench_units(cfg: BenchUnits) -> None:
+    import soundfile
     device = pick_device()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

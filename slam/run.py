@@ -2,6 +2,7 @@
 
 The folder holds config.json, log.jsonl, results.json and checkpoint/ (weights, slam.json, trainer.pt).
 """
+import importlib.util
 import json
 import math
 import shutil
@@ -42,7 +43,8 @@ def run_problems(cfg) -> list[str]:
                      "100 / 813); or take another schedule")
     if cfg.resume and cfg.overwrite:
         found.append("resume and overwrite exclude each other")
-    return found
+    return found + [f"loggers: {name} is not installed; pip install {name}" for name in cfg.loggers
+                    if importlib.util.find_spec(name) is None]
 
 
 class Run:
@@ -161,8 +163,9 @@ class Run:
         if self.rank:
             return
         print(f"step {self.step:05d} | {line}", flush=True)
+        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}  # loggers have no place for texts
         for logger in self.loggers:
-            logger(record, self.step)
+            logger(numbers, self.step)
         record = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | record
         with self.writing(), open(self.log_file, "a") as f:
             f.write(json.dumps(record) + "\n")
@@ -188,6 +191,16 @@ class Run:
         if found:
             raise SystemExit(f"step {found[0][0]}: {found[0][1]}: stopped. {self._kept()}; lower lr (now "
                              f"{self.cfg.lr:g}) or look at the data before --resume")
+
+    def gather(self, measured: list[torch.Tensor], norm: torch.Tensor) -> list[torch.Tensor]:
+        """What each step since the last log line measured, () or (k,) with the loss first: summed over ranks, on CPU.
+
+        Waits for the GPU. SystemExit if a loss or the last step's gradient norm is not finite.
+        """
+        x = torch.stack(measured).cpu() if measured else torch.zeros(0)
+        x = torch.tensor(over_ranks(x.flatten().tolist())).view(x.shape)
+        self.check_finite([step.flatten()[0].item() for step in x], norm.item())
+        return [*x]
 
     def save(self, lm, optimizer, fingerprint: Fingerprint, pending: list) -> None:
         """Swap in a new checkpoint folder: weights, slam.json (where they come from), trainer.pt (how to go on).

@@ -29,7 +29,7 @@ LIMIT = 300  # seconds that any one wait for a process may take, on a machine te
 
 
 # half a minute and more
-LONG = """synth_stories pair_data train align_pairs prepare_units dpo hub_lm bench train_vocoder vocoder
+LONG = """synth_stories pair_data train align_pairs prepare_units dpo hub_lm bench train_vocoder gpu_check vocoder
 pipeline sample""".split()
 
 

@@ -193,6 +193,33 @@ def test_it_learns_and_resumes_bit_equal(start, pairs, tmp_path):
     assert "--resume" in refused("dpo.py", *dpo_flags(start, pairs, whole, **how))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
+def test_two_processes_do_what_one_does(start, pairs, tmp_path):
+    """A run begun by one process, continued by torchrun's two, ended by one: its curve is that of one process alone."""
+    folder, out, whole = (tmp_path / x for x in ("pairs", "out", "whole"))
+    shutil.copytree(pairs, folder, ignore=shutil.ignore_patterns("*.npy"))
+    how = dict(schedule="constant", warmup=0.0, log_every=2, eval_every=4)
+    run("dpo.py", *dpo_flags(start, pairs, whole, **how, steps=10))
+    run("dpo.py", *dpo_flags(start, folder, out, **how, steps=4))
+    alone = {p: np.load(p) for p in folder.glob("*.npy")}
+    for path in alone:  # the two compute the reference anew
+        path.unlink()
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dpo.py",
+               *dpo_flags(start, folder, out, **how, steps=8), "--resume")
+    assert done.stdout.count("step 00008 | loss") == done.stdout.count("on 2 x cpu") == 1  # one speaks for both
+    assert {*folder.glob("*.npy")} == {*alone} and len(alone) == 2
+    for path, logps in alone.items():
+        np.testing.assert_allclose(np.load(path), logps, rtol=1e-5, atol=1e-4)
+    kept = {p: p.stat().st_mtime_ns for p in alone}
+    run("dpo.py", *dpo_flags(start, folder, out, **how, steps=10), "--resume")
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("*.npy")} == kept
+    ours, expected = ([{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in (o / "log.jsonl").open()]
+                      for o in (out, whole))
+    assert [r["step"] for r in expected] == [0, 2, 4, 4, 6, 8, 8, 10, 10] and len(ours) == len(expected)
+    for a, b in zip(ours, expected):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
 def test_the_reference_is_computed_once(start, pairs, tmp_path):
     """It is kept beside the pairs, for this checkpoint and these pairs."""
     folder = tmp_path / "pairs"

@@ -1,4 +1,5 @@
 """Every command in README, docs/, runs/, configs and docstrings names files and settings that exist."""
+import functools
 import importlib.util
 import re
 import shlex
@@ -19,7 +20,7 @@ SETTINGS = {"prepare_units.py": {"": "Config", "fit": "slam.kmeans.FitConfig", "
             "dev/plot.py": {"": "PlotConfig"},
             "dev/bench.py": {"train": "BenchTrain", "dpo": "BenchDpo", "generate": "BenchGenerate", "eval": "BenchEval",
                              "memory": "BenchMemory", "units": "BenchUnits", "vocoder": "BenchVocoder"}}
-WITHOUT = {"model.py", "-m slam.embedded"}  # their arguments are argparse's
+WITHOUT = {"model.py", "-m slam.embedded", "dev/gpu_check.py"}  # their arguments are argparse's
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
@@ -49,6 +50,11 @@ def split(command: str) -> tuple[str, list[str]]:
     return (" ".join(words[:2]), words[2:]) if words[0] == "-m" else (words[0], words[1:])
 
 
+@functools.cache
+def usage(script: str) -> str:
+    return run(*script.split(), "--help").stdout
+
+
 def test_there_are_commands():
     assert len(commands()) > 40 and {split(c)[0] for c in commands()} >= {*SETTINGS, *WITHOUT}
 
@@ -60,7 +66,7 @@ def test_command(command):
     if script.endswith(("_report.py", "demo_picture.py")) or arguments[:1] == ["verify"]:  # folders alone
         return
     if script in WITHOUT:
-        assert "usage:" in run(*script.split(), "--help").stdout
+        assert "usage:" in usage(script)
         return
     kinds = SETTINGS[script]
     if "" not in kinds and arguments in ([], ["CASE"]):  # the script itself is named, with no case of it

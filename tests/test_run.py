@@ -1,5 +1,6 @@
 """slam.run: settings of older checkpoints, the clock, signals, and what stops a run."""
 import json
+import math
 import signal
 import threading
 import time
@@ -126,3 +127,23 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(SystemExit, match="not a run's folder"):
         Run(Settings(str(tmp_path), overwrite=True), "train")
     assert (tmp_path / "precious.txt").exists()
+
+
+def test_what_the_steps_measured_is_gathered_and_checked(saved):
+    run = Run(Settings(str(saved), resume=True), "train")
+    measured, norm = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], torch.tensor(1.0)
+    assert [x.tolist() for x in run.gather(measured, norm)] == [[1, 2], [3, 4]]
+    assert [x.item() for x in run.gather([torch.tensor(5.0)], norm)] == [5] and run.gather([], norm) == []
+    with pytest.raises(SystemExit, match="step 2: loss inf"):
+        run.gather([torch.tensor([math.inf, 2.0]), measured[0]], norm)
+    with pytest.raises(SystemExit, match="gradient norm nan"):
+        run.gather(measured, torch.tensor(math.nan))
+
+
+def test_other_loggers_get_the_numbers(saved):
+    run, seen = Run(Settings(str(saved), resume=True), "train"), []
+    run.open()
+    run.loggers.append(lambda record, step: seen.append((step, record)))
+    run.log("a line", loss=1.5, samples=["what was heard"])
+    assert seen == [(3, {"loss": 1.5})]
+    assert json.loads((saved / "log.jsonl").read_text().splitlines()[-1])["samples"] == ["what was heard"]
