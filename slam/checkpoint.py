@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slam.download import from_hub
 from slam.embedded import resolve
 from slam.units import Fingerprint, published_fingerprint, read_pairs, same_units
 
@@ -82,15 +83,10 @@ def fetch(name: str) -> Path:
     source = resolve(name)
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-    try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):  # OPT and MobileLLM were published before that format
-            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
-        return folder
-    except Exception as e:  # huggingface_hub raises a dozen types here; to the user they are one
-        raise SystemExit(f"{name}: no such folder here, and downloading it from the Hugging Face hub failed "
-                         f"({type(e).__name__}); check the name and the network") from None
+    folder = from_hub(source, ["*.json", "*.safetensors"])
+    if not any(folder.glob("*.safetensors")):  # OPT and MobileLLM were published before that format
+        from_hub(source, ["pytorch_model*.bin"])
+    return folder
 
 
 # ---------------------------------------------------------------- write

@@ -10,16 +10,16 @@ A model is named by a hub id, a local folder or `embedded:NAME`; after `resolve`
 """
 import argparse
 import functools
-import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from slam.download import cache_dir
+from slam.download import file_digest as sha256
 
 
 @dataclass(frozen=True)
@@ -48,48 +48,6 @@ PARTS = {
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}),
 }
 BUILD = 1  # raise it when slam/build_embedded.py makes other folders than before: every cache is then built again
-
-
-def cache_dir() -> Path:
-    """The folder that holds the built parts: `$SLAM_CACHE`, or ~/.cache/slam."""
-    return Path(os.environ.get("SLAM_CACHE") or Path.home() / ".cache" / "slam")
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------- published files
-TWIST_URL = "https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/"  # mHuBERT-25hz's k-means and vocoder
-
-
-def check_sha256(path: Path, begin: str, end: str) -> None:
-    """SystemExit unless the sha256 of a published file begins and ends with these digits, which are all we know."""
-    found = sha256(path)
-    if not (found.startswith(begin) and found.endswith(end)):
-        raise SystemExit(f"{path}: its sha256 is {found}, but the published file's is {begin}…{end}; remove it, and "
-                         f"fetch it again")
-
-
-def download(url: str, begin: str, end: str) -> Path:
-    """The file at `url`, kept in the cache; its sha256 is checked on every use. SystemExit if it can't be fetched."""
-    path = cache_dir() / "published" / url.rpartition("/")[2]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"fetching {url} into {path.parent}", file=sys.stderr)
-        try:
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                part = Path(folder) / path.name
-                with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as f:
-                    shutil.copyfileobj(answer, f)
-                check_sha256(part, begin, end)
-                os.replace(part, path)
-        except (OSError, ValueError) as e:
-            raise SystemExit(f"{url}: can't be fetched ({e}); put the file into {path.parent} by hand") from None
-    check_sha256(path, begin, end)
-    return path
 
 
 # ---------------------------------------------------------------- parts of wheels
