@@ -7,11 +7,13 @@
 What has come of a file is in NAME.part; the same call goes on with it, if the file is still the same by its size and
 ETag. What can't be mended by trying again ends with a SystemExit that says what happened, what is kept and what to do.
 """
+import contextlib
 import errno
 import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -76,9 +78,11 @@ def connect(url: str, first: int, last: int | None, version: str, timeout: float
     version = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified") or ""
     length = answer.headers.get("Content-Length")
     start, whole = 0, int(length) if length else None
-    if answer.status == 206:  # bytes 100-199/200
-        span, _, whole = answer.headers["Content-Range"].removeprefix("bytes ").partition("/")
-        start, whole = int(span.partition("-")[0]), int(whole)
+    if answer.status == 206:
+        span = re.match(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        if not span:
+            raise ConnectionError("a part came, and the server does not say which")
+        start, whole = int(span[1]), int(span[2])
     if "text/html" in answer.headers.get("Content-Type", ""):
         raise SystemExit(f"{url}: a web page came instead of the file: the site asks for an account, a licence or "
                          f"patience (a quota). Open it in a browser, and see what it wants")
@@ -92,7 +96,9 @@ def transfer(url: str, part: Path, first: int, last: int | None, size: int, time
     """
     from tqdm import tqdm
     record = part.with_name(part.name + ".json")
-    known = json.loads(record.read_text()) if record.exists() else {}
+    known = {}
+    with contextlib.suppress(OSError, ValueError):  # not there, or cut short by a kill
+        known = json.loads(record.read_text())
     have = size_of(part) if (known.get("url"), known.get("first")) == (url, first) else 0
     if have and have == (last or known["size"] or -1) - first:
         return
@@ -101,7 +107,7 @@ def transfer(url: str, part: Path, first: int, last: int | None, size: int, time
         if size and whole and whole != size:
             raise SystemExit(f"{url}: the server has a file of {whole:,} bytes; the published one has {size:,}. It may "
                              f"be another version; look at the site")
-        if not (whole or size or stream.chunked):
+        if not (whole or size or getattr(stream, "chunked", False)):
             raise SystemExit(f"{url}: the server does not say how long the file is, so none can tell when it is whole")
         if have and (known["size"], known["version"]) != (whole, version):
             print(f"{url}: the file has changed since a part of it was fetched; fetching it anew", file=sys.stderr)
@@ -189,7 +195,7 @@ def fetch(url: str, path: str | Path, digest: str = "", size: int = 0, first: in
 
     def refuse(why: str) -> None:
         part.unlink()
-        part.with_name(part.name + ".json").unlink()
+        part.with_name(part.name + ".json").unlink(missing_ok=True)
         raise SystemExit(f"{url}: {why}. What came is removed; start again, and if it is so again, look at the site")
 
     if size and not (first or last) and size_of(part) != size:
@@ -213,7 +219,7 @@ def fetch(url: str, path: str | Path, digest: str = "", size: int = 0, first: in
         with open(sums, "a") as f:
             f.write(json.dumps(line) + "\n")
     os.replace(part, path)
-    part.with_name(part.name + ".json").unlink()
+    part.with_name(part.name + ".json").unlink(missing_ok=True)
     return path
 
 
