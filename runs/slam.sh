@@ -2,7 +2,7 @@
 # From a blank machine with one 24 GB GPU to Slam: fetch the speech, tokenise it, train, tune with DPO, evaluate, and
 # continue a prompt aloud. The first page says how long each step takes. Killed or failed, the same command goes on.
 #
-#   DRY=1 bash runs/slam.sh          # only the first page, and the commands
+#   bash runs/slam.sh --dry          # only the first page, and the commands; so does DRY=1
 #   bash runs/slam.sh                # everything
 #   bash runs/slam.sh models bench   # only these steps: setup models bench speech pairs train dpo evaluate sample
 #   HOURS=5000 bash runs/slam.sh     # a quarter of the speech, read four times: a quarter of network and tokenising
@@ -15,6 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 steps="setup models bench speech pairs train dpo evaluate sample" only=${*:-} dry=${DRY:-} scale=${SCALE:-slam}
+[[ " $only " != *" --dry "* ]] || { dry=1 only=${only/--dry/}; }
 for name in $only; do
     [[ " $steps " == *" $name "* ]] || { echo "$name: no such step; there are: $steps" >&2; exit 2; }
 done

@@ -224,18 +224,20 @@ def fetch(url: str, path: str | Path, digest: str = "", size: int = 0, first: in
 
 
 # ---------------------------------------------------------------- a piece of a tar
-def member_from(url: str, at: int, whole: int, **how) -> int:
-    """Where the first member of a tar begins at or after byte `at`, a multiple of 512; `whole` if there is none."""
+def border(url: str, at: int, whole: int, **how) -> int:
+    """Where the first member of a tar that begins at or after byte `at`, a multiple of 512, ends; `whole` if none does.
+
+    There, not where it begins: headers with a long name or other attributes may precede a member's own.
+    """
     with tempfile.TemporaryDirectory() as folder:
         while at < whole:
             window = fetch(url, Path(folder) / f"{at}", first=at, last=min(at + WINDOW, whole), **how).read_bytes()
             for i in range(0, len(window), 512):
                 if window[i + 257:i + 262] == b"ustar":
-                    try:
-                        tarfile.TarInfo.frombuf(window[i:i + 512], "utf-8", "surrogateescape")  # compares its checksum
-                        return at + i
-                    except tarfile.HeaderError:
-                        pass
+                    with contextlib.suppress(tarfile.HeaderError):  # its checksum is compared
+                        member = tarfile.TarInfo.frombuf(window[i:i + 512], "utf-8", "surrogateescape")
+                        if member.type not in b"xgLK":
+                            return min(at + i + 512 + -(-member.size // 512) * 512, whole)
             at += len(window)
     return whole
 
@@ -243,7 +245,7 @@ def member_from(url: str, at: int, whole: int, **how) -> int:
 def fetch_tar_piece(url: str, path: str | Path, piece: int, n: int, sums: Path | None = None, **how) -> Path:
     """Piece `piece` of 0 … n-1 of an uncompressed tar of any size, as a tar by itself; all n together are the whole.
 
-    A piece begins and ends where a member begins, near piece/n and (piece+1)/n of the file, so that an archive of
+    A piece begins and ends between two members, near piece/n and (piece+1)/n of the file, so that an archive of
     terabytes can be taken in part. The server must give ranges of bytes.
     """
     path = Path(path)
@@ -257,7 +259,7 @@ def fetch_tar_piece(url: str, path: str | Path, piece: int, n: int, sums: Path |
     patience = {k: how[k] for k in ("tries", "pause") if k in how}
     whole = keep_trying(ask, url, path, path, **patience)
     ends = [whole * i // n // 512 * 512 for i in (piece, piece + 1)]
-    first, last = (0 if i == 0 else whole if i == n else member_from(url, end, whole, **how)
+    first, last = (0 if i == 0 else whole if i == n else border(url, end, whole, **how)
                    for i, end in zip((piece, piece + 1), ends))
     members = path.with_name(path.name + ".members")
     if first < last:

@@ -97,7 +97,7 @@ def script(*steps, **variables) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("scale", ["slam", "scaled", "tiny"])
 def test_every_command_of_the_script_parses(scale):
-    said = script(SCALE=scale, DRY="1").stdout
+    said = script("--dry", SCALE=scale).stdout
     assert re.findall("==== (.*)", said) == [
         "setup", "models", "bench", "speech", "pairs", "train", "dpo", "evaluate", "sample"]
     found = re.findall(r"^\$ (?:python|torchrun --nproc_per_node=2) ((?:-m slam\.|\w+\.py|dev/).*)", said, re.M)
@@ -120,6 +120,19 @@ def test_a_recipe_of_ones_own(tmp_path):
     cfg = load_config(settings("train.py", "Config"), shlex.split(command))
     assert (cfg.out, cfg.time_budget_hours, cfg.optimizer, cfg.tokens) == ("out/slam_fast", 6, "muon", None)
     assert len(cfg.train) >= 3 and "==== dpo" not in said
+
+
+def test_an_unknown_step_is_named():
+    result = script("trian", "--dry")
+    assert result.returncode == 2 and "trian: no such step; there are: setup models bench" in result.stderr
+
+
+def test_results_stand_beside_the_papers(runs):
+    text = run("dev/slam_report.py", "slam", runs / "lm", runs / "dpo").stdout
+    loss = json.loads((runs / "lm" / "results.json").read_text())["val_loss"]["value"]
+    assert f"| validation loss, nats per unit | {loss:.2f} | - |" in text and "6 steps" in text
+    assert "| sBLIMP, % | - | 56.45 | - | 58.86 |" in text and "| GenPPL | - | 88.3 | - | 62.8 |" in text
+    assert "56.45" not in run("dev/slam_report.py", "tiny", runs / "lm", runs / "dpo").stdout
 
 
 @pytest.mark.parametrize("mib, expected", [
