@@ -528,7 +528,7 @@ def vocoder_training(size: Size, seconds: float = 30.0) -> dict:
             writer.add(f"{i}.wav", x, np.ones_like(x))
     train_vocoder.main(train_vocoder.Config(
         str(work / "units"), str(work), str(work / "run"), minutes=seconds / 60, steps=2 if size.dry else None,
-        width=32 if size.dry else 256, disc_width=4 if size.dry else 32, log_every=1, overwrite=True))
+        width=32 if size.dry else 256, log_every=1, overwrite=True))
     records = [x for x in log_of(str(work / "run")) if "spectral" in x]
     return {"ok": records[-1]["spectral"] < records[0]["spectral"] or size.dry, "steps": records[-1]["step"],
             "steps_per_s": records[-1]["step"] / records[-1]["seconds"],

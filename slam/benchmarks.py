@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from slam.embedded import cache_dir, sha256
+from slam.embedded import cache_dir, file_digest
 from slam.units import to_tokens, write_atomic
 
 SIDES = ("positive", "negative")
@@ -255,6 +255,6 @@ def tokenize_pairs(tokenizer, benchmark: Benchmark) -> list[tuple[list[int], lis
             raise SystemExit(str(e)) from None
         return [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
 
-    units = disk_cache(units_cache(tokenizer, benchmark.name), [sha256(Path(path)) for path in paths], encode)
+    units = disk_cache(units_cache(tokenizer, benchmark.name), [file_digest(Path(path)) for path in paths], encode)
     utterances = list(map(to_tokens, units))
     return list(zip(utterances[:len(benchmark.pairs)], utterances[len(benchmark.pairs):]))

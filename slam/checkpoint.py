@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slam.embedded import resolve, sha256
+from slam.embedded import file_digest, resolve
 from slam.units import Fingerprint, published_fingerprint, read_pairs, same_units
 
 SLAMKIT = "speech_language_model"  # model_type of SlamKit's checkpoints
@@ -82,15 +82,11 @@ def fetch(name: str) -> Path:
     source = resolve(name)
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-    try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):  # OPT and MobileLLM were published before that format
-            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
-        return folder
-    except Exception as e:  # huggingface_hub raises a dozen types here; to the user they are one
-        raise SystemExit(f"{name}: no such folder here, and downloading it from the Hugging Face hub failed "
-                         f"({type(e).__name__}); check the name and the network") from None
+    from slam.download import from_hub
+    folder = from_hub(source, ["*.json", "*.safetensors"])
+    if not any(folder.glob("*.safetensors")):  # OPT and MobileLLM were published before that format
+        from_hub(source, ["pytorch_model*.bin"])
+    return folder
 
 
 # ---------------------------------------------------------------- write
@@ -137,7 +133,7 @@ def recover(folder: Path) -> None:
 def weights_sha256(name: str) -> str:
     """sha256 of the weights of a model by name."""
     files = sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin"))
-    return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in files)).hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(file_digest(path)) for path in files)).hexdigest()
 
 
 def sha256_of(*values) -> str:

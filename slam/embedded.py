@@ -16,10 +16,20 @@ import os
 import shutil
 import sys
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The folder for built and published files: `$SLAM_CACHE`, or ~/.cache/slam."""
+    return Path(os.environ.get("SLAM_CACHE") or Path.home() / ".cache" / "slam")
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """Hex digest of a file, by an algorithm of hashlib."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, algorithm).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -50,48 +60,6 @@ PARTS = {
 BUILD = 1  # raise it when slam/build_embedded.py makes other folders than before: every cache is then built again
 
 
-def cache_dir() -> Path:
-    """The folder that holds the built parts: `$SLAM_CACHE`, or ~/.cache/slam."""
-    return Path(os.environ.get("SLAM_CACHE") or Path.home() / ".cache" / "slam")
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------- published files
-TWIST_URL = "https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/"  # mHuBERT-25hz's k-means and vocoder
-
-
-def check_sha256(path: Path, begin: str, end: str) -> None:
-    """SystemExit unless the sha256 of a published file begins and ends with these digits, which are all we know."""
-    found = sha256(path)
-    if not (found.startswith(begin) and found.endswith(end)):
-        raise SystemExit(f"{path}: its sha256 is {found}, but the published file's is {begin}…{end}; remove it, and "
-                         f"fetch it again")
-
-
-def download(url: str, begin: str, end: str) -> Path:
-    """The file at `url`, kept in the cache; its sha256 is checked on every use. SystemExit if it can't be fetched."""
-    path = cache_dir() / "published" / url.rpartition("/")[2]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"fetching {url} into {path.parent}", file=sys.stderr)
-        try:
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                part = Path(folder) / path.name
-                with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as f:
-                    shutil.copyfileobj(answer, f)
-                check_sha256(part, begin, end)
-                os.replace(part, path)
-        except (OSError, ValueError) as e:
-            raise SystemExit(f"{url}: can't be fetched ({e}); put the file into {path.parent} by hand") from None
-    check_sha256(path, begin, end)
-    return path
-
-
 # ---------------------------------------------------------------- parts of wheels
 def wheel_files(part: Part) -> dict[str, Path]:
     """The part's files where its wheel is installed, by base name. SystemExit if one is missing or altered."""
@@ -103,7 +71,7 @@ def wheel_files(part: Part) -> dict[str, Path]:
     files = {}
     for name, expected in part.files.items():
         path = Path(str(wheel.locate_file(name)))
-        found = sha256(path) if path.is_file() else "no such file"
+        found = file_digest(path) if path.is_file() else "no such file"
         if found != expected:
             raise SystemExit(f"{path}: corrupted or another version of {part.wheel}: sha256 {found[:12]}, expected "
                              f"{expected[:12]} (version {part.version}); {mend}")
@@ -121,7 +89,7 @@ def problem(folder: Path, stamp: list) -> str:
         digests, made_of = recorded["files"], recorded["stamp"]
     except (ValueError, KeyError):  # cut short, or not ours
         return f"{sums.name} altered"
-    bad = [f for f, digest in digests.items() if not (folder / f).is_file() or sha256(folder / f) != digest]
+    bad = [f for f, digest in digests.items() if not (folder / f).is_file() or file_digest(folder / f) != digest]
     return f"{', '.join(bad)} altered" if bad else "" if made_of == stamp else "built by another version"
 
 
@@ -146,7 +114,7 @@ def part_folder(name: str, build: bool = True) -> Path:
         whole = Path(temporary, name)  # inside: the temporary folder itself is private, but a cache may be shared
         whole.mkdir()
         BUILDERS[name](files, whole)
-        recorded = {"stamp": stamp, "files": {p.name: sha256(p) for p in sorted(whole.iterdir())}}
+        recorded = {"stamp": stamp, "files": {p.name: file_digest(p) for p in sorted(whole.iterdir())}}
         (whole / "sha256.json").write_text(json.dumps(recorded, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         try:

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slam.embedded import TWIST_URL, download
+from slam.download import TWIST_URL, published
 from slam.units import Fingerprint, published_fingerprint
 from slam.vocoder import Vocoder
 
-# The vocoder of mHuBERT-25hz's 500 units, its config, and the first and last digits of their sha256, which are known.
-PUBLISHED = {"hifigan_lj_mhubert_base_25hz.pt": ("d88224e9", "3b79"),
-             "hifigan_lj_mhubert_base_25hz_config.json": ("116dc39b", "6afc7")}
+# The vocoder of mHuBERT-25hz's 500 units, its config, and their sha256 (textlesslib's list of checkpoints has them).
+PUBLISHED = {
+    "hifigan_lj_mhubert_base_25hz.pt": "d88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79",
+    "hifigan_lj_mhubert_base_25hz_config.json": "116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7"}
 
 
 class ResBlock(nn.Module):
@@ -110,7 +111,7 @@ class HifiGan(Vocoder):
         path = Path(name)
         config_path = path.with_name(f"{path.stem}_config.json")
         if name == "published":
-            path, config_path = (download(TWIST_URL + file, *sha256) for file, sha256 in PUBLISHED.items())
+            path, config_path = (published(TWIST_URL + file, f"sha256:{x}") for file, x in PUBLISHED.items())
         elif not config_path.is_file():
             config_path = path.with_name("config.json")
         try:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slam.audio import SAMPLE_RATE, check_wave, read_blocks, read_input
-from slam.embedded import TWIST_URL, check_sha256, download, sha256
+from slam.embedded import file_digest
 from slam.tokenizer import PUBLISHED_KMEANS, SpeechTokenizer, assign, load_encoder, windows, write_codebook
 from slam.units import dedup
 
@@ -252,17 +252,18 @@ def read_kmeans(path: Path) -> np.ndarray:
 
 def convert(cfg: ConvertConfig) -> None:
     """Write a published k-means as a codebook."""
+    from slam.download import TWIST_URL, check, published
     out = Path(cfg.codebook)
     refuse_existing(out, cfg.overwrite)
-    published, *digits = PUBLISHED_KMEANS
-    source = Path(cfg.source) if cfg.source else download(TWIST_URL + published, *digits)
+    name, sha256 = PUBLISHED_KMEANS
+    source = Path(cfg.source) if cfg.source else published(TWIST_URL + name, f"sha256:{sha256}")
     if not source.is_file():
         raise SystemExit(f"--source={cfg.source}: no such file")
-    if source.name == published:
-        check_sha256(source, *digits)
+    if source.name == name:
+        check(source, f"sha256:{sha256}")
     tensors = {"centroids": torch.from_numpy(read_kmeans(source))}
     meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
-            "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": sha256(source)}
+            "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": file_digest(source)}
     write_codebook(out, tensors, meta)
     n_units, dim = tensors["centroids"].shape
     print(f"wrote {out}: {n_units} units, {dim} dimensions, of {cfg.encoder} layer {cfg.layer}")

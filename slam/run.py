@@ -23,7 +23,7 @@ from slam.device import dist, over_ranks
 from slam.units import Fingerprint, write_atomic
 
 # Settings that a resumed run may change, and the older names of settings in slam.json.
-MAY_CHANGE = {"out", "steps", "tokens", "time_budget_hours", "minutes", "lr", "min_lr", "adversarial_lr", "grad_clip",
+MAY_CHANGE = {"out", "steps", "tokens", "time_budget_hours", "minutes", "lr", "min_lr", "grad_clip",
               "log_every", "eval_every", "save_every", "loggers", "micro_batch", "activation_checkpointing", "compile",
               "n_samples", "audio", "resume", "overwrite"}
 RENAMED = {"clip": "grad_clip", "checkpointing": "activation_checkpointing"}

@@ -26,8 +26,9 @@ from slam.embedded import resolve
 from slam.units import Fingerprint, dedup, find_speaking, write_atomic
 
 EMBEDDED_TOKENIZER = Path(__file__).parent.parent / "assets" / "codebook.safetensors"
-# The k-means of mHuBERT-25hz; its sha256 begins and ends with these digits.
-PUBLISHED_KMEANS = "mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin", "03cc04a9", "28ad"
+# The k-means of mHuBERT-25hz and its sha256 (textlesslib's list of checkpoints has it).
+PUBLISHED_KMEANS = ("mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin",
+                    "03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -360,8 +361,7 @@ def write_codebook(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
 
 def is_published(meta: dict[str, str]) -> bool:
     """Whether a codebook was converted from the k-means that was published with mHuBERT-25hz."""
-    source = str(meta.get("source_sha256", ""))
-    return source.startswith(PUBLISHED_KMEANS[1]) and source.endswith(PUBLISHED_KMEANS[2])
+    return meta.get("source_sha256") == PUBLISHED_KMEANS[1]
 
 
 def find_codebook(fingerprint: Fingerprint, folder: str = "out") -> str:
