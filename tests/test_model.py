@@ -459,9 +459,10 @@ def test_under_autocast_weights_are_cast_once_for_all_tokens(lm, monkeypatch):
 
         class Count(TorchDispatchMode):
             def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-                if op is torch.ops.aten._to_copy.default and any(args[0] is p for p in lm.parameters()):
-                    casts.append(args[0])
-                return op(*args, **kwargs or {})
+                out = op(*args, **kwargs or {})
+                if op in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
+                    casts.extend(p for p in lm.parameters() if p is args[0] and out.dtype == torch.bfloat16)
+                return out
 
         with torch.autocast("cpu", dtype=torch.bfloat16), Count():
             return lm.generate(PROMPTS[:3], n, temperature=0, stop=()), len(casts)
