@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slam.download import from_hub
 from slam.embedded import resolve
 from slam.units import Fingerprint, published_fingerprint, read_pairs, same_units
 
@@ -83,6 +82,7 @@ def fetch(name: str) -> Path:
     source = resolve(name)
     if Path(source).is_dir():
         return Path(source)
+    from slam.download import from_hub
     folder = from_hub(source, ["*.json", "*.safetensors"])
     if not any(folder.glob("*.safetensors")):  # OPT and MobileLLM were published before that format
         from_hub(source, ["pytorch_model*.bin"])

@@ -28,14 +28,11 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from slam.embedded import cache_dir
+
 TWIST_URL = "https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/"  # mHuBERT-25hz's k-means and vocoder
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}  # errors of a disk
 WINDOW = 16 << 20  # bytes that are searched at a time for the header of a tar's member
-
-
-def cache_dir() -> Path:
-    """The folder for built and published files: `$SLAM_CACHE`, or ~/.cache/slam."""
-    return Path(os.environ.get("SLAM_CACHE") or Path.home() / ".cache" / "slam")
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:

@@ -10,16 +10,15 @@ A model is named by a hub id, a local folder or `embedded:NAME`; after `resolve`
 """
 import argparse
 import functools
+import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-
-from slam.download import cache_dir
-from slam.download import file_digest as sha256
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,17 @@ PARTS = {
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}),
 }
 BUILD = 1  # raise it when slam/build_embedded.py makes other folders than before: every cache is then built again
+
+
+def cache_dir() -> Path:
+    """The folder for built and fetched files: `$SLAM_CACHE`, or ~/.cache/slam."""
+    return Path(os.environ.get("SLAM_CACHE") or Path.home() / ".cache" / "slam")
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- parts of wheels
