@@ -202,7 +202,8 @@ def write_answers(cfg: Config, speakers: list[Speaker], waves: dict[str, np.ndar
         for source, wave in waves.items():
             units = speaker.tokenizer.encode(wave, SAMPLE_RATE)[0].tolist()
             texts = answer_in_text(speaker.lm, [units] * cfg.n, speaker.fingerprint, 60, cfg.seed, top_p=cfg.top_p,
-                                   temperature=cfg.temperature, top_k=cfg.top_k)
+                                   temperature=cfg.temperature, top_k=cfg.top_k,
+                                   repetition_penalty=cfg.repetition_penalty)
             for text in texts:
                 print(f"{source}, {speaker.label}: {text}")
                 records.append({**speaker.made_of, "prompt_file": source, "prompt_units": units, "answer_text": text})

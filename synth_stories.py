@@ -215,7 +215,7 @@ def main(cfg: Config) -> None:
         raise SystemExit(f"{out} exists and was not made by synth_stories.py; choose another --out")
     if cfg.overwrite:
         shutil.rmtree(out, ignore_errors=True)
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "workers", "overwrite")}
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "workers", "overwrite", "keep_audio")}
     settings = json.loads(json.dumps(settings))  # as the file gives them back: tuples become lists
     before = json.loads(record.read_text())["settings"] if record.exists() else {}
     if changed := [f"{k} was {before[k]!r}, now {v!r}" for k, v in settings.items() if before.get(k, v) != v]:

@@ -89,6 +89,8 @@ class Config:
             found.append(f"mix {self.mix}: three shares, of speech, text and interleaved, not negative")
         if bool(self.mix) != self.init.startswith("keep_text") and not self.shape:
             found.append(f"init {self.init}: keep_text and keep_text_random are for a mix, the others for speech alone")
+        if not 0 <= self.spoken_share <= 1:
+            found.append(f"spoken_share {self.spoken_share}: a share of the words, between 0 and 1")
         if self.micro_batch < 1 or self.context < 1:
             found.append("micro_batch and context must be at least 1")
         elif self.batch_tokens < 1 or self.batch_tokens % (self.context * self.micro_batch):
@@ -98,11 +100,11 @@ class Config:
 
 
 # ---------------------------------------------------------------- the model, a step, an evaluation
-def build(cfg: Config, n_tokens: int) -> UnitLM:
+def build(cfg: Config, n_tokens: int, first_text: int = 0) -> UnitLM:
     """A new model: TWIST from `base`, or from scratch by `shape`. SystemExit if the base has no such shape."""
     if cfg.shape:
-        return UnitLM(ModelConfig(**{"vocab_size": n_tokens, "rope_theta": cfg.rope_theta,
-                                     "max_position_embeddings": cfg.context} | cfg.shape))
+        return UnitLM(ModelConfig(**{"vocab_size": n_tokens, "first_text_token": first_text,
+                                     "rope_theta": cfg.rope_theta, "max_position_embeddings": cfg.context} | cfg.shape))
     try:
         return UnitLM.twist(cfg.base, n_tokens, cfg.init, cfg.n_layers, cfg.rope_theta, cfg.context)
     except ValueError as e:
@@ -132,14 +134,15 @@ def read_losses(losses: list[Tensor], norm: Tensor, run: Run) -> list[float]:
     return values
 
 
-def evaluate(lm: UnitLM, val: UnitReader, cfg: Config, run: Run, world: int) -> None:
+def evaluate(lm: UnitLM, val: UnitReader | Mixed, cfg: Config, run: Run, world: int) -> None:
     """Log the validation loss, and with a mix the loss and accuracy of each kind of token; also to results.json."""
     lm.eval()
-    loss, n = validation_loss(lm, val, cfg.context, cfg.micro_batch, cfg.dtype, run.rank, world)
+    speech = val.reader if cfg.mix else val
+    loss, n = validation_loss(lm, speech, cfg.context, cfg.micro_batch, cfg.dtype, run.rank, world)
     found = {"val_loss": {"value": loss, "n": n}}
     if cfg.mix:
         from slam.cross_modal import losses_by_kind
-        found |= losses_by_kind(lm, Mixed(val, cfg.mix, cfg.seed, cfg.spans, cfg.spoken_share), cfg.context, cfg.dtype)
+        found |= losses_by_kind(lm, val, cfg.context, cfg.dtype)
     lm.train()
     values = {name: x["value"] for name, x in found.items()}
     line = " | ".join(f"{name.removeprefix('val_').replace('_', ' ')} {x:.4g}" for name, x in list(values.items())[1:])
@@ -166,14 +169,17 @@ def main(cfg: Config) -> None:
         return
     order = cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world
     if cfg.mix:  # speech and text in one stream
-        corpus, fingerprint = Mixed(reader, cfg.mix, cfg.seed, cfg.spans, cfg.spoken_share), reader.fingerprint
-        rows = MixedRows(corpus, *order)
+        corpus, val = (Mixed(x, cfg.mix, cfg.seed, cfg.spans, cfg.spoken_share) for x in (reader, val))
+        if not (run.trainer or cfg.shape):
+            corpus.require_text_of(cfg.base)
+        fingerprint, rows = reader.fingerprint, MixedRows(corpus, *order)
     else:
         corpus, fingerprint, rows = reader, reader.fingerprint.speech(), Rows(reader.lengths, *order)
     loader = Loader(corpus, rows, cfg.micro_batch, device)
 
     # ------------------------------------------------ model
-    lm = UnitLM.from_pretrained(str(run.checkpoint)) if run.trainer else build(cfg, fingerprint.vocab_size)
+    lm = UnitLM.from_pretrained(str(run.checkpoint)) if run.trainer else build(
+        cfg, fingerprint.vocab_size, corpus.vocabulary.first_text if cfg.mix else 0)
     lm.to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
     lm.set_activation_checkpointing(cfg.activation_checkpointing)
     forward = compiled(lm, cfg.compile)

@@ -6,7 +6,7 @@ The unit files have words (docs/interleaving.md).
 from config.slam import *
 
 out = "out/slam_interleaved"
-train = ("out/words/libri_light", "out/words/librispeech", "out/words/stinystories")
+train = ("out/words/librispeech",)  # and whatever else alignment can read: plain audio files
 val = ("out/words/librispeech_dev",)
 init = "keep_text"
 mix = (0.254, 0.202, 0.543)  # speech only, text only, interleaved

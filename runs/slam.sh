@@ -41,7 +41,7 @@ bench=$root/bench units=$out/units lm=$out/$name tuned=$out/${name}_dpo
 [ -z "${TRAIN:-}" ] || train_hours="?"  # what TRAIN says
 
 # ---------------------------------------------------------------- the first page
-memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | sort -n || true)  # MiB
+memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | grep -xE '[0-9]+' | sort -n || true)  # MiB
 n_found=$(wc -w <<< "$memory") smallest=${memory%%$'\n'*}
 if [ "$scale" != tiny ]; then
     if [ "$n_found" -lt $gpus ]; then

@@ -27,6 +27,7 @@ from slam.units import UnitReader, UnitWriter
 
 FRAMES_PER_SECOND = 50  # of Whisper's encoder
 WINDOW_SECONDS = 30  # that Whisper hears
+MAX_TOKENS = 440  # of text that its decoder reads
 
 
 @dataclass
@@ -83,6 +84,8 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     word_times([wave of "Hi there."], ["Hi there."], "embedded:whisper-tiny.en") -> [[0.0, 0.38]]
     """
     model, extractor, tokenizer = load_asr(asr)
+    if not getattr(model.generation_config, "alignment_heads", None):
+        raise SystemExit(f"{asr}: does not say which heads follow the audio (alignment_heads); take one of OpenAI's")
     model.set_attn_implementation("eager")  # the other implementations do not return their attention
     heads, start = model.generation_config.alignment_heads, decoder_start(model, tokenizer)
     words = [[tokenizer(f" {word}", add_special_tokens=False).input_ids for word in text.split()] for text in texts]
@@ -91,7 +94,9 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     for i, row in enumerate(rows):
         tokens[i, :len(row)] = torch.tensor(row)
     x = extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(model.device)
-    attention = model(x, decoder_input_ids=tokens.to(model.device), output_attentions=True).cross_attentions
+    encoded = model.model.encoder(x)  # by itself, so that its own attention, 1500 x 1500 a head, is not kept
+    attention = model(encoder_outputs=encoded, decoder_input_ids=tokens.to(model.device),
+                      output_attentions=True).cross_attentions
     attention = torch.stack([attention[layer][:, head] for layer, head in heads], 1).float()  # (B, heads, N, frames)
     found = []
     for b, (wave, row) in enumerate(zip(waves, words)):
@@ -104,13 +109,19 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     return found
 
 
+def whisper_tokens(text: str, asr: str) -> list[int]:
+    """Whisper's tokens of a text."""
+    return load_asr(asr)[2](f" {text}", add_special_tokens=False).input_ids
+
+
 def token_costs(attention: Tensor) -> Tensor:
     """Attention (heads, N, T) of tokens to frames -> costs (N, T) for `monotone_path`, low where tokens look."""
     attention = attention / attention.sum(-1, keepdim=True)  # over the frames that hold speech
     deviation, mean = torch.std_mean(attention, dim=-2, keepdim=True, unbiased=False)
     normal = (attention - mean) / (deviation + 1e-9)
-    smooth = F.pad(normal, (3, 3), mode="reflect").unfold(-1, 7, 1).median(-1).values  # 7 frames, 140 ms
-    return -smooth.mean(0)
+    if normal.shape[-1] > 3:  # the median of 7 frames, 140 ms
+        normal = F.pad(normal, (3, 3), mode="reflect").unfold(-1, 7, 1).median(-1).values
+    return -normal.mean(0)
 
 
 def decoder_start(model, tokenizer) -> list[int]:
@@ -156,7 +167,7 @@ def main(cfg: Config) -> None:
     todo = [(i, record) for i, record in enumerate(reader.records()) if record["id"] not in writer.done]
     rate, skipped = reader.fingerprint.unit_rate_hz, {}
 
-    # ---- batches of utterances of similar lengths: text, times, units
+    # ---- batches: text, times, units
     with writer, tqdm(total=len(reader), initial=len(reader) - len(todo), disable=None, desc="aligning") as bar:
         for at in range(0, len(todo), cfg.batch):
             batch = []
@@ -173,7 +184,10 @@ def main(cfg: Config) -> None:
                     batch.append((i, id, wave, record.get("text") or transcript(Path(cfg.audio), id)))
             heard = iter(transcribe([wave for *_, wave, text in batch if not text], cfg.asr))
             texts = [text or next(heard) for *_, text in batch]
-            batch = [(*x[:3], text) for x, text in zip(batch, texts) if text.split()]
+            for (_, id, *_), text in zip(batch, texts):
+                if not 0 < (n := len(whisper_tokens(text, cfg.asr))) <= MAX_TOKENS:
+                    skipped[id] = f"{n} tokens of text, and Whisper aligns 1 to {MAX_TOKENS}; is it this recording's?"
+            batch = [(*x[:3], text) for x, text in zip(batch, texts) if x[1] not in skipped]
             times = word_times([x[2] for x in batch], [x[3] for x in batch], cfg.asr) if batch else []
             for (i, id, _, text), begins in zip(batch, times):
                 units, durations = reader.units(i), reader.durations(i)

@@ -117,6 +117,9 @@ def get(name: str, sources: dict[str, Source], out: Path) -> Path:
         owner, repo, pattern = source.url.removeprefix("hf://").split("/", 2)
         files = range(source.files * number // source.pieces, source.files * (number + 1) // source.pieces)
         from_hub(f"{owner}/{repo}", [pattern.format(i) for i in files] or [pattern], "dataset", new)
+        if not any(new.rglob("*.parquet")):
+            raise SystemExit(f"{source.url}: no such files in the repository; look at its page, and correct "
+                             f"slam/corpora.py or --sources")
     else:
         if source.pieces > 1:
             fetch_tar_piece(source.url, new / file, number, source.pieces, sums)

@@ -54,22 +54,26 @@ def directions(texts: list[tuple[str, str]], utterances: list[tuple], fingerprin
     """A benchmark's pairs in four directions, {name: [(tokens, tokens)]}: what is given, and what is to be judged.
 
     texts: the two transcripts of each pair. utterances: their tokens (`1 units 1`). In speech the part that both share
-    is given; in text the sentences that they share. "speech_to_text": `1 <speech> units <text> its ending 1`.
+    is given; in text the sentences that they share; pairs of single sentences share none, and are scored as text
+    alone. "speech_to_text": `1 <speech> units <text> its ending 1`.
     """
     vocabulary, tokenizer = Vocabulary(fingerprint), TextTokenizer(fingerprint.text_lm)
 
     def tokens(text: str, follows: bool = False) -> list[int]:
         return [t + vocabulary.first_text for t in tokenizer.words(text, follows)[0].tolist()]
 
-    found = {"speech_to_text": [], "text_to_speech": [], "text_to_text": []}
+    end = [EOS] * bool(utterances and utterances[0][0][-1] == EOS)  # eval.py --score_eos=false took it off
+    found = {"text_to_text": [tuple([BOS, *tokens(text), *end] for text in pair) for pair in texts]}
+    if not any(split_at_last_sentence(*pair)[0] for pair in texts):
+        return found
+    found |= {"speech_to_text": [], "text_to_speech": []}
     for (a, b), (x, y) in zip(texts, utterances):
         given, *endings = split_at_last_sentence(a, b)
         units, *rest = PrefixPair.of(x, y)
         found["speech_to_text"].append(tuple(
-            [BOS, vocabulary.speech, *units[1:], vocabulary.text, *tokens(ending, True), EOS] for ending in endings))
+            [BOS, vocabulary.speech, *units[1:], vocabulary.text, *tokens(ending, True), *end] for ending in endings))
         found["text_to_speech"].append(tuple(
             [BOS, vocabulary.text, *tokens(given), vocabulary.speech, *ending] for ending in rest))
-        found["text_to_text"].append(tuple([BOS, *tokens(text), EOS] for text in (a, b)))
     return found
 
 

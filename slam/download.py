@@ -11,6 +11,7 @@ import contextlib
 import errno
 import http.client
 import json
+import lzma
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -289,7 +291,8 @@ def extract(archive: Path, folder: Path, within: str = "") -> None:
                         shutil.copyfileobj(content, f)
         if not any(new.iterdir()):
             raise ValueError(f"there are no files {within!r} in it")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, tarfile.TarError) as e:
+    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+            tarfile.TarError) as e:  # RuntimeError: it is encrypted
         shutil.rmtree(new)
         raise SystemExit(f"{archive}: can't be unpacked into {folder} ({e}). If the disk is full, make room; else "
                          f"remove the archive. Then start again") from None

@@ -38,8 +38,11 @@ class TextTokenizer:
     def __init__(self, name: str):
         from transformers import AutoConfig, AutoTokenizer
         folder = resolve(name)
-        self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(folder)
-        self.vocab = AutoConfig.from_pretrained(folder).vocab_size  # embedding rows; often some more than tokens
+        try:
+            self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(folder)
+            self.vocab = AutoConfig.from_pretrained(folder).vocab_size  # embedding rows, often some more than tokens
+        except OSError as e:
+            raise SystemExit(f"{name}: no tokenizer of a text LM there ({str(e).splitlines()[0]})") from None
 
     def fingerprint(self, of_units: Fingerprint) -> Fingerprint:
         """The fingerprint of units, with this tokenizer's beside it."""
@@ -112,17 +115,26 @@ class Mixed:
 
     def __init__(self, reader: UnitReader, shares: tuple[float, float, float], seed: int, spans: str = "poisson",
                  share: float = 0.3):
-        if not reader.fingerprint.text_lm:
-            raise SystemExit(f"{reader.shards[0].path}: has no words; python -m slam.alignment writes unit files with "
+        if bare := next((shard.path for shard in reader.shards if not shard.fingerprint.text_lm), None):
+            raise SystemExit(f"{bare}: has no words; python -m slam.alignment writes unit files with "
                              f"them")
         self.reader, self.n, self.seed = reader, len(reader), seed
         self.vocabulary, self.spans, self.share = Vocabulary(reader.fingerprint), spans, share
-        of_kind = [np.mean([len(self.form(i, kind, 0)) for i in range(min(500, self.n))]) for kind in range(3)]
+        some = np.linspace(0, self.n - 1, min(500, self.n)).astype(int).tolist()  # of all sources
+        of_kind = [np.mean([len(self.form(i, kind, 0)) for i in some]) for kind in range(3)]
         odds = np.array(shares) / of_kind  # from shares of tokens to shares of utterances
         self.odds = odds / odds.sum()
 
     def check(self) -> None:
         self.reader.check()
+
+    def require_text_of(self, base: str) -> None:
+        """SystemExit unless the text tokens are those of this text LM, whose embeddings are to be kept."""
+        mine = self.reader.fingerprint
+        theirs = TextTokenizer(base).fingerprint(mine)
+        if (theirs.text_vocab, theirs.text_sha256) != (mine.text_vocab, mine.text_sha256):
+            raise SystemExit(f"{base}: its text tokens are not those of {self.reader.shards[0].path}, {mine.text_lm}; "
+                             f"take that base, or align again with --text_lm {base}")
 
     def form(self, i: int, kind: int, epoch: int) -> np.ndarray:
         """Tokens of utterance i as one of the three kinds; its spans are those of the epoch."""
@@ -180,6 +192,9 @@ class MixedRows(Rows):
         return packed
 
     def row(self, index: int) -> np.ndarray:
+        if index < self.epochs[0][1]:  # a step is made again, and its epoch is gone: from the beginning
+            self.epochs, self.end = [], 0
+            self.make_epoch(0)
         while index >= self.end:
             self.make_epoch(self.epochs[-1][0] + 1)
         _, begin, packed, order = next(x for x in reversed(self.epochs) if x[1] <= index)

@@ -15,8 +15,6 @@ import numpy as np
 from slam.tts import spoken, write_audio
 from slam.units import write_atomic
 
-NAMES = json.loads((Path(__file__).parent.parent / "assets" / "openings.json").read_text(encoding="utf-8"))["name"]
-
 
 def exchange(items: list, seed: int) -> list:
     """Permute two or more items along one random cycle, so that none keeps its place; seeded."""
@@ -54,9 +52,9 @@ def make_tstorycloze(cfg, pool, stories: list[dict]) -> None:
     write_benchmark(cfg, pool, "tstorycloze", pairs, texts)
 
 
-def things(text: str) -> set[str]:
+def things(text: str, names: list[str]) -> set[str]:
     """The content words of a text, roughly: those of four letters and more, without names."""
-    return {word.lower() for word in re.findall(r"\w{4,}", text) if word not in NAMES}
+    return {word.lower() for word in re.findall(r"\w{4,}", text) if word not in names}
 
 
 def pronouns(text: str) -> set[str]:
@@ -75,17 +73,18 @@ def make_sstorycloze(cfg, pool, stories: list[dict], n_candidates: int = 6, min_
         return
     from slam.speech import continuation_scores
     beginnings, endings = [" ".join(s["sentences"][:4]) for s in stories], [s["sentences"][4] for s in stories]
-    about, said = list(map(things, beginnings)), list(map(things, endings))
+    names = json.loads(Path(cfg.openings).read_text(encoding="utf-8"))["name"]
+    about, said = ([things(text, names) for text in texts] for texts in (beginnings, endings))
     found_in = Counter(word for words in about for word in words)
     candidates, offered = [], Counter()  # for each story [(index of the other story, its ending)], the closest first
     for i, beginning in enumerate(beginnings):
-        name = next((word for word in re.findall(r"\w+", beginning) if word in NAMES), None)
+        name = next((word for word in re.findall(r"\w+", beginning) if word in names), None)
         shared = [sum(math.log(len(stories) / found_in[word]) for word in about[i] & words) for words in said]
         close = [j for j, ending in enumerate(endings) if name and ending != endings[i] and shared[j] > 0
                  and offered[j] < n_candidates and pronouns(ending) <= pronouns(f"{beginning} {endings[i]}")]
         close = sorted(close, key=lambda j: -shared[j])[:n_candidates]
         offered.update(close)  # an ending that suits many stories is offered to a few, so that each has its own
-        candidates.append([(j, re.sub(r"\w+", lambda m: name if m[0] in NAMES else m[0], endings[j])) for j in close])
+        candidates.append([(j, re.sub(r"\w+", lambda m: name if m[0] in names else m[0], endings[j])) for j in close])
     asked = [(beginnings[i], x) for i, others in enumerate(candidates) for x in (endings[i], *(x for _, x in others))]
     scores = iter(continuation_scores(*map(list, zip(*asked)), cfg.writer))
     texts, pairs, used = {}, [], set()

@@ -127,7 +127,8 @@ def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
         print(f"{unknown} does not say which codebook made its units; assumed to be that of {other}", file=sys.stderr)
     if not same_units(a, b):
         raise SystemExit(f"units of different tokenisers:\n  {a_name}: {a}\n  {b_name}: {b}\n"
-                         f"  make one of them again with the other's tokeniser (prepare_units.py)")
+                         f"  make one of them again with the other's tokeniser (prepare_units.py; slam.alignment for "
+                         f"text)")
 
 
 def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str,
@@ -166,6 +167,9 @@ class UnitWriter(contextlib.AbstractContextManager):
         if any(self.folder.glob("*.safetensors")):
             there = UnitReader(self.folder)
             require_same(there.fingerprint, folder, fingerprint, "the tokeniser to write with")
+            if any(bool(shard.fingerprint.text_lm) != bool(fingerprint.text_lm) for shard in there.shards):
+                raise SystemExit(f"{folder}: unit files with words and without don't go into one folder; choose "
+                                 f"another one")
             self.done = set(there.ids())
         numbers = [int(p.stem[-5:]) for p in self.folder.glob(f"{prefix}{'[0-9]' * 5}.safetensors")]
         self.number = max(numbers, default=-1) + 1  # of the next shard

@@ -7,7 +7,7 @@ from conftest import refused, run
 
 from slam.alignment import first_units, monotone_path, transcript, word_times
 from slam.interleave import TextTokenizer
-from slam.units import UnitReader
+from slam.units import UnitReader, UnitWriter
 
 WORDS = """The little rabbit found a golden apple under an enormous tree. Seven hungry children carried wooden boats
 across our quiet river, because nobody wanted another rainy afternoon inside.""".split()
@@ -48,6 +48,20 @@ def test_times_of_words_spoken_one_by_one(voice):
     errors = np.abs(np.concatenate([truth[:half], truth[half:] - truth[half]]) - np.concatenate(found))
     print(f"median {1000 * np.median(errors):.0f} ms, mean {1000 * errors.mean():.0f} ms, largest {errors.max():.2f} s")
     assert np.median(errors) <= 0.06 and errors.mean() < 0.15
+
+
+def test_a_very_short_wave_has_times():
+    assert word_times([np.zeros(800, np.float32)], ["Hi there."], "embedded:whisper-tiny.en")[0][0] == 0
+
+
+def test_texts_that_cannot_be_aligned_are_counted(stories, tmp_path):
+    units = UnitReader(stories / "units" / "val")
+    with UnitWriter(tmp_path / "units", units.fingerprint, durations=True) as writer:
+        for i, (record, text) in enumerate(zip(units.records(), ["word " * 500, "-", "He ran.", " "])):
+            writer.add(record["id"], units.units(i), units.durations(i), text=text)
+    done = run("-m", "slam.alignment", f"--units={tmp_path}/units", f"--audio={stories}/audio", "--suffix=.flac",
+               "--text_lm=embedded:smollm2-135m", f"--out={tmp_path}/words", "--max_skipped=1")
+    assert "500 tokens of text, and Whisper aligns 1 to 440" in done.stderr and "words of 3 of 4" in done.stdout
 
 
 def test_transcripts_beside_the_audio(tmp_path):

@@ -63,3 +63,11 @@ def test_answers_are_text():
     answers = answer_in_text(lm, [[3, 4], [5]], fingerprint, 8, seed=0, top_k=50)
     assert len(answers) == 2 and all(isinstance(x, str) and x for x in answers)
     assert answers == answer_in_text(lm, [[3, 4], [5]], fingerprint, 8, seed=0, top_k=50)
+
+
+def test_pairs_of_single_sentences_and_without_eos():
+    fingerprint = TextTokenizer("embedded:smollm2-135m").fingerprint(PLAIN)
+    single = directions([("He runs.", "He run.")], [([1, 4, 1], [1, 5, 1])], fingerprint)
+    assert list(single) == ["text_to_text"]
+    cut = directions([("It rained. He ran.", "It rained. He sang.")], [([1, 4, 5], [1, 4, 6])], fingerprint)
+    assert len(cut) == 3 and all(x[-1] != 1 for pairs in cut.values() for pair in pairs for x in pair)

@@ -77,8 +77,11 @@ def test_files_with_words(reader, tmp_path):
     plain = UnitReader(tmp_path)
     assert plain.shards[0].header["fingerprint"] == {k: v for k, v in FINGERPRINT.to_dict().items() if k[:5] != "text_"}
     UnitReader(tmp_path, reader.shards[0].path)  # their units are the same
-    with pytest.raises(SystemExit, match="has no words"):
-        Mixed(plain, (1, 1, 1), 0)
+    for there in (plain, UnitReader(reader.shards[0].path, tmp_path)):
+        with pytest.raises(SystemExit, match="has no words"):
+            Mixed(there, (1, 1, 1), 0)
+    with pytest.raises(SystemExit, match="with words and without"):
+        UnitWriter(tmp_path, FINGERPRINT)
 
 
 @pytest.mark.parametrize("spans", ["poisson", "chunks"])
@@ -122,6 +125,9 @@ def test_rows_are_a_pure_function_of_the_step_and_hold_every_token_once(reader):
     again = MixedRows(mixed, 64, 4, 7)
     assert [x.tolist() for x in again.step(50)[0]] == [x.tolist() for x in steps[50][0]]
     assert [x.tolist() for x in again.step(49)[0]] == [x.tolist() for x in steps[49][0]]  # a step back
+    few = MixedRows(mixed, 4096, 12, 7)  # several epochs a step; a step is made again once the next one is
+    before = [few.step(0), few.step(1)]
+    assert [x.tolist() for x in few.step(0)[0]] == [x.tolist() for x in before[0][0]]
     halves = [MixedRows(mixed, 64, 4, 7, rank, 2).step(9) for rank in range(2)]
     assert [h[1] for h in halves] == [steps[9][1]] * 2
     assert sorted(str(r) for h in halves for r in h[0]) == sorted(map(str, steps[9][0]))
@@ -154,6 +160,7 @@ def test_training_on_a_mix(reader, tmp_path):
         assert results[f"val_loss_{kind}"]["value"] < results[f"val_loss_{kind}_before_training"]["value"] - 0.2
     checkpoint = UnitLM.from_pretrained(f"{tmp_path}/whole/checkpoint")
     assert checkpoint.config.vocab_size == VOCABULARY.size
+    assert checkpoint.config.first_text_token == VOCABULARY.first_text
     log = tmp_path / "halves" / "log.jsonl"
     killed = start("train.py", *args, "--steps=40", f"--out={tmp_path}/halves", "--save_every=15")
     killed.until(lambda: log.exists() and '"step": 20' in log.read_text())
@@ -168,3 +175,7 @@ def test_training_on_a_mix(reader, tmp_path):
         "train.py", f"--train={folder}", f"--val={folder}", "--mix=1,1,1")
     assert "three shares" in refused("train.py", f"--train={folder}", f"--val={folder}", "--mix=1,1",
                                      "--init=keep_text")
+    assert "between 0 and 1" in refused("train.py", *args, "--spoken_share=30")
+    assert "its text tokens are not those of" in refused(
+        "train.py", f"--train={folder}", f"--val={folder}", "--mix=1,1,1", "--init=keep_text", f"--out={tmp_path}/x",
+        "--base=embedded:smollm2-135m")

@@ -7,8 +7,10 @@ import pytest
 
 from slam.benchmarks import read_manifest
 from slam.speech import continuation_scores
-from slam.spoken_pairs import GRAMMAR, NAMES, exchange, grammar_pair, make_sblimp, make_sstorycloze, write_benchmark
-from synth_stories import Config, split_sentences
+from slam.spoken_pairs import GRAMMAR, exchange, grammar_pair, make_sblimp, make_sstorycloze, write_benchmark
+from synth_stories import Config, read_openings, split_sentences
+
+NAMES = read_openings("assets/openings.json")["name"]
 
 
 def test_exchange_leaves_nothing_in_place():
