@@ -110,8 +110,9 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
 
 
 def whisper_tokens(text: str, asr: str) -> list[int]:
-    """Whisper's tokens of a text."""
-    return load_asr(asr)[2](f" {text}", add_special_tokens=False).input_ids
+    """Whisper's tokens of the words of a text."""
+    words = " ".join(text.split())
+    return load_asr(asr)[2](f" {words}", add_special_tokens=False).input_ids if words else []
 
 
 def token_costs(attention: Tensor) -> Tensor:
