@@ -100,7 +100,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         return mask.attend(q, k, v)
     groups = q.shape[1] // k.shape[1]
     if q.shape[2] == 1:  # a decoding step: as queries of one head, the heads of a group need no copies of its keys
-        return F.scaled_dot_product_attention(q.view(len(q), -1, groups, q.shape[3]), k, v, mask).view_as(q)
+        y = F.scaled_dot_product_attention(q.view(len(q), -1, groups, q.shape[3]), k, v, mask)
+        return y.reshape(q.shape)  # not a view: CUDA's kernel with a mask returns another order in memory
     if q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
         # CUDA's fused kernels do not share heads in these cases
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1

@@ -26,6 +26,8 @@ def join_ranks() -> tuple[int, int]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:  # gloo exchanges the few numbers that the CPU needs, without a wait for the GPU
         if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise SystemExit(f"more processes than GPUs ({torch.cuda.device_count()}): lower --nproc_per_node")
             torch.cuda.set_device(pick_device())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=timedelta(hours=1))
@@ -73,7 +75,8 @@ def fast_bfloat16(cpu: dict) -> bool:
 def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
     """Of matrix products, for a Config's `dtype`; auto: bfloat16 where the hardware multiplies it fast."""
     if dtype == "auto":
-        fast = device.type == "cuda" or fast_bfloat16(torch.cpu.get_capabilities())
+        fast = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else  # Ampere
+                fast_bfloat16(torch.cpu.get_capabilities()))
         dtype = "bfloat16" if fast else "float32"
     return torch.float32 if dtype == "float32" else torch.bfloat16
 

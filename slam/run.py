@@ -125,7 +125,7 @@ class Run:
         return f"{self.checkpoint} is as it was last saved" if self.checkpoint.exists() else "Nothing was saved yet"
 
     def _stop(self, signum, frame) -> None:
-        if self.asked_to_stop:  # the second signal: stop now
+        if self.asked_to_stop and signum == signal.SIGINT:  # ctrl-C again: stop now. torchrun sends SIGTERM, too
             raise SystemExit(128 + signum)
         self.asked_to_stop = 128 + signum
         print(f"{signal.Signals(signum).name}: saving after this step", file=sys.stderr)
@@ -143,6 +143,7 @@ class Run:
             torch.cuda.synchronize()  # what is still in the GPU's queue is training
         counted = time.perf_counter() - self.started  # at the next tick, as progress must not change within a step
         yield
+        over_ranks([0.0])  # else the wait for the first process, which saves and listens, would count as training
         self.started = time.perf_counter() - counted
 
     def progress(self) -> float:
@@ -224,6 +225,7 @@ class Run:
 
     def exit_if_stopping(self) -> None:
         if self.stopping:
+            over_ranks([0.0])  # torchrun ends all processes once one has ended: the first must have saved
             if not self.rank:
                 print(f"stopped at step {self.step}; --resume goes on", file=sys.stderr)
             raise SystemExit(self.stopping)

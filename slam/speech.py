@@ -41,7 +41,7 @@ def continue_units(lm: torch.nn.Module, prompts: list[list[int]], new_units: int
     forbid = [PAD] + [EOS] * (not allow_eos) + [slice(first_text - 2, None)] * bool(first_text)
     generator = torch.Generator(lm.device).manual_seed(seed)
     for part in by_length([len(p) + 1 for p in prompts], batch, desc):
-        with autocast(lm.device, "bfloat16" if lm.device.type == "cuda" else "float32"):
+        with autocast(lm.device, "auto" if lm.device.type == "cuda" else "float32"):
             new = lm.generate([to_tokens(prompts[i])[:-1] for i in part], new_units, generator=generator,
                               forbid=tuple(forbid), stop=(EOS,),
                               compile=compile and len(part) == batch, **sampling)

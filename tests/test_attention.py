@@ -151,6 +151,14 @@ def test_which_way_is_taken(monkeypatch):
             assert isinstance(packed_mask(positions, CPU, dtype), kind)
 
 
+def test_a_decoding_step_takes_what_cudas_kernel_returns(monkeypatch):
+    """CUDA's memory-efficient kernel has its output's heads and places transposed in memory; a view fails there."""
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: kernel(q, k, v, None, False)[0])
+    q, k = torch.empty(1, 14, 1, 64, device="meta"), torch.empty(1, 2, 20, 64, device="meta")
+    assert attend(q, k, k, None).shape == q.shape
+
+
 @pytest.mark.parametrize("way", ["segments", "varlen", "mask"])
 @torch.no_grad()
 def test_several_continuations_of_a_shared_prefix(way, monkeypatch):
