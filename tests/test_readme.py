@@ -15,7 +15,7 @@ SETTINGS = {"prepare_units.py": {"": "Config", "fit": "slam.kmeans.FitConfig", "
             "synth_stories.py": {"": "Config"}, "train.py": {"": "Config"}, "eval.py": {"": "Config"},
             "sample.py": {"": "Config"}, "dpo.py": {"": "Config", "pairs": "slam.align_pairs.PairsConfig"},
             "-m slam.train_vocoder": {"": "Config"}, "dev/check_tokenizer.py": {"": "CheckConfig"},
-            "dev/plot.py": {"": "PlotConfig"}, "dev/voices.py": {"people": "PeopleConfig", "copies": "CopiesConfig"},
+            "dev/plot.py": {"": "PlotConfig"}, "dev/voices.py": {"people": "PeopleConfig", "words": "WordsConfig"},
             "dev/bench.py": {"train": "BenchTrain", "dpo": "BenchDpo", "generate": "BenchGenerate", "eval": "BenchEval",
                              "memory": "BenchMemory", "units": "BenchUnits", "vocoder": "BenchVocoder"}}
 WITHOUT = {"model.py", "-m slam.embedded"}  # their arguments are argparse's
@@ -79,9 +79,9 @@ def test_every_config_file_is_a_whole_config():
     training = ("slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories", "demo_train",
                 *on_top)
     scripts = {"fit_embedded": ("prepare_units.py", "fit"), "align_pairs": ("dpo.py", "pairs"),
-               **dict.fromkeys(("units_embedded", "corpus_units", "voices_units", "units_mhubert25"),
+               **dict.fromkeys(("units_embedded", "corpus_units", "words_units", "units_mhubert25"),
                                ("prepare_units.py", "")),
-               **dict.fromkeys(("vocoder_embedded", "vocoder_voices", "vocoder_gpu"), ("-m slam.train_vocoder", "")),
+               **dict.fromkeys(("vocoder_embedded", "vocoder_words", "vocoder_gpu"), ("-m slam.train_vocoder", "")),
                **dict.fromkeys(training, ("train.py", "")),
                **dict.fromkeys(("slam_dpo", "slam_scaled_dpo", "demo_dpo"), ("dpo.py", "")),
                **dict.fromkeys(("demo_eval", "eval_slam"), ("eval.py", "")),
