@@ -54,7 +54,8 @@ class Config:
     generate_from: str = ""  # manifest or benchmark whose positives are the prompts of GenPPL and auto-BLEU
     n_generate: int = 1000  # prompts, at most: the first of the set
     n_seeds: int = 1  # continuations of each prompt, with the seeds from `seed` on
-    resynth_from: str = ""  # manifest whose positives are re-synthesised and transcribed; nothing else is done
+    resynth_from: str = ""  # manifest, whose positives are re-synthesised and transcribed, or any folder of speech;
+    # nothing else is done
     prompt_seconds: float = 3.0  # length of a prompt: the beginning of the wav
     new_units: int = 150  # units to generate
     temperature: float = 0.8  # of the generation
@@ -181,19 +182,24 @@ def perplexity(texts: list[str], cfg: Config) -> dict:
 
 
 def resynthesis(cfg: Config) -> dict:
-    """What tokeniser and vocoder lose on the positives of a manifest, of which the first 30 s are re-synthesised.
+    """What tokeniser and vocoder lose on the positives of a manifest or a folder's recordings, the first 30 s of each.
 
     Word error rate between Whisper's transcripts of re-synthesised and original speech, with original and with
     predicted durations; with original durations also mel-cepstral distance (dB) and share of clipped samples.
     """
-    from slam.audio import SAMPLE_RATE, load_audio, resample
+    from slam.audio import SAMPLE_RATE, load_audio, read_input, resample
     from slam.mel import mel_cepstral_distance
     from slam.speech import speak, transcribe
     from slam.tokenizer import SpeechTokenizer
     from slam.vocoder import vocoder_for
     tokenizer = SpeechTokenizer.load(cfg.tokenizer or "embedded", pick_device().type).base
     vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
-    waves = [load_audio(pair["positive"])[:30 * SAMPLE_RATE] for pair in read_manifest(cfg.resynth_from).pairs]
+    folder = Path(cfg.resynth_from)
+    if folder.is_dir() and not (folder / "manifest.jsonl").exists():
+        files = [item.source for item in read_input(cfg.resynth_from)[1]]
+    else:
+        files = [pair["positive"] for pair in read_manifest(cfg.resynth_from).pairs]
+    waves = [load_audio(file)[:30 * SAMPLE_RATE] for file in files]
     encoded = [tokenizer.encode(w, SAMPLE_RATE) for w in tqdm(waves, disable=None, desc="units")]
     spoken = [vocoder.synthesize(*x)[0] for x in encoded]
     again = [resample(wave, vocoder.sample_rate, SAMPLE_RATE) for wave in spoken]

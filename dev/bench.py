@@ -192,7 +192,7 @@ def bench_train(cfg: BenchTrain) -> None:
     device = pick_device()
     torch.set_float32_matmul_precision("high")
     reader = UnitReader(*cfg.train)
-    lm = build(cfg, reader.fingerprint.n_units)
+    lm = build(cfg, reader.fingerprint.vocab_size)
     flops, peak = flops_per_token(lm, cfg.context), peak_flops(device)
     shape = f"{lm.n_params() / 1e6:.1f}M, context {cfg.context}, micro-batch {cfg.micro_batch}, {cfg.dtype}"
     found = rates({"ours": lambda: our_training(cfg, reader, lm, device),

@@ -352,7 +352,7 @@ def training(size: Size, way: str = "auto", micro_batch: int = 8, dtype: str = "
     attention.WAY = "auto" if way == "flex" else way
     cfg = bench.BenchTrain(train=(f"{size.work}/train",), shape=size.shape, context=size.context, dtype=dtype,
                            micro_batch=min(micro_batch, rows), batch_tokens=size.batch_tokens)
-    lm = build(cfg, 500)
+    lm = build(cfg, 502)
     with flex() if way == "flex" else contextlib.nullcontext():
         step = (bench.peer_training if peer else bench.our_training)(cfg, reader, lm, device)
         started = time.perf_counter()

@@ -43,7 +43,7 @@ def test_the_peer_computes_the_same_model(corpus):
     reader, device = UnitReader(corpus / "val"), torch.device("cpu")
     reader.lengths, reader.n_tokens = reader.lengths[:1], int(reader.lengths[0])  # one utterance: one chunk, one row
     torch.manual_seed(0)
-    lm = build(cfg, 20)
+    lm = build(cfg, 22)
     peer, before = peer_training(cfg, reader, lm, device), [p.clone() for p in lm.parameters()]
     ours = our_training(cfg, reader, lm, device)
     assert ours() == reader.n_tokens - 1

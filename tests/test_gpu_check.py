@@ -2,7 +2,7 @@
 import json
 import re
 import signal
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ def bad(size):
 
 
 def hanging(size):
-    time.sleep(1000)
+    threading.Event().wait(1000)
 
 
 def test_what_fails_or_hangs_costs_its_line(tmp_path, monkeypatch, capsys):

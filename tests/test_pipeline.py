@@ -41,7 +41,7 @@ def test_evaluation(runs, stories, tmp_path):
     assert "val_loss_before_training" in json.loads((runs / "lm" / "results.json").read_text())
 
 
-def test_what_units_keep_of_speech(stories, capsys):
+def test_what_units_keep_of_speech(stories, tmp_path, capsys):
     """eval.py --resynth_from: the shipped parts on unheard stories; the issue's bounds are for many more words."""
     eval.main(load_config(eval.Config, [f"--resynth_from={stories}/tstorycloze"]))
     found = json.loads(capsys.readouterr().out)
@@ -49,6 +49,9 @@ def test_what_units_keep_of_speech(stories, capsys):
     assert found["resynthesis_word_error_rate"]["original_durations"] <= 0.04
     assert found["resynthesis_word_error_rate"]["predicted_durations"] <= 0.06
     assert 0.5 < found["mel_cepstral_distance_db"] < 2.5
+    shutil.copy(next((stories / "tstorycloze").glob("*_positive.wav")), tmp_path / "any_name.wav")
+    eval.main(load_config(eval.Config, [f"--resynth_from={tmp_path}"]))  # a folder with no manifest
+    assert json.loads(capsys.readouterr().out)["files"] == 1
 
 
 def test_a_model_of_pieces(stories, voice, tmp_path):

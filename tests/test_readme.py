@@ -17,7 +17,7 @@ SETTINGS = {"prepare_units.py": {"": "Config", "fit": "slam.kmeans.FitConfig", "
             "sample.py": {"": "Config"}, "dpo.py": {"": "Config", "pairs": "slam.align_pairs.PairsConfig"},
             "-m slam.train_vocoder": {"": "Config"}, "-m slam.alignment": {"": "Config"},
             "dev/check_tokenizer.py": {"": "CheckConfig"},
-            "dev/plot.py": {"": "PlotConfig"},
+            "dev/plot.py": {"": "PlotConfig"}, "dev/voices.py": {"people": "PeopleConfig", "words": "WordsConfig"},
             "dev/bench.py": {"train": "BenchTrain", "dpo": "BenchDpo", "generate": "BenchGenerate", "eval": "BenchEval",
                              "memory": "BenchMemory", "units": "BenchUnits", "vocoder": "BenchVocoder"}}
 WITHOUT = {"model.py", "-m slam.embedded", "-m slam.corpora", "dev/gpu_check.py"}  # their arguments are argparse's
@@ -88,8 +88,9 @@ def test_every_config_file_is_a_whole_config():
                 "slam_interleaved", "demo_interleaved", *on_top)
     scripts = {"align_demo": ("-m slam.alignment", ""),
                "fit_embedded": ("prepare_units.py", "fit"), "align_pairs": ("dpo.py", "pairs"),
-               **dict.fromkeys(("units_embedded", "corpus_units", "units_mhubert25"), ("prepare_units.py", "")),
-               **dict.fromkeys(("vocoder_embedded", "vocoder_gpu"), ("-m slam.train_vocoder", "")),
+               **dict.fromkeys(("units_embedded", "corpus_units", "words_units", "units_mhubert25"),
+                               ("prepare_units.py", "")),
+               **dict.fromkeys(("vocoder_embedded", "vocoder_words", "vocoder_gpu"), ("-m slam.train_vocoder", "")),
                **dict.fromkeys(training, ("train.py", "")),
                **dict.fromkeys(("slam_dpo", "slam_scaled_dpo", "demo_dpo"), ("dpo.py", "")),
                **dict.fromkeys(("demo_eval", "eval_slam"), ("eval.py", "")),
