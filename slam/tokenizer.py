@@ -300,11 +300,11 @@ class SpeechTokenizer:
         return [x if mean is None else x - mean[:len(x)] for x in self.encoder(waves)]
 
     @torch.inference_mode()
-    def label(self, waves: list[np.ndarray], batch_seconds: float = 30.0) -> list[Tensor]:
+    def label(self, waves: list[np.ndarray], batch_seconds: float = 0.0) -> list[Tensor]:
         """Waves (T,) at 16 kHz, none longer than a window -> one unit per frame; similar lengths share a batch."""
         order, labels = sorted(range(len(waves)), key=lambda i: -len(waves[i])), {}
         while order:
-            n = max(1, int(batch_seconds * SAMPLE_RATE / len(waves[order[0]])))
+            n = max(1, int((batch_seconds or self.batch_seconds) * SAMPLE_RATE / len(waves[order[0]])))
             batch, order = order[:n], order[n:]
             x = self.features([waves[i] for i in batch])
             labels |= zip(batch, assign(torch.cat(x), self.centroids).split([len(rows) for rows in x]))
