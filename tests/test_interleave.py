@@ -178,4 +178,4 @@ def test_training_on_a_mix(reader, tmp_path):
     assert "between 0 and 1" in refused("train.py", *args, "--spoken_share=30")
     assert "its text tokens are not those of" in refused(
         "train.py", f"--train={folder}", f"--val={folder}", "--mix=1,1,1", "--init=keep_text", f"--out={tmp_path}/x",
-        "--base=embedded:smollm2-135m")
+        "--steps=1", "--base=embedded:smollm2-135m")
