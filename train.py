@@ -22,7 +22,7 @@ from torch import Tensor
 from config import load_config
 from model import ModelConfig, UnitLM
 from slam.costs import explain_out_of_memory, flops_per_token, peak_flops
-from slam.device import autocast, compiled, join_ranks, leave_ranks, n_graphs, over_ranks, pick_device, sum_gradients
+from slam.device import autocast, compiled, join_ranks, leave_ranks, n_graphs, pick_device, sum_gradients
 from slam.interleave import Mixed, MixedRows
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Loader, Rows, on_device
@@ -127,13 +127,6 @@ def accumulate(forward, micro_batches: list[tuple], n_targets: int, device: torc
     return total
 
 
-def read_losses(losses: list[Tensor], norm: Tensor, run: Run) -> list[float]:
-    """The losses of the steps since the last log line, over all ranks; SystemExit if one is not finite."""
-    values = over_ranks(torch.stack(losses).tolist()) if losses else []
-    run.check_finite(values, norm.item())
-    return values
-
-
 def evaluate(lm: UnitLM, val: UnitReader | Mixed, cfg: Config, run: Run, world: int) -> None:
     """Log the validation loss, and with a mix the loss and accuracy of each kind of token; also to results.json."""
     lm.eval()
@@ -222,7 +215,7 @@ def main(cfg: Config) -> None:
         run.step, run.tokens = run.step + 1, run.tokens + n_targets
         run.tick()
         if run.step % cfg.log_every == 0 or run.progress() >= 1:
-            values = read_losses(losses, norm, run)  # waits for the GPU
+            values = [x.item() for x in run.gather(losses, norm)]  # waits for the GPU
             run.tick()
             rate = (run.tokens - logged_at[1]) / max(run.seconds - logged_at[0], 1e-9)
             record = {"loss": sum(values) / len(values), "lr": lr, "gnorm": norm.item(), "tokens_per_second": rate}
@@ -236,11 +229,11 @@ def main(cfg: Config) -> None:
             losses, logged_at = [], (run.seconds, run.tokens)
         if run.step % cfg.save_every == 0 and run.progress() < 1:
             with run.pause():
-                run.save(lm, optimizer, fingerprint, read_losses(losses, norm, run))
+                run.save(lm, optimizer, fingerprint, run.gather(losses, norm))
 
     # ------------------------------------------------ the end
     with run.pause():
-        run.finish(lm, optimizer, fingerprint, read_losses(losses, norm, run))
+        run.finish(lm, optimizer, fingerprint, run.gather(losses, norm))
         evaluate(lm, val, cfg, run, world)
     if not rank:
         with run.writing():

@@ -9,7 +9,7 @@ from slam.device import autocast
 from slam.interleave import KINDS, Mixed, TextTokenizer, View, Vocabulary
 from slam.packing import Packed, batch, cut, on_device
 from slam.scoring import PrefixPair
-from slam.units import BOS, EOS, OFFSET, PAD, Fingerprint
+from slam.units import BOS, EOS, OFFSET, PAD, Fingerprint, to_tokens
 
 
 @torch.inference_mode()
@@ -82,7 +82,7 @@ def answer_in_text(lm: torch.nn.Module, prompts: list[list[int]], fingerprint: F
                    seed: int, **sampling) -> list[str]:
     """Spoken prompts (units) continued in text by a mixed model: `1 <speech> units <text>`, and on to EOS."""
     vocabulary, generator = Vocabulary(fingerprint), torch.Generator(lm.device).manual_seed(seed)
-    rows = [[BOS, vocabulary.speech, *(u + OFFSET for u in prompt), vocabulary.text] for prompt in prompts]
+    rows = [[BOS, vocabulary.speech, *to_tokens(prompt)[1:-1], vocabulary.text] for prompt in prompts]
     new = lm.generate(rows, max_new_tokens, stop=(EOS,), forbid=(PAD, slice(OFFSET, vocabulary.first_text)),
                       generator=generator, **sampling)
     decode = TextTokenizer(fingerprint.text_lm).tokenizer.decode

@@ -310,9 +310,13 @@ class UnitReader:
             if not shard.path.exists() or shard.path.stat().st_mtime_ns != shard.modified:
                 raise SystemExit(f"{shard.path}: {'changed' if shard.path.exists() else 'gone'} while in use")
 
-    def _find(self, i: int) -> tuple[Shard, slice]:
+    def _shard(self, i: int) -> tuple[Shard, int]:
+        """The shard of utterance i, and its number in there."""
         s = int(np.searchsorted(self.starts, i, side="right")) - 1
-        shard, j = self.shards[s], i - self.starts[s]
+        return self.shards[s], i - self.starts[s]
+
+    def _find(self, i: int) -> tuple[Shard, slice]:
+        shard, j = self._shard(i)
         return shard, slice(shard.offsets[j], shard.offsets[j + 1])
 
     def tokens(self, i: int) -> np.ndarray:
@@ -328,8 +332,7 @@ class UnitReader:
 
     def words(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Text tokens (n,) int64 and words (m, 2) int64 of an utterance; of unit files of slam/alignment.py."""
-        s = int(np.searchsorted(self.starts, i, side="right")) - 1
-        shard, j = self.shards[s], i - self.starts[s]
+        shard, j = self._shard(i)
         (text, word), (text_end, word_end) = shard.ends[j - 1] if j else (0, 0), shard.ends[j]
         return (shard.file.get_slice("text")[text:text_end].astype(np.int64),
                 shard.file.get_slice("words")[word:word_end].astype(np.int64))
