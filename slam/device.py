@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its functions' default arguments would keep that alive for ever
 from torch import Tensor
 
 from slam.attention import compile_around_segments

@@ -1,8 +1,10 @@
 """slam.device and slam.costs: which arithmetic is fast here, mixed precision, FLOPs, a full memory."""
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run
 
 from slam.costs import explain_out_of_memory, flops_per_token
 from slam.device import autocast, compute_dtype, fast_bfloat16
@@ -22,6 +24,19 @@ def test_auto_takes_bfloat16_where_it_is_fast(name, amx, avx512, fast):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == chosen
     assert [compute_dtype(torch.device("cpu"), x) for x in ("auto", "float32", "bfloat16", "pure_bfloat16")] == [
         chosen, torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux shows them")
+def test_leaving_ends_the_threads_of_the_group():
+    """A thread of gloo that still runs when the interpreter ends now and then aborts a process that had succeeded."""
+    run("-c", """if 1:
+        import pathlib, torch.distributed as dist, slam.device
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        import torch._dynamo, torch.distributed.nn.functional  # as training does, later than the group
+        names = lambda: [x.read_text() for x in pathlib.Path("/proc/self/task").glob("*/comm")]
+        assert any("gloo" in name for name in names())
+        slam.device.leave_ranks()
+        assert not any("gloo" in name for name in names()), names()""")
 
 
 def test_bf16_autocast_keeps_fp32_weights():
