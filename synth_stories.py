@@ -116,15 +116,17 @@ def split_sentences(text: str) -> list[str]:
 
 
 def tidy(text: str, max_sentences: int = 7) -> list[str] | None:
-    """The whole sentences of a story, at most so many; None if it is too short, hard to speak, or repeats itself."""
+    """A story's sentences before the first that is hard to speak or repeats, at most so many; None if fewer than 5."""
     text = text.translate(str.maketrans("“”‘’—–\n", "\"\"''-- "))
-    sentences = split_sentences(re.sub(r"\s+", " ", text))[:max_sentences]
-    words = re.findall(r"[a-z']+", " ".join(sentences).lower())
-    bigrams = list(zip(words, words[1:]))
-    fine = (len(sentences) >= 5 and all(2 <= len(s.split()) <= 25 for s in sentences)
-            and len(set(sentences)) == len(sentences) and len(set(bigrams)) > 0.75 * len(bigrams)
-            and re.fullmatch(r"[A-Za-z0-9 ,.!?'\"-]+", " ".join(sentences)))
-    return sentences if fine else None
+    kept = []
+    for sentence in split_sentences(re.sub(r"\s+", " ", text))[:max_sentences]:
+        words = re.findall(r"[a-z']+", " ".join([*kept, sentence]).lower())
+        bigrams = list(zip(words, words[1:]))
+        if (not 2 <= len(sentence.split()) <= 25 or sentence in kept or len(set(bigrams)) <= 0.75 * len(bigrams)
+                or not re.fullmatch(r"[A-Za-z0-9 ,.!?'\"-]+", sentence)):
+            break
+        kept.append(sentence)
+    return kept if len(kept) >= 5 else None
 
 
 def write_stories(cfg: Config, n: int) -> list[dict]:
@@ -144,7 +146,7 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
     bar = tqdm(total=n, initial=len(stories), disable=None, desc="writing", unit="story")
     while len(stories) < n:
         rng = np.random.default_rng((cfg.seed, number))
-        # About one story in eight is not usable; the last batch is only as large as that requires.
+        # About one story in twenty is not usable; the last batch is only as large as that requires.
         openings = [opening(lists, rng) for _ in range(min(cfg.batch, 4 + (n - len(stories)) * 5 // 4))]
         generator = torch.Generator(lm.device).manual_seed(int(rng.integers(2**31)))
         new = lm.generate([tokenizer(frame + text)["input_ids"] for text in openings], cfg.max_new_tokens,

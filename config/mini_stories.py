@@ -4,9 +4,9 @@ The script makes several parts, with other seeds; the first one has the validati
 """
 out = "out/mini/part0"
 n_train = 1500
-n_val = 1000
-n_pairs = 1000
-n_sblimp = 1000
+n_val = 600
+n_pairs = 100
+n_sblimp = 600
 hard_negatives = True
 max_new_tokens = 120
 max_sentences = 10

@@ -21,6 +21,8 @@ def test_split_and_tidy():
     assert tidy("Too short. Only two.") is None
     assert tidy(story.replace("Five woke up.", "Four slept well.")) is None  # repeats itself
     assert tidy(story.replace("apple", "apple 🍎")) is None
+    story = story.replace("And six", "Four slept well. Seven left.")
+    assert tidy(story) == split_sentences(story)[:5]  # it ends before the repetition
 
 
 def test_openings_differ():
