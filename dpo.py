@@ -232,9 +232,7 @@ def complete(cfg: Config) -> Config:
     """Fill in the paths that were left empty, and print them. SystemExit if there is nothing to start from."""
     checkpoint = cfg.checkpoint or folders.newest_checkpoint("out", "train")
     pairs = cfg.pairs or folders.newest_pairs(checkpoint)
-    run = checkpoint.rstrip("/").removesuffix("/checkpoint")
-    run = run if Path(run).is_dir() else f"out/{run.replace('/', '--')}"  # a hub id
-    full = replace(cfg, checkpoint=checkpoint, pairs=pairs, out=cfg.out or f"{run}_dpo",
+    full = replace(cfg, checkpoint=checkpoint, pairs=pairs, out=cfg.out or f"{folders.run_folder(checkpoint)}_dpo",
                    val_pairs=cfg.val_pairs or str(Path(pairs).with_name("pairs_val.jsonl")))
     if full != cfg:
         print(", ".join(f"{name} {getattr(full, name)}" for name in ("checkpoint", "pairs", "val_pairs", "out")))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from config import load_config
 from model import UnitLM
 from slam.benchmarks import SIDES, Benchmark, read_benchmark, read_manifest, tokenize_pairs
-from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, weights_sha256
+from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, run_folder, weights_sha256
 from slam.device import pick_device
 from slam.metrics import auto_bleu, pair_accuracy, score_pairs, standard_error, word_error_rate  # noqa: F401
 from slam.run import git_commit, merge_results
@@ -231,16 +231,6 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
-def results_folder(checkpoint: str) -> Path:
-    """Where a checkpoint's results.json goes: its run folder; for a hub id, a folder under out/."""
-    folder = Path(checkpoint)
-    folder = folder.parent if folder.name == "checkpoint" else folder
-    if not folder.is_dir():
-        folder = Path("out") / checkpoint.replace("/", "--")
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def main(cfg: Config) -> None:
     if cfg.resynth_from:
         print(json.dumps(resynthesis(cfg)))
@@ -289,7 +279,8 @@ def main(cfg: Config) -> None:
     rows = {}
     for name, folder in checkpoints.items():
         lm = UnitLM.from_pretrained(folder).eval().to(device)
-        out = results_folder(folder)
+        out = run_folder(folder)
+        out.mkdir(parents=True, exist_ok=True)
         made = {"weights": weights_sha256(folder)[:16], "torch": torch.__version__,
                 "transformers": version("transformers"), "git": git_commit()}
         results = dict(baselines)

@@ -4,7 +4,7 @@ In:  audio (any format, sample rate and number of channels; files or folders) an
 Out: a new folder with two wavs per prompt, sample and checkpoint (prompt + continuation; continuation alone),
      samples.json, and listen.html, one page to compare them by ear.
 
-    python sample.py --prompt hello.wav                                   # the newest finished checkpoint under out/
+    python sample.py --prompt hello.wav                                   # the newest checkpoint under out/, or our own
     python sample.py --prompt recordings --checkpoint out/demo/lm --checkpoint out/demo/dpo --n 3
     python sample.py --prompt hello.wav --play                            # play it while it is being generated
     python sample.py                                                      # no prompt: the model starts by itself
@@ -40,7 +40,8 @@ from slam.vocoder import vocoder_for
 class Config:
     """Continue spoken prompts."""
     prompt: tuple[str, ...] = ()  # audio files to continue, or folders of them; none: the model starts by itself
-    checkpoint: tuple[str, ...] = ()  # run folders, checkpoint folders or hub ids; none: the newest under out/
+    checkpoint: tuple[str, ...] = ()  # run folders, checkpoint folders or hub ids; none: the newest under out/,
+    # or if there is none, the model that comes with the code, embedded:slam-mini
     out: str = ""  # new folder for wavs, samples.json and listen.html; empty: out/samples, out/samples_2, …
     n: int = 1  # continuations per prompt
     prompt_seconds: float = 10.0  # of a longer prompt only its last seconds are used
@@ -118,8 +119,8 @@ def new_folder(cfg: Config) -> Path:
 
 
 def labels(names: list[str]) -> list[str]:
-    """Short names of checkpoints: out/demo/lm, out/demo/dpo -> lm, dpo; out/a/lm, out/b/lm -> lm_1, lm_2."""
-    short = [p.parent.name if p.name == "checkpoint" else p.name for p in map(Path, names)]
+    """Short names: out/demo/lm, embedded:slam-mini -> lm, slam-mini; out/a/lm, out/b/lm -> lm_1, lm_2."""
+    short = [p.parent.name if p.name == "checkpoint" else p.name.rpartition(":")[2] for p in map(Path, names)]
     return short if len(set(short)) == len(short) else [f"{name}_{i}" for i, name in enumerate(short, 1)]
 
 
@@ -227,7 +228,7 @@ def main(cfg: Config) -> None:
     sources, n = list(waves) or [""], 1 if cfg.resynth else cfg.n
 
     # ---- models
-    names = list(cfg.checkpoint) or ["" if cfg.resynth else newest_checkpoint()]
+    names = list(cfg.checkpoint) or ["" if cfg.resynth else newest_checkpoint(otherwise="embedded:slam-mini")]
     speakers = [Speaker(cfg, name, label) for name, label in zip(names, labels(names))]
 
     # ---- units of the prompts, continuations, speech

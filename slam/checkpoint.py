@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -161,14 +162,26 @@ def find_checkpoint(name: str) -> str:
     return str(inner) if inner.is_dir() or inner.with_name("checkpoint.old").is_dir() else name
 
 
-def newest_checkpoint(root: str = "out", stage: str = "") -> str:
-    """The run folder below `root` with the newest finished checkpoint, if given of that stage; else SystemExit."""
+def run_folder(name: str) -> Path:
+    """The run folder of a run or of its checkpoint; for a hub id or embedded:NAME, a folder under out/."""
+    folder = Path(name.rstrip("/").removesuffix("/checkpoint"))
+    return folder if folder.is_dir() else Path("out", name.replace("/", "--").replace(":", "--"))
+
+
+def newest_checkpoint(root: str = "out", stage: str = "", otherwise: str = "") -> str:
+    """The run folder below `root` with the newest finished checkpoint, if given of that stage.
+
+    If there is none, `otherwise`; SystemExit if that is empty.
+    """
     for path in sorted(Path(root).rglob("checkpoint/slam.json"), key=os.path.getmtime, reverse=True):
         slam = json.loads(path.read_text())
         if slam.get("finished") and stage in ("", slam.get("stage")):
             return str(path.parent.parent)
+    if otherwise:
+        print(f"no trained model under {root}/: {otherwise} speaks", file=sys.stderr)
+        return otherwise
     raise SystemExit(f"no finished {stage + ' ' if stage else ''}checkpoint under {root}/; train one (bash "
-                     f"runs/demo.sh) or name one with --checkpoint")
+                     f"runs/demo.sh) or name one, for example --checkpoint embedded:slam-mini")
 
 
 def newest_pairs(checkpoint: str) -> str:

