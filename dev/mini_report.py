@@ -29,6 +29,12 @@ ROWS = {r"twist_\d+": "TWIST", r"scratch_\d+": "from scratch", r"slam_\d+": "TWI
 
 
 # ---------------------------------------------------------------- fits
+def logit(percent: np.ndarray | float) -> np.ndarray | float:
+    """ln(p / (1 - p)) of a share in %; at 0 and 100, which are infinitely far, that of 0.1 and 99.9."""
+    percent = np.clip(percent, 0.1, 99.9)
+    return np.log(percent / (100 - percent))
+
+
 @dataclass
 class Fit:
     """A curve over N tokens that was fitted by least squares. `kind` says which; u = ln(N / centre).
@@ -46,7 +52,7 @@ class Fit:
         """Values (n,) at `tokens` (n,), and their derivatives (n, k) by the parameters."""
         u, (*first, a, slope) = np.log(np.asarray(tokens, float) / self.centre), self.parameters
         if self.kind == "logistic":
-            p = 1 / (1 + np.exp(-(a + slope * u)))
+            p = (1 + np.tanh((a + slope * u) / 2)) / 2  # 1 / (1 + exp(-x)) that does not overflow
             return 100 * p, (100 * p * (1 - p))[:, None] * np.stack([np.ones_like(u), u], 1)
         falling = np.exp(a - slope * u)
         derivatives = np.stack([falling, -u * falling], 1)
@@ -56,6 +62,15 @@ class Fit:
         """Prediction at a number of tokens and its standard error (delta method)."""
         value, gradient = self.curve(np.array([tokens]))
         return float(value[0]), float(np.sqrt(gradient[0] @ self.covariance @ gradient[0]))
+
+    def interval(self, tokens: float) -> tuple[float, float, float]:
+        """Prediction, and one standard error below and above; of accuracies on the logit scale, so within 0 to 100."""
+        if self.kind != "logistic":
+            value, se = self.at(tokens)
+            return value, value - se, value + se
+        gradient = np.array([1, math.log(tokens / self.centre)])
+        z, se = gradient @ self.parameters, math.sqrt(gradient @ self.covariance @ gradient)
+        return tuple(50 * (1 + math.tanh(x / 2)) for x in (z, z - se, z + se))
 
 
 def least_squares(fit: Fit, tokens: np.ndarray, y: np.ndarray, errors: np.ndarray | None) -> Fit:
@@ -138,7 +153,7 @@ def crossing(fit: Fit, level: float) -> tuple[float, float, float] | None:
     (a, b), covariance = fit.parameters, fit.covariance
     if not b > 2 * math.sqrt(covariance[1, 1]):
         return None
-    u = (math.log(level / (100 - level)) - a) / b
+    u = (logit(level) - a) / b
     gradient = np.array([-1 / b, -u / b])
     se = math.sqrt(gradient @ covariance @ gradient)
     return tuple(fit.centre * math.exp(min(x, 500)) for x in (u, u - se, u + se))
@@ -247,7 +262,7 @@ def cell(found: tuple[float, float | None] | None, digits: int = 1) -> str:
 
 def short(n: float) -> str:
     """short(1_200_000) -> "1.2M"; short(150_000) -> "150k" """
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= size:
             return f"{n / size:.3g}{unit}"
     return f"{n:.3g}"
@@ -275,7 +290,7 @@ def corpus(out: Path) -> None:
             if (split == "train" or part.name == "part0") and (part / "units" / split).is_dir():
                 reader = UnitReader(part / "units" / split)
                 lines.append((split, len(reader), reader.hours, reader.n_tokens))
-                texts = [record["text"] for record in reader.records()]
+                texts = [record.get("text", "") for record in reader.records()]
                 (training if split == "train" else held_out).extend(texts)
     if not lines:
         return
@@ -338,37 +353,31 @@ def fits(rows: dict[str, list[dict]], kind: str = "twist") -> dict[str, tuple[np
 def describe(metric: str, known: np.ndarray, fit: Fit) -> list[str]:
     """A line of the table of fits."""
     largest, far = known[-1, 0], 10 * known[-1, 0]
-    value, se = fit.at(far)
     errors = np.sqrt(np.diag(fit.covariance))
     if metric == "val_loss":
         law = f"{cell((fit.parameters[0], errors[0]), 3)} + A N^-α" if fit.kind == "saturating" else "A N^-α, without E"
         return ["validation loss", law, f"α = {cell((fit.parameters[-1], errors[-1]), 3)}", short(largest),
-                cell((value, se), 3), ""]
+                cell(fit.at(far), 3), ""]
     tenfold = math.log(10) * np.array([fit.parameters[1], errors[1]])
     across = crossing(fit, 65)
     where = "not told: the slope is not clear of 0" if across is None else "{} ({} to {})".format(*map(short, across))
     return [SETS[metric].removesuffix(", %"), "logit linear in ln N", f"{cell(tenfold, 2)} a tenfold", short(largest),
-            f"{cell((value, se))} %", where]
+            "{:.1f} % ({:.1f} to {:.1f})".format(*fit.interval(far)), where]
 
 
 # ---------------------------------------------------------------- the picture
-def logit(y: np.ndarray) -> np.ndarray:
-    y = np.clip(y, 0.5, 99.5)
-    return np.log(y / (100 - y))
-
-
 def picture(rows: dict[str, list[dict]], path: Path) -> None:
     """Loss and accuracies over tokens: points with errors, fits with a band of one standard error, floors, ceilings."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+        from matplotlib.ticker import FixedLocator
     except ImportError:
         print("for the picture: pip install matplotlib", file=sys.stderr)
         return
     fitted = fits(rows)
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, metric in zip(figure.subplots(2, 2).flat, ("val_loss", *SETS)):
-        is_loss = metric == "val_loss"
+        is_loss, shown = metric == "val_loss", []  # what the axis must show: all but the band
         for kind, name, style in (("twist", "TWIST", dict(color="black", marker="o")),
                                   ("scratch", "from scratch", dict(color="C0", marker="s")),
                                   ("slam", "slam.py's settings", dict(color="C1", marker="D"))):
@@ -376,26 +385,30 @@ def picture(rows: dict[str, list[dict]], path: Path) -> None:
             error = np.nan_to_num(seeds if is_loss else pairs)
             if len(x):
                 axes.errorbar(x, y, error, ls="", ms=4, lw=1, capsize=2, label=name, **style)
+                shown += [*(y - error), *(y + error)]
         if metric in fitted:
             known, fit = fitted[metric]
             x = np.geomspace(known[0, 0], 10 * known[-1, 0], 100)
-            y, se = np.array([fit.at(tokens) for tokens in x]).T
+            y, low, high = np.array([fit.interval(tokens) for tokens in x]).T
             name = {"saturating": "$E + A N^{-α}$", "power": "$A N^{-α}$", "logistic": "fit, 10 times on"}[fit.kind]
             axes.plot(x, y, color="0.4", lw=1, label=name)
-            if np.isfinite(se).all():
-                axes.fill_between(x, y - se, y + se, color="0.85", zorder=0)
+            shown += [*y]
+            if np.isfinite(low).all():
+                axes.fill_between(x, low, high, color="0.85", zorder=0)
         for key, name, line in (("bigram", "bigram", ":"), ("text_lm", "text LM", "--")):
             if found := reference(rows, "bigram_loss" if is_loss and key == "bigram" else f"{metric}_{key}"):
                 axes.axhline(found["value"], color="C3", lw=1, ls=line, label=name)
+                shown.append(found["value"])
         axes.set(xscale="log", xlabel="tokens", title="validation loss, nats per unit" if is_loss else SETS[metric])
         if not is_loss:
             axes.axhline(50, color="0.6", lw=0.8, label="chance")
             axes.set_yscale("function", functions=(logit, lambda z: 100 / (1 + np.exp(-z))))  # the fit is straight
-            low, high = axes.get_ylim()
-            axes.set_ylim(max(low, 1), min(max(high, 70), 99))
-            axes.yaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98]))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            low, high = max(1, min([45, *shown]) - 1), min(99, max([70, *shown]) + 1)
+            axes.set_ylim(low, high)
+            axes.yaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98]
+                                                      + [45, 55, 65, 75, 85] * (low > 35)))
+        elif shown:
+            axes.set_ylim(min(shown) - 0.1, max(shown) + 0.1)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=100)

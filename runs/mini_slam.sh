@@ -4,12 +4,13 @@
 #
 #   bash runs/mini_slam.sh              # everything: on two CPU cores 5 h for the data, 8 for the curve, 6 for the rest
 #   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve dpo ship scratch slam shape bpe report
-#   SCALE=gpu bash runs/mini_slam.sh    # larger steps and more tokens: half an hour on a GPU when the data is there
+#   SCALE=gpu bash runs/mini_slam.sh    # larger steps and more tokens on out/mini's data, in out/mini_gpu: half an hour
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
 # The order is that of importance. Killed, it goes on; what is there is not made again. PARTS=7: parts of 2,500 training
-# stories beside part0. OUT=FOLDER. LR=6e-3 skips the choice of a learning rate. SHIP=RUN: the run to pack. NO_EVAL=1:
-# only train, where there are no wav files; the same command without it evaluates later.
+# stories beside part0. OUT=FOLDER for the runs, DATA=FOLDER if the parts are elsewhere. LR=6e-3 skips the choice of a
+# learning rate. SHIP=RUN: the run to pack. NO_EVAL=1: only train, where there are no wav files; the same command
+# without it evaluates later.
 # What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
 set -euo pipefail
 steps="data lr curve dpo ship scratch slam shape bpe report" only=${*:-${ONLY:-}}
@@ -25,7 +26,8 @@ stories= size= glimpse=/00000.safetensors few_texts= few_pairs= few_steps= packe
 middle=1200000 scratch="300000 1200000 4800000" rates="0.003 0.006 0.012" hours=0.25 depths="2 4 8" pieces=2000
 case ${SCALE:-cpu} in
 cpu) budgets="150000 300000 600000 1200000 2400000 4800000 9600000" ;;
-gpu) budgets="300000 600000 1200000 2400000 4800000 9600000 19200000" hours=0.01
+gpu) OUT=${OUT:-out/mini_gpu} DATA=${DATA:-out/mini}
+     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000" hours=0.01
      size="--micro_batch=8 --batch_tokens=8192 --compile=false" glimpse= ;;  # to compile takes longer than most runs
 tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 16000" middle=8000 scratch="4000 8000"
       rates="0.006 0.012" hours=0.003 depths="1 2" pieces=600 packed=$OUT/slam_mini.safetensors
@@ -37,10 +39,12 @@ tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 
 esac
 source "$(dirname "$0")/setup.sh"
 out=${OUT:-out/mini} parts=${PARTS:-7}
+data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
 pairs=$part0/tstorycloze,$part0/sstorycloze,$part0/sblimp
 speech=$(seq -s, -f "$out/part%g/units/train" 0 "$parts") held_out=$part0/units/val tokenizer=
-mkdir -p "$out"
+mkdir -p "$out" "$data"
+[ "$data" = "$out" ] || for k in $(seq 0 "$parts"); do ln -sfn "$(realpath "$data")/part$k" "$out/part$k"; done
 exec 9> "$out/mini.lock"  # held until the last process that this script has started ends
 flock -n 9 || { echo "$out: runs/mini_slam.sh is at work here, or a process that a killed one has left" >&2; exit 1; }
 
@@ -91,11 +95,11 @@ best_run() {  # the best of the curve's runs
 # ---------------------------------------------------------------- the steps
 data() {  # part0 with validation stories and pairs; the others with as few of these as synth_stories.py makes
     for k in $(seq 0 "$parts"); do
-        grep -qs '"done": true' "$out/part$k/synth.json" && continue
+        grep -qs '"done": true' "$data/part$k/synth.json" && continue
         if [ "$k" = 0 ]; then
-            python synth_stories.py config/mini_stories.py --out="$part0" $stories
+            python synth_stories.py config/mini_stories.py --out="$data/part0" $stories
         else
-            python synth_stories.py config/mini_stories.py --out="$out/part$k" --seed=300$k --n_train=2500 \
+            python synth_stories.py config/mini_stories.py --out="$data/part$k" --seed=300$k --n_train=2500 \
                 --n_val=4 --n_sblimp=4 --n_pairs=4 $stories --hard_negatives=false
         fi
     done
@@ -184,7 +188,7 @@ bpe() {  # as many pieces as units: the same compute, two to three times as much
     need_rate
     affordable $((3 * middle)) || return 0
     mkdir -p "$out/units"  # links, because the folders of pieces get the names of the folders of units
-    ln -sfn "../part0/units/val" "$out/units/val"
+    ln -sfn ../part0/units/val "$out/units/val"
     for k in $(seq 0 "$parts"); do ln -sfn "../part$k/units/train" "$out/units/part$k"; done
     names=$(seq -s, -f "$out/units/part%g" 0 "$parts")
     [ -e "$out/bpe$pieces/tokenizer.safetensors" ] || python prepare_units.py bpe --units="$names,$out/units/val" \

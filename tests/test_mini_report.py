@@ -51,11 +51,14 @@ def test_accuracy_and_its_crossing():
     errors = np.full(len(BUDGETS), 2.0)
     fit = fit_accuracy(BUDGETS, logistic(a + b * np.log(BUDGETS)), errors)
     assert fit.at(9.6e7)[0] == pytest.approx(logistic(a + b * math.log(9.6e7)), abs=1e-6)
+    value, low, high = fit.interval(9.6e7)
+    assert low < value < high and high - low == pytest.approx(2 * fit.at(9.6e7)[1], rel=0.05)  # little from the scale
     at, low, high = crossing(fit, 65)
     assert at == pytest.approx(math.exp((math.log(65 / 35) - a) / b), rel=1e-6) and low < at < high
     assert at / low == pytest.approx(high / at)  # symmetric in log tokens
     for ends in ((50, 75, 100), (100, 100, 100), (0, 50, 0)):  # of small sets of pairs
-        assert 0 <= fit_accuracy(BUDGETS[:3], np.array(ends), np.array([15, 12, 0])).at(1e6)[0] <= 100
+        value, low, high = fit_accuracy(BUDGETS[:3], np.array(ends), np.array([15, 12, 0])).interval(1e6)
+        assert 0 <= value <= 100 and (math.isnan(low) or 0 <= low <= value <= high <= 100)
 
 
 def test_the_error_of_the_crossing_is_the_spread_of_crossings():
@@ -82,7 +85,7 @@ def test_overlap_by_hand():
 
 
 def test_numbers_for_people():
-    assert [short(n) for n in (150_000, 1_200_000, 96e6, 2.5e9, 7)] == ["150k", "1.2M", "96M", "2.5G", "7"]
+    assert [short(n) for n in (150_000, 1_200_000, 96e6, 2.5e9, 7)] == ["150k", "1.2M", "96M", "2.5B", "7"]
     assert [cell(None), cell((1.234, None)), cell((1.234, 0.05), 2)] == ["", "1.2", "1.23 ± 0.05"]
 
 
