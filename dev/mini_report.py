@@ -204,14 +204,14 @@ def best(folders: list[Path]) -> Path:
 
 
 def read_runs(out: Path) -> dict[str, list[dict]]:
-    """{row: runs of its seeds}, in the order of ROWS and then of tokens."""
+    """{row: runs of its seeds}, in the order of ROWS and then of the numbers in their names."""
     rows = {}
     for run in filter(None, map(read_run, sorted(out.iterdir()))):
         rows.setdefault(run["row"], []).append(run)
 
     def place(row: str) -> tuple:
         known = [i for i, pattern in enumerate(ROWS) if re.fullmatch(pattern, row)]
-        return known[:1] or [len(ROWS)], rows[row][0]["tokens"]
+        return known[:1] or [len(ROWS)], [float(number) for number in re.findall(r"\d+(?:\.\d+)?", row)]
 
     return {row: rows[row] for row in sorted(rows, key=place)}
 
@@ -328,7 +328,8 @@ def all_rows(rows: dict[str, list[dict]]) -> None:
 def generated(rows: dict[str, list[dict]]) -> None:
     lines = []
     for row, runs in rows.items():
-        if runs := [run for run in runs if result(run, "gen_ppl")]:
+        runs = [run for run in runs if result(run, "gen_ppl")]
+        if runs and not row.startswith("lr"):  # one of these is a link to a run of the curve
             samplings = len(runs[0]["results"]["gen_ppl"].get("seeds", [0]))
             by = f"{len(runs)} of DPO" if len(runs) > 1 else f"{samplings} of sampling"
             lines.append([f"{label(row)}, {short(runs[0]['tokens'])} tokens" if runs[0]["train"] else label(row), by,
@@ -406,7 +407,7 @@ def picture(rows: dict[str, list[dict]], path: Path) -> None:
             low, high = max(1, min([45, *shown]) - 1), min(99, max([70, *shown]) + 1)
             axes.set_ylim(low, high)
             axes.yaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98]
-                                                      + [45, 55, 65, 75, 85] * (low > 35)))
+                                                      + [45, 55, 65, 75, 85] * int(low > 35)))
         elif shown:
             axes.set_ylim(min(shown) - 0.1, max(shown) + 0.1)
         axes.grid(alpha=0.25)

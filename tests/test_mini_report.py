@@ -107,12 +107,12 @@ def study(runs, tmp_path):
 def test_the_best_run_is_a_pretrained_one(study):
     assert best(sorted(study.iterdir())).name == "twist_2000_0"  # though the loss after DPO is lower here
     assert run("dev/mini_report.py", "best", *study.glob("twist_1*")).stdout.strip() == str(study / "twist_1000_0")
-    refused("no finished run", "dev/mini_report.py", "best", study / "nothing_0")
+    assert "no finished run" in refused("dev/mini_report.py", "best", study / "nothing_0")
 
 
 def test_seeds_are_averaged(study):
     rows = read_runs(study)
-    assert list(rows) == ["twist_1000", "twist_2000", "twist_2000_dpo"]
+    assert list(rows) == ["twist_1000", "twist_2000", "twist_2000_0_dpo"]
     first, _ = points(rows, "twist", "tstorycloze")
     assert first[1:] == pytest.approx((53, 1, 2))  # mean, standard error over seeds, and over pairs
     report = run("dev/mini_report.py", study, study / "mini.png").stdout
