@@ -8,9 +8,9 @@
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
 # The order is that of importance. Killed, it goes on; what is there is not made again. PARTS=7: parts of 2,500 training
-# stories beside part0. OUT=FOLDER for the runs, DATA=FOLDER if the parts are elsewhere. LR=6e-3 skips the choice of a
-# learning rate. SHIP=RUN: the run to pack. NO_EVAL=1: only train, where there are no wav files; the same command
-# without it evaluates later.
+# stories beside part0. OUT=FOLDER for the runs, DATA=FOLDER if the parts are elsewhere. RATES="0.01 0.02": learning
+# rates to choose from; LR=0.006: no choice. SHIP=RUN: the run to pack. NO_EVAL=1: only train, where there are no wav
+# files; the same command without it evaluates later.
 # What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
 set -euo pipefail
 steps="data lr curve dpo ship scratch slam shape bpe report" only=${*:-${ONLY:-}}
@@ -38,7 +38,7 @@ tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 
 *) echo "SCALE=$SCALE: cpu, gpu or tiny" >&2; exit 2 ;;
 esac
 source "$(dirname "$0")/setup.sh"
-out=${OUT:-out/mini} parts=${PARTS:-7}
+out=${OUT:-out/mini} parts=${PARTS:-7} rates=${RATES:-$rates}
 data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
 pairs=$part0/tstorycloze,$part0/sstorycloze,$part0/sblimp
@@ -65,9 +65,8 @@ train() {  # train NAME CONFIG... FLAG...: a run, unless it is there, and its ev
 }
 
 evaluate() {  # evaluate RUN: validation loss and accuracies, unless they are there
-    local run=$1; shift
-    [ -n "${NO_EVAL:-}" ] || has "$run" sblimp || python eval.py config/mini_eval.py --checkpoint="$run" \
-        --val="$held_out" --manifest="$pairs" --tokenizer="$tokenizer" "$@"
+    [ -n "${NO_EVAL:-}" ] || has "$1" sblimp || python eval.py config/mini_eval.py --checkpoint="$1" \
+        --val="$held_out" --manifest="$pairs" --tokenizer="$tokenizer"
 }
 
 generate() {  # generate RUN: GenPPL and auto-BLEU, unless they are there
@@ -111,6 +110,7 @@ lr() {  # the learning rate of all runs but slam.py's: the best at the middle bu
     for rate in $rates; do train lr${rate}_${middle}_0 $fast --lr=$rate --tokens=$middle; done
     chosen=$(python dev/mini_report.py best "$out"/lr*_${middle}_0)
     rate=${chosen##*/lr} rate=${rate%%_*}
+    case $rate in ${rates%% *} | ${rates##* }) echo "the best rate, $rate, is at the border of $rates" ;; esac
     echo "$rate" > "$out/lr"
 }
 
@@ -205,6 +205,8 @@ report() {
 
 for name in $steps; do
     [ -z "$only" ] || [[ " $only " == *" $name "* ]] || continue
+    began=$SECONDS
     printf '\n== %s\n' "$name"
     "$name"
+    printf '%s\t%s\n' "$name" "$((SECONDS - began))" >> "$out/seconds.tsv"
 done
