@@ -2,7 +2,7 @@
 # Slam in miniature: what a model of 14.5M parameters learns from some 180 h of synthesised stories, and what each part
 # of the recipe does there. docs/mini.md has the results, and says how to read them.
 #
-#   bash runs/mini_slam.sh              # everything: on two CPU cores 5 h for the data, 8 for the curve, 6 for the rest
+#   bash runs/mini_slam.sh              # everything: on two CPU cores 5 h for the data, 8 for the curve, 7 for the rest
 #   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve dpo ship scratch slam shape bpe report
 #   SCALE=gpu bash runs/mini_slam.sh    # larger steps and more tokens on out/mini's data, in out/mini_gpu: half an hour
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
