@@ -83,17 +83,19 @@ def test_command(command):
 
 
 def test_every_config_file_is_a_whole_config():
-    on_top = {"study": "slam", "gpu_24gb": "slam", "gpu_16gb": "slam", "gpu_12gb": "slam", "gpu_8gb": "slam"}
+    on_top = {"study": "slam", "gpu_24gb": "slam", "gpu_16gb": "slam", "gpu_12gb": "slam", "gpu_8gb": "slam",
+              "mini": "slam_fast"}
     training = ("slam", "slam_fast", "slam_scaled", "gslm", "twist_opt350m", "twist_opt350m_tinystories", "demo_train",
                 "slam_interleaved", "demo_interleaved", *on_top)
     scripts = {"align_demo": ("-m slam.alignment", ""),
                "fit_embedded": ("prepare_units.py", "fit"), "align_pairs": ("dpo.py", "pairs"),
+               "mini_pairs": ("dpo.py", "pairs"),
                **dict.fromkeys(("units_embedded", "corpus_units", "words_units", "units_mhubert25"),
                                ("prepare_units.py", "")),
                **dict.fromkeys(("vocoder_embedded", "vocoder_words", "vocoder_gpu"), ("-m slam.train_vocoder", "")),
                **dict.fromkeys(training, ("train.py", "")),
-               **dict.fromkeys(("slam_dpo", "slam_scaled_dpo", "demo_dpo"), ("dpo.py", "")),
-               **dict.fromkeys(("demo_eval", "eval_slam"), ("eval.py", "")),
+               **dict.fromkeys(("slam_dpo", "slam_scaled_dpo", "demo_dpo", "mini_dpo"), ("dpo.py", "")),
+               **dict.fromkeys(("demo_eval", "eval_slam", "mini_eval"), ("eval.py", "")),
                **dict.fromkeys(("study_stories", "demo_stories", "corpus_stories", "spoken_swag",
                                "mini_stories"),
                                ("synth_stories.py", ""))}

@@ -1,0 +1,212 @@
+#!/usr/bin/env bash
+# Slam in miniature: what a model of 14.5M parameters learns from some 180 h of synthesised stories, and what each part
+# of the recipe does there. docs/mini.md has the results, and says how to read them.
+#
+#   bash runs/mini_slam.sh              # everything: on two CPU cores 5 h for the data, 8 for the curve, 7 for the rest
+#   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve dpo ship scratch slam shape bpe report
+#   SCALE=gpu bash runs/mini_slam.sh    # larger steps and more tokens on out/mini's data, in out/mini_gpu: half an hour
+#   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
+#
+# The order is that of importance. Killed, it goes on; what is there is not made again. PARTS=7: parts of 2,500 training
+# stories beside part0. OUT=FOLDER for the runs, DATA=FOLDER if the parts are elsewhere. RATES="0.01 0.02": learning
+# rates to choose from; LR=0.006: no choice. SHIP=RUN: the run to pack. NO_EVAL=1: only train, where there are no wav
+# files; the same command without it evaluates later.
+# What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
+set -euo pipefail
+steps="data lr curve dpo ship scratch slam shape bpe report" only=${*:-${ONLY:-}}
+for name in $only; do
+    [[ " $steps " == *" $name "* ]] || { echo "$name: no such step; there are: $steps" >&2; exit 2; }
+done
+
+# ---------------------------------------------------------------- settings of a scale
+# size: flags of every run; middle: the budget of single comparisons; rates: learning rates to choose from at `middle`;
+# hours: of each run in `shape`; glimpse: train.py's one file of validation units (eval.py takes all); few_*: flags that
+# make the last steps small
+stories= size= glimpse=/00000.safetensors few_texts= few_pairs= few_steps= packed=assets/slam_mini.safetensors
+middle=1200000 scratch="300000 1200000 4800000" rates="0.003 0.006 0.012" hours=0.25 depths="2 4 8" pieces=2000
+case ${SCALE:-cpu} in
+cpu) budgets="150000 300000 600000 1200000 2400000 4800000 9600000" ;;
+gpu) OUT=${OUT:-out/mini_gpu} DATA=${DATA:-out/mini}
+     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000" hours=0.01
+     size="--micro_batch=8 --batch_tokens=8192 --compile=false" glimpse= ;;  # to compile takes longer than most runs
+tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 16000" middle=8000 scratch="4000 8000"
+      rates="0.006 0.012" hours=0.003 depths="1 2" pieces=600 packed=$OUT/slam_mini.safetensors
+      size="--n_layers=1 --context=512 --micro_batch=2 --batch_tokens=1024"
+      stories="--n_train=40 --n_val=8 --n_pairs=4 --n_sblimp=8 --max_sentences=6 --max_new_tokens=80 --batch=64"
+      few_texts="--n_generate=2 --n_seeds=2" few_pairs="--n_prompts=8 --n=2 --n_val=1 --min_gap=0.01 --min_words=1"
+      few_steps="--batch_pairs=2 --steps=2 --warmup=0.5" ;;
+*) echo "SCALE=$SCALE: cpu, gpu or tiny" >&2; exit 2 ;;
+esac
+source "$(dirname "$0")/setup.sh"
+out=${OUT:-out/mini} parts=${PARTS:-7} rates=${RATES:-$rates}
+data=${DATA:-$out}
+part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
+pairs=$part0/tstorycloze,$part0/sstorycloze,$part0/sblimp
+speech=$(seq -s, -f "$out/part%g/units/train" 0 "$parts") held_out=$part0/units/val tokenizer=
+mkdir -p "$out" "$data"
+[ "$data" = "$out" ] || for k in $(seq 0 "$parts"); do ln -sfn "$(realpath "$data")/part$k" "$out/part$k"; done
+exec 9> "$out/mini.lock"  # held until the last process that this script has started ends
+flock -n 9 || { echo "$out: runs/mini_slam.sh is at work here, or a process that a killed one has left" >&2; exit 1; }
+
+# ---------------------------------------------------------------- a run, and its evaluation
+has() {  # has RUN METRIC: whether its results have it
+    grep -qs "\"$2\": {" "$1/results.json"
+}
+
+finished() {
+    grep -qs '"finished": true' "$1/checkpoint/slam.json"
+}
+
+train() {  # train NAME CONFIG... FLAG...: a run, unless it is there, and its evaluation
+    local run=$out/$1; shift
+    finished "$run" && has "$run" val_loss || python train.py $size "$@" --train="$speech" \
+        --val="$held_out$glimpse" --out="$run" --resume
+    evaluate "$run"
+}
+
+evaluate() {  # evaluate RUN: validation loss and accuracies, unless they are there
+    [ -n "${NO_EVAL:-}" ] || has "$1" sblimp || python eval.py config/mini_eval.py --checkpoint="$1" \
+        --val="$held_out" --manifest="$pairs" --tokenizer="$tokenizer"
+}
+
+generate() {  # generate RUN: GenPPL and auto-BLEU, unless they are there
+    [ -n "${NO_EVAL:-}" ] || has "$1" gen_ppl || python eval.py config/mini_eval.py --checkpoint="$1" --val= \
+        --manifest= --generate_from="$part0/tstorycloze" $few_texts
+}
+
+affordable() {  # affordable TOKENS: whether they are at most two epochs
+    [ -n "${unique:-}" ] || unique=$(python -c "from slam.units import UnitReader
+print(UnitReader(*'$speech'.split(',')).n_tokens)")
+    [ "$1" -gt $((2 * unique)) ] || return 0
+    echo "$1 tokens: skipped, as they are more than two epochs of the $unique there are"
+    return 1
+}
+
+need_rate() {  # the chosen learning rate
+    rate=${LR:-$(cat "$out/lr" 2> /dev/null || true)}
+    [ -n "$rate" ] || lr
+}
+
+best_run() {  # the best of the curve's runs
+    python dev/mini_report.py best "$out"/twist_*
+}
+
+# ---------------------------------------------------------------- the steps
+data() {  # part0 with validation stories and pairs; the others with as few of these as synth_stories.py makes
+    for k in $(seq 0 "$parts"); do
+        grep -qs '"done": true' "$data/part$k/synth.json" && continue
+        if [ "$k" = 0 ]; then
+            python synth_stories.py config/mini_stories.py --out="$data/part0" $stories
+        else
+            python synth_stories.py config/mini_stories.py --out="$data/part$k" --seed=300$k --n_train=2500 \
+                --n_val=4 --n_sblimp=4 --n_pairs=4 $stories --hard_negatives=false
+        fi
+    done
+}
+
+lr() {  # the learning rate of all runs but slam.py's: the best at the middle budget
+    local chosen
+    [ -z "${LR:-}" ] || return 0
+    for rate in $rates; do train lr${rate}_${middle}_0 $fast --lr=$rate --tokens=$middle; done
+    chosen=$(python dev/mini_report.py best "$out"/lr*_${middle}_0)
+    rate=${chosen##*/lr} rate=${rate%%_*}
+    case $rate in ${rates%% *} | ${rates##* }) echo "the best rate, $rate, is at the border of $rates" ;; esac
+    echo "$rate" > "$out/lr"
+}
+
+curve() {  # each budget with its own whole schedule: three seeds, one for the two largest
+    local seed tokens run largest= list=$budgets
+    need_rate
+    if [ -e "$out/lr${rate}_${middle}_0" ] && [ ! -e "$out/twist_${middle}_0" ]; then
+        ln -s lr${rate}_${middle}_0 "$out/twist_${middle}_0"  # the run by which the rate was chosen
+    fi
+    for seed in 0 1 2; do
+        for tokens in $list; do
+            affordable $tokens || continue
+            train twist_${tokens}_$seed $fast --lr=$rate --tokens=$tokens --seed=$seed
+        done
+        list=${budgets% * *}
+    done
+    for tokens in $budgets; do [ ! -e "$out/twist_${tokens}_0" ] || largest="${largest##* } $tokens"; done
+    for tokens in $largest; do generate "$out/twist_${tokens}_0"; done
+    # Once: unigrams and bigrams of the units, and a text LM on the transcripts.
+    run=$out/twist_${budgets%% *}_0
+    [ -n "${NO_EVAL:-}" ] || has "$run" sblimp_text_lm || python eval.py config/mini_eval.py --checkpoint="$run" \
+        --val="$held_out" --manifest="$pairs" --train="$speech" --text_judge=embedded:smollm2-135m
+}
+
+dpo() {  # on the best run's own continuations
+    local best run seed
+    best=$(best_run)
+    generate "$best"
+    [ -e "${best}_own/pairs_train.jsonl" ] || python dpo.py pairs config/mini_pairs.py --checkpoint="$best" \
+        --prompts="$part0/units/train" --out="${best}_own" $few_pairs
+    for seed in 0 1 2; do
+        run=${best}_dpo_$seed
+        finished "$run" || python dpo.py config/mini_dpo.py --checkpoint="$best" --out="$run" --seed=$seed $few_steps \
+            --pairs="${best}_own/pairs_train.jsonl" --val_pairs="${best}_own/pairs_val.jsonl" --resume
+        evaluate "$run"
+        generate "$run"
+    done
+}
+
+ship() {  # the model that the repository carries
+    local run=${SHIP:-}
+    [ -n "$run" ] || run=$(best_run)_dpo_0
+    python3 -m slam.build_embedded "$run" "$packed"
+    ls -l "$packed"
+}
+
+scratch() {
+    need_rate
+    for tokens in $scratch; do
+        affordable $tokens || continue
+        train scratch_${tokens}_0 $fast --lr=$rate --tokens=$tokens --init=none
+    done
+}
+
+slam() {  # the settings of the paper, with its learning rate
+    train slam_${middle}_0 config/slam.py config/mini.py --tokens=$middle
+}
+
+shape() {  # depth, from the text LM, and width, from scratch in its proportions (576 is its own), for the same time
+    need_rate
+    for layers in $depths; do
+        train layers${layers}_hours_0 $fast --lr=$rate --tokens=none --time_budget_hours=$hours --n_layers=$layers
+    done
+    train width576_hours_0 $fast --lr=$rate --tokens=none --time_budget_hours=$hours --init=none
+    for width in 192 384; do
+        train width${width}_hours_0 $fast --lr=$rate --tokens=none --time_budget_hours=$hours \
+            --shape="{\"hidden_size\": $width, \"intermediate_size\": $((width * 8 / 3)), \"num_hidden_layers\": 4,
+                \"num_attention_heads\": $((width / 64)), \"num_key_value_heads\": $((width / 192)),
+                \"attention_bias\": false, \"model_type\": \"llama\"}"
+    done
+}
+
+bpe() {  # as many pieces as units: the same compute, two to three times as much speech
+    local names
+    need_rate
+    affordable $((3 * middle)) || return 0
+    mkdir -p "$out/units"  # links, because the folders of pieces get the names of the folders of units
+    ln -sfn ../part0/units/val "$out/units/val"
+    for k in $(seq 0 "$parts"); do ln -sfn "../part$k/units/train" "$out/units/part$k"; done
+    names=$(seq -s, -f "$out/units/part%g" 0 "$parts")
+    [ -e "$out/bpe$pieces/tokenizer.safetensors" ] || python prepare_units.py bpe --units="$names,$out/units/val" \
+        --out="$out/bpe$pieces" --n_pieces=$pieces --overwrite
+    speech=$(seq -s, -f "$out/bpe$pieces/part%g" 0 "$parts") held_out=$out/bpe$pieces/val \
+        tokenizer=$out/bpe$pieces/tokenizer.safetensors \
+        train pieces${pieces}_${middle}_0 $fast --lr=$rate --tokens=$middle
+}
+
+report() {
+    python dev/mini_report.py "$out" "$out/mini.png" | tee "$out/results.new"
+    mv "$out/results.new" "$out/results.md"
+}
+
+for name in $steps; do
+    [ -z "$only" ] || [[ " $only " == *" $name "* ]] || continue
+    began=$SECONDS
+    printf '\n== %s\n' "$name"
+    "$name"
+    printf '%s\t%s\n' "$name" "$((SECONDS - began))" >> "$out/seconds.tsv"
+done
