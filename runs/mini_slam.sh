@@ -153,7 +153,7 @@ dpo() {  # on the best run's own continuations
 ship() {  # the model that the repository carries
     local run=${SHIP:-}
     [ -n "$run" ] || run=$(best_run)_dpo_0
-    python3 -m slam.build_embedded "$run" "$packed"
+    python -m slam.build_embedded "$run" "$packed"
     ls -l "$packed"
 }
 

@@ -3,9 +3,9 @@
     python -m slam.embedded                                                     # builds what is missing
     python -m slam.build_embedded out/mini/best assets/slam_mini.safetensors    # packs a unit LM in 8 bits
 """
+import argparse
 import json
 import struct
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -142,6 +142,7 @@ def build_unit_lm(files: dict[str, Path], folder: Path) -> None:
 BUILDERS = {"slam-mini": build_unit_lm, "whisper-tiny.en": build_whisper, "smollm2-135m": build_smollm2}
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    pack(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="the unit LM: a run folder, a checkpoint folder or a hub id")
+    parser.add_argument("file", help="the .safetensors file to write")
+    pack(**vars(parser.parse_args()))
