@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slam.download import TWIST_URL, published
+from slam.download import published
 from slam.units import Fingerprint, published_fingerprint
 from slam.vocoder import Vocoder
 
@@ -111,7 +111,7 @@ class HifiGan(Vocoder):
         path = Path(name)
         config_path = path.with_name(f"{path.stem}_config.json")
         if name == "published":
-            path, config_path = (published(TWIST_URL + file, f"sha256:{x}") for file, x in PUBLISHED.items())
+            path, config_path = (published(file, sha256) for file, sha256 in PUBLISHED.items())
         elif not config_path.is_file():
             config_path = path.with_name("config.json")
         try:

@@ -252,15 +252,15 @@ def read_kmeans(path: Path) -> np.ndarray:
 
 def convert(cfg: ConvertConfig) -> None:
     """Write a published k-means as a codebook."""
-    from slam.download import TWIST_URL, check, published
+    from slam.download import check, published
     out = Path(cfg.codebook)
     refuse_existing(out, cfg.overwrite)
     name, sha256 = PUBLISHED_KMEANS
-    source = Path(cfg.source) if cfg.source else published(TWIST_URL + name, f"sha256:{sha256}")
+    source = Path(cfg.source) if cfg.source else published(name, sha256)
     if not source.is_file():
         raise SystemExit(f"--source={cfg.source}: no such file")
     if source.name == name:
-        check(source, f"sha256:{sha256}")
+        check(source, sha256)
     tensors = {"centroids": torch.from_numpy(read_kmeans(source))}
     meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
             "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": file_digest(source)}
