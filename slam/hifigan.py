@@ -119,7 +119,7 @@ class HifiGan(Vocoder):
             rate_hz = config["sampling_rate"] / math.prod(config["upsample_rates"])  # code_hop_size may be stale
             fingerprint = replace(published_fingerprint(config["num_embeddings"] + 2), unit_rate_hz=rate_hz)
             if "fingerprint" in config:  # not in the published files, whose units are mHuBERT's
-                fingerprint = Fingerprint.of(config["fingerprint"])
+                fingerprint = Fingerprint(**config["fingerprint"])
             vocoder = cls(config, fingerprint, speaker)
             state = torch.load(path, map_location="cpu", weights_only=True)["generator"]
             for key in [k.removesuffix("_v") for k in state if k.endswith(".weight_v")]:

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_fit_makes_a_tokeniser(speech, tmp_path):
     done = run("prepare_units.py", "fit", "config/fit_embedded.py", f"--input={speech}", f"--codebook={book}",
                "--n_units=40", "--iterations=5")
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert 0.5 < report["crop_agreement"] <= 1 and report["n_units"] == 40
+    assert 0 < report["inertia"] < 500 and 0.02 < report["hours"] < 0.03 and report["n_units"] == 40
     mine = SpeechTokenizer.load(str(book))
     assert mine.fingerprint.n_units == 40
     assert mine.fingerprint != SpeechTokenizer.load("embedded").fingerprint
@@ -132,10 +133,9 @@ def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
     for model in (sklearn.MiniBatchKMeans(20, random_state=np.random.RandomState(0), n_init=1),
                   sklearn.KMeans(20, n_init=1)):
         model.fit(x)
-        for compress in (0, 3, ("gzip", 3)):
-            for protocol in (3, 4, 5):  # the defaults of joblib under Python 3.7, 3.8 and 3.14
-                joblib.dump(model, "km.bin", compress, protocol)
-                np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
+        for protocol in (3, 4, 5):  # the defaults of joblib under Python 3.7, 3.8 and 3.14
+            joblib.dump(model, "km.bin", protocol=protocol)
+            np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
     with monkeypatch.context() as m:  # joblib before 1.2 wrote no padding
         m.setattr(joblib.numpy_pickle.NumpyArrayWrapper.__init__, "__defaults__", (False, None))
         joblib.dump(model, "km.bin")
@@ -158,7 +158,8 @@ def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
         read_kmeans(Path("evil.bin"))
     assert not Path("evil").exists()
     whole = Path("km.bin").read_bytes()
-    for content in (b"", b"text", whole[:200], whole[:-50], pickle.dumps({"a": 1}), pickle.dumps([1, 2])):
+    for content in (b"", b"text", zlib.compress(whole), whole[:200], whole[:-50], pickle.dumps({"a": 1}),
+                    pickle.dumps([1, 2])):
         Path("bad.bin").write_bytes(content)
         with pytest.raises(SystemExit, match="not a k-means"):
             read_kmeans(Path("bad.bin"))
