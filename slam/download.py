@@ -42,18 +42,12 @@ def from_hub(repo: str, patterns: list[str], kind: str = "model", folder: str | 
     kind: model or dataset. huggingface_hub resumes and checks what it fetches.
     """
     from huggingface_hub import errors, snapshot_download
-    page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repo}"
-    again = "What has come is kept; start again, and it goes on"
     try:
         return Path(snapshot_download(repo, repo_type=kind, allow_patterns=patterns, local_dir=folder))
-    except errors.GatedRepoError:
-        raise SystemExit(f"{repo}: needs an account. Accept its licence at {page}, make a token at "
-                         f"https://huggingface.co/settings/tokens, and run `hf auth login` or export HF_TOKEN=…. "
-                         f"{again}") from None
-    except errors.RepositoryNotFoundError:
-        raise SystemExit(f"{repo}: no such repository on the Hugging Face hub, or a private one ({page}); check the "
-                         f"name, or run `hf auth login`") from None
     except (errors.HTTPError, OSError) as e:
-        why = str(e).strip().splitlines() or [type(e).__name__]
-        raise SystemExit(f"{repo}: no such folder here, and downloading it from the Hugging Face hub failed: {why[0]}. "
-                         f"Check the name, the network and the disk. {again}") from None
+        page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repo}"
+        raise SystemExit(f"{repo}: no such folder here, and downloading it from the Hugging Face hub failed: "
+                         f"{' '.join(str(e).split()) or type(e).__name__} Check the name, the network and the disk. If "
+                         f"{page} asks for an account, accept its licence there, make a token at "
+                         f"https://huggingface.co/settings/tokens, and run `hf auth login` or export HF_TOKEN=…. "
+                         f"What has come is kept; start again, and it goes on") from None

@@ -299,8 +299,8 @@ def test_archives_are_unpacked_flat_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize("code, header, words", [
-    (403, "GatedRepo", "needs an account. Accept its licence at https://huggingface.co/some/model.*HF_TOKEN"),
-    (401, "RepoNotFound", "no such repository.*or a private one"), (500, "", "Check the name, the network"),
+    (403, "GatedRepo", "Cannot access gated repo.*If https://huggingface.co/some/model asks for an account.*HF_TOKEN"),
+    (401, "RepoNotFound", "Repository Not Found.*Check the name"), (500, "", "Check the name, the network"),
     (None, "", "Check the name, the network")])
 def test_the_hub_refuses(tmp_path, monkeypatch, code, header, words):
     """huggingface_hub itself, against a server that answers as the hub does."""
