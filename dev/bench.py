@@ -51,7 +51,7 @@ from slam.benchmarks import read_manifest, tokenize_pairs, units_cache
 from slam.checkpoint import checkpoint_fingerprint, fetch, find_checkpoint
 from slam.costs import flops_per_token, peak_flops
 from slam.device import autocast, compiled, pick_device
-from slam.embedded import cache_dir, resolve
+from slam.embedded import resolve
 from slam.hifigan import HifiGan
 from slam.optim import make_optimizer, update
 from slam.packing import Epochs, Loader, Rows, cut
@@ -428,7 +428,7 @@ def bench_eval(cfg: BenchEval) -> None:
     tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(checkpoint_fingerprint(folder)), device.type)
     benchmark = read_manifest(cfg.manifest)
     benchmark.pairs, benchmark.name = benchmark.pairs[:cfg.pairs], "bench"
-    remembered = cache_dir() / f"{units_cache(tokenizer, benchmark.name)}.jsonl"
+    remembered = units_cache(tokenizer, benchmark.name)
     utterances = tokenize_pairs(tokenizer, benchmark)
     sides = [[pair[side] for pair in benchmark.pairs] for side in ("positive", "negative")]
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -214,9 +214,12 @@ def read_manifest(path: str) -> Benchmark:
 
 # ---------------------------------------------------------------- units of a benchmark
 
-def disk_cache(name: str, keys: list[str], compute: Callable[[list[int]], list], batch: int = 64) -> list:
-    """The values of `keys`, read from the cache file `name`; `compute(indices)` makes those that are not in it."""
-    path, known = cache_dir() / f"{name}.jsonl", {}
+def disk_cache(path: Path, keys: list[str], compute: Callable[[list[int]], Iterable], batch: int = 64) -> list:
+    """The values of `keys`: those in the file `path`, and of the others what `compute(indices)` gives.
+
+    compute: is asked for at most `batch` at once. Each value is written as it comes, so that a killed run goes on.
+    """
+    known = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # a kill may have cut a line
@@ -225,19 +228,19 @@ def disk_cache(name: str, keys: list[str], compute: Callable[[list[int]], list],
     with open(path, "a") as f, tqdm(total=len(todo), disable=None, desc=path.stem) as bar:
         for at in range(0, len(todo), batch):
             part = todo[at:at + batch]
-            new = dict(zip((keys[i] for i in part), compute(part)))
-            known |= new
-            f.write("\n" + json.dumps(new) + "\n")
-            f.flush()
-            bar.update(len(part))
+            for i, value in zip(part, compute(part), strict=True):
+                known[keys[i]] = value
+                f.write("\n" + json.dumps({keys[i]: value}) + "\n")
+                f.flush()
+                bar.update()
     return [known[key] for key in keys]
 
 
-def units_cache(tokenizer, benchmark: str) -> str:
-    """Name of the cache of a benchmark's units: by fingerprint, dtype and device type, which all change units."""
+def units_cache(tokenizer, benchmark: str) -> Path:
+    """File with the units of a benchmark's audio: by fingerprint, dtype and device type, which all change units."""
     kind = str(tokenizer.encoder.device).split(":")[0]
     made_by = json.dumps([tokenizer.fingerprint.to_dict(), str(tokenizer.encoder.dtype), kind])
-    return f"units/{benchmark}-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}"
+    return cache_dir() / "units" / f"{benchmark}-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.jsonl"
 
 
 def tokenize_pairs(tokenizer, benchmark: Benchmark) -> list[tuple[list[int], list[int]]]:
