@@ -14,13 +14,6 @@ from slam.units import write_atomic
 TWIST_URL = "https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/"  # mHuBERT-25hz's k-means and vocoder
 
 
-def check(path: Path, sha256: str) -> None:
-    """SystemExit unless a file has its published sha256."""
-    if (found := file_digest(path)) != sha256:
-        raise SystemExit(f"{path}: not the published file: its sha256 is {found} instead of {sha256}; remove it, and "
-                         f"fetch it again")
-
-
 def published(name: str, sha256: str) -> Path:
     """A file published with TWIST, from the cache or the web, checked on every use. SystemExit if it can't be had."""
     url, path = TWIST_URL + name, cache_dir() / "published" / name
@@ -32,7 +25,9 @@ def published(name: str, sha256: str) -> Path:
         except (OSError, http.client.HTTPException) as e:
             raise SystemExit(f"{url}: can't be fetched ({e}). Look at the network and the disk, then start again; or "
                              f"put the file at {path} by hand") from None
-    check(path, sha256)
+    if (found := file_digest(path)) != sha256:
+        raise SystemExit(f"{path}: not the published file: its sha256 is {found} instead of {sha256}; remove it, and "
+                         f"fetch it again")
     return path
 
 

@@ -230,15 +230,12 @@ def read_kmeans(path: Path) -> np.ndarray:
 
 def convert(cfg: ConvertConfig) -> None:
     """Write a published k-means as a codebook."""
-    from slam.download import check, published
+    from slam.download import published
     out = Path(cfg.codebook)
     refuse_existing(out, cfg.overwrite)
-    name, sha256 = PUBLISHED_KMEANS
-    source = Path(cfg.source) if cfg.source else published(name, sha256)
+    source = Path(cfg.source) if cfg.source else published(*PUBLISHED_KMEANS)
     if not source.is_file():
         raise SystemExit(f"--source={cfg.source}: no such file")
-    if source.name == name:
-        check(source, sha256)
     tensors = {"centroids": torch.from_numpy(read_kmeans(source))}
     meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
             "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": file_digest(source)}
