@@ -151,11 +151,10 @@ def read_storycloze(name: str, path: str, split: str) -> Benchmark:
 def read_salmon(name: str, path: str, split: str) -> Benchmark:
     """SALMon: a folder for each part with `x_INDEX….wav`; of an index's two files the first by name is the positive."""
     root, found = Path(path), Benchmark(name, path)
-    parts = [root] if root.name in SALMON_PARTS else [root / p for p in SALMON_PARTS if (root / p).is_dir()]
-    if not parts:
-        raise SystemExit(f"{path}: none of SALMon's parts ({', '.join(SALMON_PARTS)}) is in it; {contents(root)}")
-    for absent in sorted(set(SALMON_PARTS) - {p.name for p in parts}) if root.name not in SALMON_PARTS else ():
-        found.left_out["a whole part, which is not there"].append(absent)
+    parts = [root] if root.name in SALMON_PARTS else [root / part for part in SALMON_PARTS]
+    if absent := [part.name for part in parts if not part.is_dir()]:
+        raise SystemExit(f"{path}: no {', '.join(absent)} in it; {contents(root)}; expected all of SALMon's parts, or "
+                         f"the folder of one")
     for folder in parts:
         files_of = defaultdict(list)
         for file in sorted(p for p in folder.iterdir() if p.suffix.lower() in AUDIO):
@@ -178,9 +177,7 @@ READERS = {"sblimp": read_slm21, "swuggy": read_slm21, "sstorycloze": read_story
 def read_benchmark(name: str, path: str, split: str = "dev", max_left_out: float = 0.01) -> Benchmark:
     """The pairs of a download. SystemExit if it is another one, or lacks more than `max_left_out` of its pairs."""
     found = READERS[name](name, path, split)
-    parts = len({p.get("part") for p in found.pairs})
-    missing = sum(len(ids) * (len(found.pairs) // max(1, parts) if "whole part" in why else 1)
-                  for why, ids in found.left_out.items())
+    missing = sum(map(len, found.left_out.values()))
     if not found.pairs or missing > max_left_out * (missing + len(found.pairs)):
         raise SystemExit(f"{found.summary()}: is the download whole? More may be left out with a larger max_left_out, "
                          f"now {max_left_out:g}")
