@@ -161,7 +161,7 @@ def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch
                 hf(**batch, use_cache=False, num_items_in_batch=n).loss.backward()
         torch.nn.utils.clip_grad_norm_(hf.parameters(), cfg.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
+        hf.zero_grad()
         return n
 
     return step
@@ -266,7 +266,7 @@ def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[PrefixPair]) -> Callable[[],
             (loss * len(batch) / cfg.batch_pairs).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
+        policy.zero_grad()
         return cfg.batch_pairs
 
     return step
