@@ -287,7 +287,7 @@ def main(cfg: Config) -> None:
     if forward is not lm and run.progress() < 1:
         with run.pause():  # compile before the clock runs
             backward(forward, train, step_rows([0], train.pairs, cfg, width), cfg, width)
-            optimizer.zero_grad(set_to_none=True)
+            lm.zero_grad()
     first = run.step
     while run.progress() < 1 and not run.stopping:
         if run.step % cfg.eval_every == 0 and (not run.step or run.step > first or not run.evaluated("val_dpo_loss")):

@@ -50,7 +50,7 @@ class Config:
     durations: bool = False  # keep frames per unit beside the units (training a vocoder needs them)
     audio_column: str = "audio"  # of a parquet file
     max_utterance_seconds: float = 0.0  # cut longer recordings at silences into utterances of at most this; 0: don't
-    max_bad_share: float = 0.01  # of recordings that can't be used; the run stops with an error if there are more
+    max_bad_share: float = 0.01  # of recordings that can't be used; more of them are an error at the end
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # encoder; auto: float16 on a GPU, else float32
     batch_seconds: float = 0.0  # audio encoded together; 0: 240 on a GPU, 30 on a CPU
     workers: int = 0  # threads that read, decode and resample ahead of the encoder; 0: one per core, at most 16
@@ -109,35 +109,28 @@ class Tally:
     def skip(self, id: str, reason: str, fatal: bool = False) -> None:
         self.skipped.append({"id": id, "reason": reason, "fatal": fatal})
         tqdm.write(f"skipped {id!r}: {reason}", file=sys.stderr)
-        self.refuse_bad(1000)
-
-    def refuse_bad(self, of_at_least: int) -> None:
-        """SystemExit if, of at least `of_at_least` recordings, more than max_bad_share are bad."""
-        n = self.utterances + self.already_there + len(self.skipped)
-        if n >= of_at_least and len(self.skipped) > self.max_bad_share * n:
-            self.report(complete=False)
-            kinds = Counter(re.sub(r"\d+(\.\d+)?", "N", s["reason"]) for s in self.skipped).most_common(3)
-            raise SystemExit(f"{len(self.skipped)} of {n} can't be used, more than --max_bad_share="
-                             f"{self.max_bad_share} (" + "; ".join(f"{count} x {reason}" for reason, count in kinds)
-                             + f"); listed in {self.report_file}. Whole unit files are kept")
-
-    def report(self, complete: bool) -> None:
-        content = {"complete": complete, "utterances": self.utterances, "hours": self.seconds / 3600,
-                   "already_there": self.already_there, "skipped": self.skipped}
-        write_atomic(self.report_file, json.dumps(content, indent=1, ensure_ascii=False))
 
     def close(self) -> None:
         """Write the report and print the last line. SystemExit if too much was bad, or an archive broke off."""
-        self.refuse_bad(1)
+        n_bad, n = len(self.skipped), self.utterances + self.already_there + len(self.skipped)
         lost = [s for s in self.skipped if s["fatal"] and self.max_bad_share < 1]  # with nobody knows how many others
-        self.report(complete=not lost)
+        problem = ""
         if lost:
-            raise SystemExit(f"{lost[0]['id']}: {lost[0]['reason']}. What was good is kept; --max_bad_share=1 accepts "
-                             f"that")
+            problem = f"{lost[0]['id']}: {lost[0]['reason']}. What was good is kept; --max_bad_share=1 accepts that"
+        if n_bad > self.max_bad_share * n:
+            kinds = Counter(re.sub(r"\d+(\.\d+)?", "N", s["reason"]) for s in self.skipped).most_common(3)
+            problem = (f"{n_bad} of {n} can't be used, more than --max_bad_share={self.max_bad_share} ("
+                       + "; ".join(f"{count} x {reason}" for reason, count in kinds)
+                       + f"); listed in {self.report_file}. What was good is kept")
+        content = {"complete": not problem, "utterances": self.utterances, "hours": self.seconds / 3600,
+                   "already_there": self.already_there, "skipped": self.skipped}
+        write_atomic(self.report_file, json.dumps(content, indent=1, ensure_ascii=False))
+        if problem:
+            raise SystemExit(problem)
         elapsed = time.perf_counter() - self.started
         print(f"{self.report_file.parent}: {self.utterances} utterances, {self.seconds / 3600:.2f} h added in "
               f"{elapsed / 60:.1f} min ({self.seconds / elapsed:.0f}x real time); {self.already_there} were there "
-              f"already; {len(self.skipped)} skipped" + f" (listed in {self.report_file})" * bool(self.skipped))
+              f"already; {n_bad} skipped" + f" (listed in {self.report_file})" * bool(n_bad))
 
 
 def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:

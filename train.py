@@ -196,7 +196,7 @@ def main(cfg: Config) -> None:
     if forward is not lm and run.progress() < 1:
         with run.pause():  # compile before the clock runs
             accumulate(forward, loader.step(run.step)[0][:1], 1, device, cfg.dtype)
-            optimizer.zero_grad()
+            lm.zero_grad()
     graphs, first, logged_at = n_graphs(), run.step, (run.seconds, run.tokens)
 
     # ------------------------------------------------ loop

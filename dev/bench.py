@@ -51,7 +51,7 @@ from slam.benchmarks import read_manifest, tokenize_pairs, units_cache
 from slam.checkpoint import checkpoint_fingerprint, fetch, find_checkpoint
 from slam.costs import flops_per_token, peak_flops
 from slam.device import autocast, compiled, pick_device
-from slam.embedded import cache_dir, resolve
+from slam.embedded import resolve
 from slam.hifigan import HifiGan
 from slam.optim import make_optimizer, update
 from slam.packing import Epochs, Loader, Rows, cut
@@ -161,7 +161,7 @@ def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch
                 hf(**batch, use_cache=False, num_items_in_batch=n).loss.backward()
         torch.nn.utils.clip_grad_norm_(hf.parameters(), cfg.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
+        hf.zero_grad()
         return n
 
     return step
@@ -266,7 +266,7 @@ def peer_dpo(cfg: BenchDpo, lm: UnitLM, pairs: list[PrefixPair]) -> Callable[[],
             (loss * len(batch) / cfg.batch_pairs).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
+        policy.zero_grad()
         return cfg.batch_pairs
 
     return step
@@ -428,7 +428,7 @@ def bench_eval(cfg: BenchEval) -> None:
     tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(checkpoint_fingerprint(folder)), device.type)
     benchmark = read_manifest(cfg.manifest)
     benchmark.pairs, benchmark.name = benchmark.pairs[:cfg.pairs], "bench"
-    remembered = cache_dir() / f"{units_cache(tokenizer, benchmark.name)}.jsonl"
+    remembered = units_cache(tokenizer, benchmark.name)
     utterances = tokenize_pairs(tokenizer, benchmark)
     sides = [[pair[side] for pair in benchmark.pairs] for side in ("positive", "negative")]
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config import load_config
 from slam.audio import SAMPLE_RATE
-from slam.kmeans import crop_agreement, draw
+from slam.kmeans import draw
 from slam.tokenizer import HubertFrames, SpeechTokenizer, assign, windows
 from slam.units import dedup
 
@@ -37,6 +37,19 @@ class CheckConfig:
         """Cross-field checks of the loader."""
         wrong = not 0 <= self.hop_seconds <= self.window_seconds or self.minutes <= 0
         return ["minutes is positive, and 0 <= hop_seconds <= window_seconds"] if wrong else []
+
+
+def crop_agreement(tokenizer: SpeechTokenizer, waves: list[np.ndarray], rng: np.random.Generator, n: int = 20) -> float:
+    """Share of frames that keep their unit when 10 s are cut out of 30 s of the joined waves; `n` random cuts."""
+    spf, frames = tokenizer.encoder.samples_per_frame, round(10 * tokenizer.encoder.rate_hz)
+    joined, equal = np.concatenate(waves), []
+    for start in rng.integers(0, max(1, len(joined) - 30 * SAMPLE_RATE), n):
+        whole = joined[start:start + 30 * SAMPLE_RATE]
+        offset = int(rng.integers(0, max(1, len(whole) // spf - frames)))
+        a, b = tokenizer.label([whole, whole[offset * spf:(offset + frames) * spf]])
+        m = min(len(a) - offset, len(b))
+        equal.append((a[offset:offset + m] == b[:m]).float().mean().item())
+    return float(np.mean(equal))
 
 
 def check(cfg: CheckConfig) -> None:

@@ -1,7 +1,7 @@
 """What synth_stories.py has made, laid out as runs/slam.sh's downloads: python dev/tiny_sources.py MADE SOURCES.json
 
 Out: beside SOURCES.json, archives like LibriSpeech's, Libri-Light's, ZeroSpeech's and StoryCloze's, and a CSV like
-SWAG's, with file:// URLs, in SOURCES.json as slam/corpora.py reads it.
+SWAG's, with file:// URLs, in SOURCES.json as runs/corpora.py reads it.
 """
 import csv
 import io

@@ -58,7 +58,7 @@ fi
 python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
 if [ "$scale" != tiny ]; then
     echo "Slam: $train $preset; $n_found GPU(s), $(df -h --output=avail . | tail -1 | tr -d ' ') of disk free"
-    python3 -m slam.corpora page --hours "$hours" --train "$train_hours"
+    python3 runs/corpora.py page --hours "$hours" --train "$train_hours"
 fi
 if [ -n "${problem:-}" ]; then
     echo "$problem" >&2
@@ -105,20 +105,20 @@ CUDA {torch.version.cuda}; the driver may be too old for it (nvidia-smi prints t
 models() {  # first, so that a missing account shows before the long steps
     local names="$judge $asr"
     [ "$scale" = tiny ] || names="Qwen/Qwen2.5-0.5B slprl/mhubert-base-25hz published $names"
-    run python -m slam.corpora models $names
+    run python runs/corpora.py models $names
     [ "$tokenizer" = embedded ] || [ -e $tokenizer ] || run python prepare_units.py convert --codebook=$tokenizer
 }
 
 bench() {
-    run python -m slam.corpora get bench/sLM21-dataset/syntactic/dev bench/sSC bench/tSC --out "$root" $sources
+    run python runs/corpora.py get bench/sLM21-dataset/syntactic/dev bench/sSC bench/tSC --out "$root" $sources
 }
 
 drawn() {  # the pieces to train on
-    python3 -m slam.corpora list --hours "$hours" $sources
+    python3 runs/corpora.py list --hours "$hours" $sources
 }
 
 get() {
-    run python -m slam.corpora get "$1" --out "$data" $sources
+    run python runs/corpora.py get "$1" --out "$data" $sources
 }
 
 tokenise() {  # tokenise a piece, then remove it
@@ -144,7 +144,7 @@ speech() {  # while a piece is tokenised, the next one is fetched
     while [ $# -gt 0 ]; do
         [ -z "$fetching" ] || wait "$fetching" || { tail -n 1 "$out/fetching.log" >&2; exit 1; }
         if [ $# -gt 1 ] && [ -z "$dry" ]; then
-            python -m slam.corpora get "$2" --out "$data" $sources > "$out/fetching.log" 2>&1 &
+            python runs/corpora.py get "$2" --out "$data" $sources > "$out/fetching.log" 2>&1 &
             fetching=$!
         fi
         tokenise "$1"

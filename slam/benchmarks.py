@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,11 +151,10 @@ def read_storycloze(name: str, path: str, split: str) -> Benchmark:
 def read_salmon(name: str, path: str, split: str) -> Benchmark:
     """SALMon: a folder for each part with `x_INDEX….wav`; of an index's two files the first by name is the positive."""
     root, found = Path(path), Benchmark(name, path)
-    parts = [root] if root.name in SALMON_PARTS else [root / p for p in SALMON_PARTS if (root / p).is_dir()]
-    if not parts:
-        raise SystemExit(f"{path}: none of SALMon's parts ({', '.join(SALMON_PARTS)}) is in it; {contents(root)}")
-    for absent in sorted(set(SALMON_PARTS) - {p.name for p in parts}) if root.name not in SALMON_PARTS else ():
-        found.left_out["a whole part, which is not there"].append(absent)
+    parts = [root] if root.name in SALMON_PARTS else [root / part for part in SALMON_PARTS]
+    if absent := [part.name for part in parts if not part.is_dir()]:
+        raise SystemExit(f"{path}: no {', '.join(absent)} in it; {contents(root)}; expected all of SALMon's parts, or "
+                         f"the folder of one")
     for folder in parts:
         files_of = defaultdict(list)
         for file in sorted(p for p in folder.iterdir() if p.suffix.lower() in AUDIO):
@@ -178,9 +177,7 @@ READERS = {"sblimp": read_slm21, "swuggy": read_slm21, "sstorycloze": read_story
 def read_benchmark(name: str, path: str, split: str = "dev", max_left_out: float = 0.01) -> Benchmark:
     """The pairs of a download. SystemExit if it is another one, or lacks more than `max_left_out` of its pairs."""
     found = READERS[name](name, path, split)
-    parts = len({p.get("part") for p in found.pairs})
-    missing = sum(len(ids) * (len(found.pairs) // max(1, parts) if "whole part" in why else 1)
-                  for why, ids in found.left_out.items())
+    missing = sum(map(len, found.left_out.values()))
     if not found.pairs or missing > max_left_out * (missing + len(found.pairs)):
         raise SystemExit(f"{found.summary()}: is the download whole? More may be left out with a larger max_left_out, "
                          f"now {max_left_out:g}")
@@ -214,9 +211,12 @@ def read_manifest(path: str) -> Benchmark:
 
 # ---------------------------------------------------------------- units of a benchmark
 
-def disk_cache(name: str, keys: list[str], compute: Callable[[list[int]], list], batch: int = 64) -> list:
-    """The values of `keys`, read from the cache file `name`; `compute(indices)` makes those that are not in it."""
-    path, known = cache_dir() / f"{name}.jsonl", {}
+def disk_cache(path: Path, keys: list[str], compute: Callable[[list[int]], Iterable], batch: int = 64) -> list:
+    """The values of `keys`: those in the file `path`, and of the others what `compute(indices)` gives.
+
+    compute: is asked for at most `batch` at once. Each value is written as it comes, so that a killed run goes on.
+    """
+    known = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # a kill may have cut a line
@@ -225,19 +225,19 @@ def disk_cache(name: str, keys: list[str], compute: Callable[[list[int]], list],
     with open(path, "a") as f, tqdm(total=len(todo), disable=None, desc=path.stem) as bar:
         for at in range(0, len(todo), batch):
             part = todo[at:at + batch]
-            new = dict(zip((keys[i] for i in part), compute(part)))
-            known |= new
-            f.write("\n" + json.dumps(new) + "\n")
-            f.flush()
-            bar.update(len(part))
+            for i, value in zip(part, compute(part), strict=True):
+                known[keys[i]] = value
+                f.write("\n" + json.dumps({keys[i]: value}) + "\n")
+                f.flush()
+                bar.update()
     return [known[key] for key in keys]
 
 
-def units_cache(tokenizer, benchmark: str) -> str:
-    """Name of the cache of a benchmark's units: by fingerprint, dtype and device type, which all change units."""
+def units_cache(tokenizer, benchmark: str) -> Path:
+    """File with the units of a benchmark's audio: by fingerprint, dtype and device type, which all change units."""
     kind = str(tokenizer.encoder.device).split(":")[0]
     made_by = json.dumps([tokenizer.fingerprint.to_dict(), str(tokenizer.encoder.dtype), kind])
-    return f"units/{benchmark}-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}"
+    return cache_dir() / "units" / f"{benchmark}-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.jsonl"
 
 
 def tokenize_pairs(tokenizer, benchmark: Benchmark) -> list[tuple[list[int], list[int]]]:

@@ -149,7 +149,7 @@ def checkpoint_fingerprint(name: str) -> Fingerprint:
     """
     folder = fetch(name)
     if (folder / "slam.json").is_file():
-        return Fingerprint.of(json.loads((folder / "slam.json").read_text())["fingerprint"])
+        return Fingerprint(**json.loads((folder / "slam.json").read_text())["fingerprint"])
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     if config.get("model_type") == SLAMKIT:
         return published_fingerprint(config["vocab_size"])

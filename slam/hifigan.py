@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slam.download import TWIST_URL, published
+from slam.download import published
 from slam.units import Fingerprint, published_fingerprint
 from slam.vocoder import Vocoder
 
@@ -111,7 +111,7 @@ class HifiGan(Vocoder):
         path = Path(name)
         config_path = path.with_name(f"{path.stem}_config.json")
         if name == "published":
-            path, config_path = (published(TWIST_URL + file, f"sha256:{x}") for file, x in PUBLISHED.items())
+            path, config_path = (published(file, sha256) for file, sha256 in PUBLISHED.items())
         elif not config_path.is_file():
             config_path = path.with_name("config.json")
         try:
@@ -119,7 +119,7 @@ class HifiGan(Vocoder):
             rate_hz = config["sampling_rate"] / math.prod(config["upsample_rates"])  # code_hop_size may be stale
             fingerprint = replace(published_fingerprint(config["num_embeddings"] + 2), unit_rate_hz=rate_hz)
             if "fingerprint" in config:  # not in the published files, whose units are mHuBERT's
-                fingerprint = Fingerprint.of(config["fingerprint"])
+                fingerprint = Fingerprint(**config["fingerprint"])
             vocoder = cls(config, fingerprint, speaker)
             state = torch.load(path, map_location="cpu", weights_only=True)["generator"]
             for key in [k.removesuffix("_v") for k in state if k.endswith(".weight_v")]:

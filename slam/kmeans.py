@@ -9,7 +9,6 @@ import math
 import pickle
 import re
 import sys
-import zlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,8 +21,7 @@ from tqdm import tqdm
 
 from slam.audio import SAMPLE_RATE, check_wave, read_blocks, read_input
 from slam.embedded import file_digest
-from slam.tokenizer import PUBLISHED_KMEANS, SpeechTokenizer, assign, load_encoder, windows, write_codebook
-from slam.units import dedup
+from slam.tokenizer import PUBLISHED_KMEANS, assign, load_encoder, windows, write_codebook
 
 
 @dataclass
@@ -147,21 +145,8 @@ def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator,
     return centroids, float(inertia)
 
 
-def crop_agreement(tokenizer: SpeechTokenizer, waves: list[np.ndarray], rng: np.random.Generator, n: int = 20) -> float:
-    """Share of frames that keep their unit when 10 s are cut out of 30 s of the joined waves; `n` random cuts."""
-    spf, frames = tokenizer.encoder.samples_per_frame, round(10 * tokenizer.encoder.rate_hz)
-    joined, equal = np.concatenate(waves), []
-    for start in rng.integers(0, max(1, len(joined) - 30 * SAMPLE_RATE), n):
-        whole = joined[start:start + 30 * SAMPLE_RATE]
-        offset = int(rng.integers(0, max(1, len(whole) // spf - frames)))
-        a, b = tokenizer.label([whole, whole[offset * spf:(offset + frames) * spf]])
-        m = min(len(a) - offset, len(b))
-        equal.append((a[offset:offset + m] == b[:m]).float().mean().item())
-    return float(np.mean(equal))
-
-
 def fit(cfg: FitConfig) -> None:
-    """Fit a codebook; write it with what it was fitted on, its inertia, crop agreement and units per second."""
+    """Fit a codebook; write it with the hours that it was fitted on and its inertia."""
     out = Path(cfg.codebook)
     refuse_existing(out, cfg.overwrite)
     encoder = load_encoder(cfg.encoder, cfg.layer, "cuda" if torch.cuda.is_available() else "cpu", "float32")
@@ -178,28 +163,20 @@ def fit(cfg: FitConfig) -> None:
         raise SystemExit(f"{cfg.input}: {len(x)} frames are too few for {cfg.n_units} units")
     centroids, inertia = kmeans(x, cfg.n_units, cfg.iterations, torch.Generator().manual_seed(cfg.seed), cfg.minibatch)
     tensors = {"centroids": centroids.half()} | ({} if mean is None else {"position_mean": mean.half()})
-    meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": encoder.rate_hz, "n_units": cfg.n_units}
-    tokenizer = SpeechTokenizer(encoder, tensors, meta)
-    agreement = crop_agreement(tokenizer, waves, rng)
-    units_per_second = np.mean([len(dedup(f)[0]) / (len(f) / encoder.rate_hz) for f in tokenizer.frames(waves[:20])])
-    meta |= {"hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3), "inertia": round(inertia, 4),
-             "crop_agreement": round(agreement, 4), "units_per_second": round(float(units_per_second), 2),
-             "seed": cfg.seed}
+    meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": encoder.rate_hz, "n_units": cfg.n_units,
+            "hours": round(sum(map(len, waves)) / SAMPLE_RATE / 3600, 3), "inertia": round(inertia, 4),
+            "seed": cfg.seed}
     write_codebook(out, tensors, meta)
     print(json.dumps(meta))
     print(f"wrote {out}")
 
 
 # ---------------------------------------------------------------- a published k-means
-# The classes and functions in a pickled k-means. Stand-ins take their places, and all other names are refused, so
-# that nothing in the file is run.
-EXPECTED = {"sklearn": {"KMeans", "MiniBatchKMeans"}, "joblib": {"NumpyArrayWrapper"},
-            "numpy": {"ndarray", "dtype", "scalar", "MT19937", "__RandomState_ctor", "__randomstate_ctor",
-                      "__bit_generator_ctor"}}
-
-
 class StandIn:
-    """Takes the place of a pickled object: keeps its arguments and its state."""
+    """Takes the place of every class and function that a pickle names, so that nothing in it is run.
+
+    Keeps the arguments and the state of what it stands for.
+    """
     args, state = (), None
 
     def __init__(self, *args):
@@ -217,8 +194,6 @@ class KMeansUnpickler(pickle.Unpickler):
         self.file = file
 
     def find_class(self, module: str, name: str) -> type:
-        if name not in EXPECTED.get(module.partition(".")[0], ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no k-means needs; nothing was run")
         read = {"__setstate__": lambda wrapper, state: setattr(wrapper, "array", self.read_array(state))}
         return type(name, (StandIn,), read if name == "NumpyArrayWrapper" else {})
 
@@ -236,31 +211,25 @@ class KMeansUnpickler(pickle.Unpickler):
 
 
 def read_kmeans(path: Path) -> np.ndarray:
-    """Centroids (K, D) float32 of a k-means written by joblib, plain or compressed (zlib, gzip). SystemExit if none."""
-    content = path.read_bytes()
+    """Centroids (K, D) float32 of a k-means written by joblib, not compressed. SystemExit if it is none."""
     try:
-        if content[:1] == b"\x78" or content[:2] == b"\x1f\x8b":
-            content = zlib.decompress(content, 47)  # zlib's or gzip's header
-        centroids = KMeansUnpickler(io.BytesIO(content)).load().state["cluster_centers_"].array
+        centroids = KMeansUnpickler(io.BytesIO(path.read_bytes())).load().state["cluster_centers_"].array
         if centroids.ndim != 2 or not np.isfinite(centroids).all():
             raise ValueError(f"centroids of shape {centroids.shape}")
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, OverflowError,
-            MemoryError, zlib.error) as e:
+            MemoryError) as e:
         raise SystemExit(f"{path}: not a k-means that joblib wrote ({type(e).__name__}: {e})") from None
     return np.ascontiguousarray(centroids, dtype=np.float32)
 
 
 def convert(cfg: ConvertConfig) -> None:
     """Write a published k-means as a codebook."""
-    from slam.download import TWIST_URL, check, published
+    from slam.download import published
     out = Path(cfg.codebook)
     refuse_existing(out, cfg.overwrite)
-    name, sha256 = PUBLISHED_KMEANS
-    source = Path(cfg.source) if cfg.source else published(TWIST_URL + name, f"sha256:{sha256}")
+    source = Path(cfg.source) if cfg.source else published(*PUBLISHED_KMEANS)
     if not source.is_file():
         raise SystemExit(f"--source={cfg.source}: no such file")
-    if source.name == name:
-        check(source, f"sha256:{sha256}")
     tensors = {"centroids": torch.from_numpy(read_kmeans(source))}
     meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
             "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": file_digest(source)}

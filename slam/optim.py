@@ -139,10 +139,6 @@ class Together:
         for x in self.optimizers:
             x.step()
 
-    def zero_grad(self) -> None:
-        for x in self.optimizers:
-            x.zero_grad()
-
     def state_dict(self) -> dict:
         return {"optimizers": [x.state_dict() for x in self.optimizers]}
 
@@ -185,5 +181,5 @@ def update(lm: nn.Module, optimizer: torch.optim.Optimizer | Together, lr: float
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    lm.zero_grad()
     return norm

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from slam.audio import load_audio, parquet_rows
+from slam.benchmarks import disk_cache
 from slam.device import pick_device
 from slam.metrics import auto_bleu
 from slam.slamkit import slamkit_tokenizer, slamkit_units
 from slam.tokenizer import SpeechTokenizer
 from slam.tts import TTS, speakers, spoken
-from slam.units import write_atomic, write_pairs
+from slam.units import write_pairs
 
 SIDES = ("prompt", "chosen", "rejected")
 
@@ -146,29 +146,25 @@ def stored_waves(input: str, pairs: list[dict]) -> Iterator[list[np.ndarray]]:
 def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, say: Callable) -> int:
     """Write a pair file; returns how many pairs are left out because a side has no sound.
 
-    say(pairs) yields the waves of prompt, chosen and rejected. Pairs go to PATH.kept as they come, so a killed run
-    continues with the next one.
+    say(pairs) yields the waves of prompt, chosen and rejected. Units go to PATH.kept as they come, so a killed run
+    continues with the next pair.
     """
     if path.exists():
         return 0
-    kept = path.with_name(path.name + ".kept")
-    lines = kept.read_text(encoding="utf-8").split("\n")[:-1] if kept.exists() else []  # a kill may have cut the last
-    write_atomic(kept, "".join(line + "\n" for line in lines))
-    found = [json.loads(line) for line in lines]
-    rest = pairs[len(found):]
-    with open(kept, "a", encoding="utf-8") as f:
-        for pair, waves in zip(rest, say(rest)):
+
+    def encode(todo: list[int]) -> Iterator[list[list[int]] | None]:
+        for waves in say([pairs[i] for i in todo]):
             try:
-                units = [x.tolist() for x, _ in tokenizer.encode_batch(waves)]
+                yield [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
             except ValueError:  # one of them has no sound
-                units = [None] * len(SIDES)
-            found.append(pair | dict(zip(SIDES, units)))
-            f.write(json.dumps(found[-1], ensure_ascii=False) + "\n")
-            f.flush()
-    whole = [p for p in found if all(p[side] for side in SIDES)]
+                yield None
+
+    kept = path.with_name(path.name + ".kept")
+    found = disk_cache(kept, [pair["id"] for pair in pairs], encode, len(pairs) or 1)
+    whole = [pair | dict(zip(SIDES, units)) for pair, units in zip(pairs, found) if units and all(units)]
     write_pairs(path, tokenizer.fingerprint, whole)
     kept.unlink()
-    return len(found) - len(whole)
+    return len(pairs) - len(whole)
 
 
 def make_swag_pairs(cfg) -> None:
@@ -198,7 +194,7 @@ def make_swag_pairs(cfg) -> None:
 
     def say(part: list[dict]) -> Iterator[list[np.ndarray]]:
         if stored:
-            return tqdm(stored_waves(cfg.swag, part), total=len(part), disable=None, desc="tokenising", unit="pair")
+            return stored_waves(cfg.swag, part)
         texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in part for side in SIDES}
         speaker = {f"{p['id']} {side}": p["speaker"] for p in part for side in SIDES}
         waves = (wave for _, (wave,) in spoken(cfg, pool, texts, "speaking pairs", speaker))

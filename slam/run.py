@@ -22,11 +22,10 @@ from slam.checkpoint import recover
 from slam.device import dist, over_ranks
 from slam.units import Fingerprint, write_atomic
 
-# Settings that a resumed run may change, and the older names of settings in slam.json.
+# Settings that a resumed run may change.
 MAY_CHANGE = {"out", "steps", "tokens", "time_budget_hours", "minutes", "lr", "min_lr", "grad_clip",
               "log_every", "eval_every", "save_every", "loggers", "micro_batch", "activation_checkpointing", "compile",
               "n_samples", "audio", "resume", "overwrite"}
-RENAMED = {"clip": "grad_clip", "checkpointing": "activation_checkpointing"}
 
 
 def run_problems(cfg) -> list[str]:
@@ -75,8 +74,7 @@ class Run:
     def _load(self) -> None:
         slam = json.loads((self.checkpoint / "slam.json").read_text())
         now = json.loads(json.dumps(asdict(self.cfg)))
-        then = {RENAMED.get(k, k): v for k, v in slam["config"].items()}
-        changed = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in then.items()
+        changed = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in slam["config"].items()
                    if k not in MAY_CHANGE and (k in now or v) and now.get(k) != v]  # an empty one may be gone
         if changed:
             raise SystemExit(f"{self.out}: cannot resume with other settings: {'; '.join(changed)}")
@@ -182,25 +180,19 @@ class Run:
         path = self.out / "results.json"
         return path.exists() and json.loads(path.read_text()).get(metric, {}).get("step") == self.step
 
-    def check_finite(self, losses: list[float], norm: float) -> None:
-        """SystemExit naming the first step whose loss is not finite, or this step if its gradient norm is not.
-
-        losses: of the last steps, up to this one. The last checkpoint stays as it is.
-        """
-        found = [(self.step - len(losses) + 1 + i, f"loss {x}") for i, x in enumerate(losses) if not math.isfinite(x)]
-        found += [] if math.isfinite(norm) else [(self.step, f"gradient norm {norm}")]
-        if found:
-            raise SystemExit(f"step {found[0][0]}: {found[0][1]}: stopped. {self._kept()}; lower lr (now "
-                             f"{self.cfg.lr:g}) or look at the data before --resume")
-
     def gather(self, measured: list[torch.Tensor], norm: torch.Tensor) -> list[torch.Tensor]:
         """What each step since the last log line measured, () or (k,) with the loss first: summed over ranks, on CPU.
 
-        Waits for the GPU. SystemExit if a loss or the last step's gradient norm is not finite.
+        Waits for the GPU. SystemExit naming the first step whose loss is not finite, or this one if its gradient norm
+        is not; the last checkpoint stays as it is.
         """
         x = torch.stack(measured).cpu() if measured else torch.zeros(0)
         x = torch.tensor(over_ranks(x.flatten().tolist())).view(x.shape)
-        self.check_finite([step.flatten()[0].item() for step in x], norm.item())
+        values = [(self.step - len(x) + 1 + i, "loss", step.flatten()[0].item()) for i, step in enumerate(x)]
+        for step, name, value in [*values, (self.step, "gradient norm", norm.item())]:
+            if not math.isfinite(value):
+                raise SystemExit(f"step {step}: {name} {value}: stopped. {self._kept()}; lower lr (now "
+                                 f"{self.cfg.lr:g}) or look at the data before --resume")
         return [*x]
 
     def save(self, lm, optimizer, fingerprint: Fingerprint, pending: list) -> None:

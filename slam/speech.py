@@ -16,7 +16,7 @@ from slam.audio import SAMPLE_RATE, resample
 from slam.benchmarks import disk_cache
 from slam.checkpoint import sha256_of, weights_sha256
 from slam.device import autocast, pick_device
-from slam.embedded import resolve
+from slam.embedded import cache_dir, resolve
 from slam.units import EOS, PAD, to_tokens, to_units
 
 
@@ -147,5 +147,5 @@ def text_nlls(texts: list[str], judge: str) -> np.ndarray:
         return continuation_scores([""] * len(part), [texts[i] for i in part], judge)
 
     version = weights_sha256(judge)
-    found = disk_cache("texts", [sha256_of(version, text) for text in texts], score)
+    found = disk_cache(cache_dir() / "texts.jsonl", [sha256_of(version, text) for text in texts], score)
     return np.array([np.nan if x is None else -x for x in found])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from slam.audio import SAMPLE_RATE, check_wave, resample
+from slam.device import put
 from slam.embedded import resolve
 from slam.units import Fingerprint, dedup, find_speaking, write_atomic
 
@@ -29,7 +30,6 @@ EMBEDDED_TOKENIZER = Path(__file__).parent.parent / "assets" / "codebook.safeten
 # The k-means of mHuBERT-25hz and its sha256 (textlesslib's list of checkpoints has it).
 PUBLISHED_KMEANS = ("mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin",
                     "03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------- encoders
@@ -42,7 +42,7 @@ class WhisperFrames:
     window, hop = 750, 500  # frames
     position_dependent = True  # so a codebook holds the mean feature at each position of the window
 
-    def __init__(self, name: str, layer: int, device: str, dtype: torch.dtype):
+    def __init__(self, name: str, layer: int, device: torch.device, dtype: torch.dtype):
         from transformers import WhisperFeatureExtractor, WhisperModel
         folder = resolve(name)
         self.encoder = WhisperModel.from_pretrained(folder, dtype=dtype).encoder.eval().to(device)
@@ -65,7 +65,7 @@ class WhisperFrames:
     @torch.inference_mode()
     def __call__(self, waves: list[np.ndarray]) -> list[Tensor]:
         """Waves (T,) at 16 kHz, none longer than a window -> features (T // 640, dim); padding is masked."""
-        mels = [self.log_mel(to_device(wave[:len(wave) // 640 * 640], self.device)).T for wave in waves]
+        mels = [self.log_mel(put(torch.from_numpy(wave[:len(wave) // 640 * 640]), self.device)).T for wave in waves]
         lengths, e = [len(mel) for mel in mels], self.encoder
         x = F.gelu(e.conv1(pad_sequence(mels, batch_first=True).mT.to(self.dtype)))
         x = x * inside(lengths, self.device)[:, None]  # past its end a wave alone has zeros before conv2, too
@@ -97,7 +97,7 @@ class HubertFrames:
     """
     position_dependent = False  # HuBERT's positions are relative
 
-    def __init__(self, name: str, layer: int, device: str, dtype: torch.dtype):
+    def __init__(self, name: str, layer: int, device: torch.device, dtype: torch.dtype):
         from transformers import HubertModel
         self.model = HubertModel.from_pretrained(resolve(name), dtype=dtype).eval().to(device)
         config, first = self.model.config, self.model.feature_extractor.conv_layers[0]
@@ -123,7 +123,7 @@ class HubertFrames:
         x = F.pad(pad_sequence([torch.from_numpy(w) for w in waves], batch_first=True), (40, 40))
         if self.norm:
             self.norm.lengths = [self.n_frames(len(w), 1) for w in waves]
-        x = self.model.feature_extractor(to_device(x, self.device).to(self.dtype)).transpose(1, 2)
+        x = self.model.feature_extractor(put(x, self.device).to(self.dtype)).transpose(1, 2)
         x = self.model.feature_projection(x) * inside(lengths, self.device)[..., None]
         x = x + e.pos_conv_embed(x)
         if not self.model.config.do_stable_layer_norm:
@@ -132,12 +132,12 @@ class HubertFrames:
         return [row[:n] for row, n in zip(x.float(), lengths)]
 
 
-def inside(lengths: list[int], device: str) -> Tensor:
+def inside(lengths: list[int], device: torch.device) -> Tensor:
     """bool (B, T), False at padding: inside([1, 3]) -> [[True, False, False], [True, True, True]]"""
-    return to_device(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None], device)
+    return put(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None], device)
 
 
-def run_layers(layers: Iterable[nn.Module], x: Tensor, lengths: list[int], device: str) -> Tensor:
+def run_layers(layers: Iterable[nn.Module], x: Tensor, lengths: list[int], device: torch.device) -> Tensor:
     """Transformer layers on a padded batch x (B, T, D), with no attention to padding."""
     mask = None
     if min(lengths) < max(lengths):
@@ -145,12 +145,6 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, lengths: list[int], devic
     for layer in layers:
         x = layer(x, attention_mask=mask)
     return x
-
-
-def to_device(x: np.ndarray | Tensor, device: str) -> Tensor:
-    """A copy on the device; the host does not wait for a GPU to receive it."""
-    x = torch.as_tensor(x)
-    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x
 
 
 def load_encoder(name: str, layer: int, device: str = "cpu", dtype: str = "auto") -> WhisperFrames | HubertFrames:
@@ -174,7 +168,7 @@ def load_encoder(name: str, layer: int, device: str = "cpu", dtype: str = "auto"
         dtype = "float16" if device.startswith("cuda") else "float32"
     if dtype == "float32":
         torch.backends.cudnn.allow_tf32 = False  # TF32 rounds the convolutions to ten bits
-    return kinds[config.model_type](name, layer, device, DTYPES[dtype])
+    return kinds[config.model_type](name, layer, torch.device(device), getattr(torch, dtype))
 
 
 def windows(blocks: Iterable[np.ndarray], encoder) -> Iterator[tuple[np.ndarray, int, int | None]]:
@@ -288,7 +282,7 @@ class SpeechTokenizer:
     @property
     def batch_seconds(self) -> float:
         """Default seconds of audio in a batch."""
-        return 30.0 if self.encoder.device == "cpu" else 240.0
+        return 30.0 if self.encoder.device.type == "cpu" else 240.0
 
     def to_units(self, tokens: list[int]) -> list[int]:
         """Units or pieces -> units."""

@@ -252,19 +252,19 @@ def main(cfg: Config) -> None:
         frames, real = (x.to(device) for x in crops(items, frames_per_crop, vocoder.hop, rng))
         with autocast(device, cfg.dtype):
             ours, durations = vocoder.waves(frames), duration_loss(vocoder, items, rng)
-        losses = {"spectral": spectral_loss(ours, real), "duration": durations}
-        (losses["spectral"] + 0.2 * durations).backward()
-        losses["norm"] = update(vocoder, optimizer, cfg.lr * scale, cfg.grad_clip)
+        spectral = spectral_loss(ours, real)
+        loss = spectral + 0.2 * durations
+        loss.backward()
+        norm = update(vocoder, optimizer, cfg.lr * scale, cfg.grad_clip)
         run.step, run.tokens = run.step + 1, run.tokens + frames.numel()
         decay = min(cfg.ema, (1 + run.step) / (10 + run.step))  # the first weights are soon forgotten
         torch._foreach_lerp_(list(model.average.parameters()), [p.detach() for p in vocoder.parameters()], 1 - decay)
-        pending.append({name: x.detach() for name, x in losses.items()})
+        pending.append(torch.stack([loss, spectral, durations, norm]).detach())
         run.tick()
         saving = run.step % cfg.save_every == 0
         if saving or run.step % cfg.log_every == 0 or run.progress() >= 1 or run.stopping:
-            means = {k: torch.stack([x[k] for x in pending]).mean().item() for k in losses}
-            run.check_finite([sum(means.values())], means["norm"])
-            means["lr"], pending = cfg.lr * scale, []
+            means = torch.stack(run.gather(pending, norm)).mean(0).tolist()
+            pending, means = [], dict(zip(("loss", "spectral", "duration", "norm"), means)) | {"lr": cfg.lr * scale}
             run.log(" | ".join(f"{k} {v:.4g}" for k, v in means.items()) + f" | {run.clock()}", **means)
         if saving and run.progress() < 1:
             with run.pause():

@@ -84,10 +84,6 @@ class Fingerprint:
     text_vocab: int = 0  # the number of these tokens,
     text_sha256: str = ""  # and the sha256 of its tokenizer
 
-    @classmethod
-    def of(cls, values: dict) -> "Fingerprint":
-        return cls(**values)
-
     def to_dict(self) -> dict:
         return {k: v for k, v in asdict(self).items() if self.text_lm or not k.startswith("text_")}
 
@@ -137,13 +133,8 @@ def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str,
 
     embedded: the embedded one's file. read: gives a file's fingerprint; SystemExit for other files.
     """
-    def modified(path: Path) -> float:
-        with contextlib.suppress(OSError):  # a broken link, or gone meanwhile
-            return path.stat().st_mtime
-        return 0.0
-
-    files = sorted(Path(folder).rglob("*.safetensors"), key=modified, reverse=True)
-    for path in [embedded, *files]:
+    files = [path for path in Path(folder).rglob("*.safetensors") if path.is_file()]  # not broken links
+    for path in [embedded, *sorted(files, key=os.path.getmtime, reverse=True)]:
         with contextlib.suppress(SystemExit):
             if read(path) == fingerprint.speech():
                 return "embedded" if path == embedded else str(path)
@@ -235,7 +226,7 @@ class Shard:
             if header.get("format") != "slam-units" or header.get("version") != VERSION:
                 raise ValueError(f"format {header.get('format')!r} version {header.get('version')}, expected "
                                  f"'slam-units' version {VERSION}")
-            self.fingerprint = Fingerprint.of(header["fingerprint"])
+            self.fingerprint = Fingerprint(**header["fingerprint"])
             self.hours = float(header["hours"])
             self.offsets = self.file.get_tensor("offsets")
             self.tokens = self.file.get_slice("tokens")  # an utterance is read when it is sliced
@@ -363,7 +354,7 @@ def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
     pairs = []
     try:
         with open(path, encoding="utf-8") as f:
-            fingerprint = Fingerprint.of(json.loads(f.readline())["fingerprint"])
+            fingerprint = Fingerprint(**json.loads(f.readline())["fingerprint"])
             for text in f:
                 pair = json.loads(text)
                 for key in ("prompt", "chosen", "rejected"):

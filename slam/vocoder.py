@@ -196,7 +196,7 @@ class Vocos(Vocoder):
             with safe_open(path, "pt") as f:
                 meta = {k: json.loads(v) for k, v in f.metadata().items()}
                 state = {k: f.get_tensor(k).float() for k in f.keys()}
-            vocoder = cls(Fingerprint.of(meta["fingerprint"]), meta["width"], meta["blocks"])
+            vocoder = cls(Fingerprint(**meta["fingerprint"]), meta["width"], meta["blocks"])
             vocoder.load_state_dict(state)
         except Exception as e:  # a damaged or foreign file fails in many ways
             raise SystemExit(f"{path}: not a vocoder file ({str(e).splitlines()[0]})") from None

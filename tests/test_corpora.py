@@ -1,4 +1,4 @@
-"""slam/corpora.py and runs/slam.sh: what is drawn, fetched and tokenised; the script's commands parse."""
+"""runs/corpora.py and runs/slam.sh: what is drawn, fetched and tokenised; the script's commands parse."""
 import json
 import os
 import re
@@ -16,7 +16,7 @@ from conftest import Process, run
 from test_readme import SETTINGS, WITHOUT, settings, split
 
 from config import load_config
-from slam.corpora import MIX, SOURCES, Source, draw, get, page, pieces, read_sources
+from runs.corpora import MIX, SOURCES, Source, draw, get, page, pieces, read_sources
 from slam.units import UnitReader
 
 
@@ -99,7 +99,7 @@ def test_every_command_of_the_script_parses(scale):
     said = script("--dry", SCALE=scale).stdout
     assert re.findall("==== (.*)", said) == [
         "setup", "models", "bench", "speech", "pairs", "train", "dpo", "evaluate", "sample"]
-    found = re.findall(r"^\$ (?:python|torchrun --nproc_per_node=2) ((?:-m slam\.|\w+\.py|dev/).*)", said, re.M)
+    found = re.findall(r"^\$ (?:python|torchrun --nproc_per_node=2) ((?:-m slam\.|\w+\.py|dev/|runs/).*)", said, re.M)
     assert len(found) >= 11
     for command in found:
         name, arguments = split(command)

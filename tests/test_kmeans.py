@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_fit_makes_a_tokeniser(speech, tmp_path):
     done = run("prepare_units.py", "fit", "config/fit_embedded.py", f"--input={speech}", f"--codebook={book}",
                "--n_units=40", "--iterations=5")
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert 0.5 < report["crop_agreement"] <= 1 and report["n_units"] == 40
+    assert 0 < report["inertia"] < 500 and 0.02 < report["hours"] < 0.03 and report["n_units"] == 40
     mine = SpeechTokenizer.load(str(book))
     assert mine.fingerprint.n_units == 40
     assert mine.fingerprint != SpeechTokenizer.load("embedded").fingerprint
@@ -118,13 +119,6 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-class SubtleEvil:
-    """Asks for something harmless-looking out of an expected package."""
-    def __reduce__(self):
-        from numpy import load
-        return load, ("evil.npy",)
-
-
 def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
     sklearn, joblib = pytest.importorskip("sklearn.cluster"), pytest.importorskip("joblib")
     monkeypatch.chdir(tmp_path)
@@ -132,10 +126,9 @@ def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
     for model in (sklearn.MiniBatchKMeans(20, random_state=np.random.RandomState(0), n_init=1),
                   sklearn.KMeans(20, n_init=1)):
         model.fit(x)
-        for compress in (0, 3, ("gzip", 3)):
-            for protocol in (3, 4, 5):  # the defaults of joblib under Python 3.7, 3.8 and 3.14
-                joblib.dump(model, "km.bin", compress, protocol)
-                np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
+        for protocol in (3, 4, 5):  # the defaults of joblib under Python 3.7, 3.8 and 3.14
+            joblib.dump(model, "km.bin", protocol=protocol)
+            np.testing.assert_array_equal(read_kmeans(Path("km.bin")), model.cluster_centers_.astype(np.float32))
     with monkeypatch.context() as m:  # joblib before 1.2 wrote no padding
         m.setattr(joblib.numpy_pickle.NumpyArrayWrapper.__init__, "__defaults__", (False, None))
         joblib.dump(model, "km.bin")
@@ -146,11 +139,14 @@ def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
         joblib.dump(model, "km.bin")
         np.testing.assert_allclose(read_kmeans(Path("km.bin")), centroids, rtol=1e-6)
 
-    for evil in (Evil(), {"cluster_centers_": Evil()}, SubtleEvil(), [model, Evil()]):
+    for evil in (Evil(), {"cluster_centers_": Evil()}, [model, Evil()]):
         for write in (lambda: joblib.dump(evil, "evil.bin"), lambda: Path("evil.bin").write_bytes(pickle.dumps(evil))):
             write()
-            with pytest.raises(SystemExit, match="nothing was run"):
+            with pytest.raises(SystemExit, match="not a k-means"):
                 read_kmeans(Path("evil.bin"))
+    model.evil = Evil()  # read, but not run
+    joblib.dump(model, "evil.bin")
+    np.testing.assert_allclose(read_kmeans(Path("evil.bin")), centroids, rtol=1e-6)
     assert not Path("evil").exists()
     model.cluster_centers_ = np.array([Evil()], dtype=object)
     joblib.dump(model, "evil.bin")
@@ -158,7 +154,8 @@ def test_a_published_kmeans_is_read_without_running_it(tmp_path, monkeypatch):
         read_kmeans(Path("evil.bin"))
     assert not Path("evil").exists()
     whole = Path("km.bin").read_bytes()
-    for content in (b"", b"text", whole[:200], whole[:-50], pickle.dumps({"a": 1}), pickle.dumps([1, 2])):
+    for content in (b"", b"text", zlib.compress(whole), whole[:200], whole[:-50], pickle.dumps({"a": 1}),
+                    pickle.dumps([1, 2])):
         Path("bad.bin").write_bytes(content)
         with pytest.raises(SystemExit, match="not a k-means"):
             read_kmeans(Path("bad.bin"))
@@ -187,12 +184,9 @@ def test_a_kmeans_is_converted(tmp_path):
     sklearn, joblib = pytest.importorskip("sklearn.cluster"), pytest.importorskip("joblib")
     hubert(tmp_path / "hubert")
     model = sklearn.MiniBatchKMeans(20, n_init=1).fit(np.random.default_rng(0).standard_normal((300, 32)))
-    name = "mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin"
-    joblib.dump(model, tmp_path / name)
+    joblib.dump(model, tmp_path / "km.bin")
     command = ["prepare_units.py", "convert", f"--codebook={tmp_path}/book.safetensors", "--layer=3",
                f"--encoder={tmp_path}/hubert"]
-    assert "03cc04a9" in refused(*command, f"--source={tmp_path / name}")  # not the published file under its name
-    os.rename(tmp_path / name, tmp_path / "km.bin")
     assert "20 units" in run(*command, f"--source={tmp_path}/km.bin").stdout
     assert "overwrite" in refused(*command, f"--source={tmp_path}/km.bin")
     assert "no such file" in refused(*command, f"--source={tmp_path}/none.bin", "--overwrite")

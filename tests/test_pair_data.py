@@ -97,9 +97,9 @@ def test_swag_is_spoken_and_resumed(tmp_path):
         assert wrong <= n / 3, (train[0], heard)
     # Killed while it spoke: two pairs are kept, and half of a third one's line.
     whole = (out / "pairs_train.jsonl").read_text()
-    lines = whole.splitlines(keepends=True)[1:]
+    lines = [json.dumps({p["id"]: [p[side] for side in SIDES]}) for p in train]
     (out / "pairs_train.jsonl").unlink()
-    (out / "pairs_train.jsonl.kept").write_text("".join(lines[:2]) + lines[2][:40])
+    (out / "pairs_train.jsonl.kept").write_text("\n".join(lines)[:-40])
     run(*command)
     assert (out / "pairs_train.jsonl").read_text() == whole and not (out / "pairs_train.jsonl.kept").exists()
     assert "usable rows" in refused(*command[:2], "--n_val=4", f"--out={tmp_path}/few")
@@ -138,7 +138,8 @@ def test_spoken_swag_of_the_hub(stories, tmp_path):
         assert train[1][f"{side}_text"] == f"{side.capitalize()} 2"
     whole = (tmp_path / "pairs" / "pairs_train.jsonl").read_text()
     (tmp_path / "pairs" / "pairs_train.jsonl").unlink()
-    (tmp_path / "pairs" / "pairs_train.jsonl.kept").write_text(whole.splitlines(keepends=True)[1])
+    (tmp_path / "pairs" / "pairs_train.jsonl.kept").write_text(
+        json.dumps({train[1]["id"]: [train[1][side] for side in SIDES]}) + "\n")
     run(*command)
     assert (tmp_path / "pairs" / "pairs_train.jsonl").read_text() == whole
     (folder / "train-00001-of-00002.parquet").write_bytes(b"PAR1 no")

@@ -77,7 +77,7 @@ def test_different_tokenisers_are_refused(tmp_path, fingerprint):
         assert word in str(e.value)
     with pytest.raises(SystemExit, match="different tokenisers"):
         UnitWriter(tmp_path / "a", other)
-    require_same(fingerprint, "a", Fingerprint.of(fingerprint.to_dict()), "b")
+    require_same(fingerprint, "a", Fingerprint(**fingerprint.to_dict()), "b")
 
 
 def test_an_unrecorded_codebook_joins_only_one_other(tmp_path, fingerprint, capsys):

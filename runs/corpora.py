@@ -1,9 +1,9 @@
 """What Slam is made of, where it is, and as many pieces of it as a run will consume.
 
-    python -m slam.corpora page --hours 20000     # what each step of runs/slam.sh needs: hours, network, disk
-    python -m slam.corpora list --hours 20000     # the pieces: a random, reproducible share of each corpus
-    python -m slam.corpora get libri_light/large-017 --out data        # fetch a piece, a benchmark or the pairs
-    python -m slam.corpora models Qwen/Qwen2.5-0.5B published          # fetch models by name; published: the vocoder
+    python runs/corpora.py page --hours 20000     # what each step of runs/slam.sh needs: hours, network, disk
+    python runs/corpora.py list --hours 20000     # the pieces: a random, reproducible share of each corpus
+    python runs/corpora.py get libri_light/large-017 --out data        # fetch a piece, a benchmark or the pairs
+    python runs/corpora.py models Qwen/Qwen2.5-0.5B published          # fetch models by name; published: the vocoder
 
 A piece is an archive, or 30 GB of a larger one, so that one is tokenised while the next is fetched, and a small disk
 is enough. `--sources FILE.json` names other sources, in the form of SOURCES below.
@@ -16,7 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from slam.download import extract, fetch, fetch_tar_piece, from_hub
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from runs.download import extract, fetch, fetch_tar_piece
 
 OPENSLR = "https://www.openslr.org/resources/12/"
 LIBRI_LIGHT = "https://dl.fbaipublicfiles.com/librilight/data/"
@@ -79,7 +81,7 @@ def read_sources(file: str) -> dict[str, Source]:
     try:
         return {name: Source(**fields) for name, fields in json.loads(Path(file).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise SystemExit(f"--sources={file}: not a list of sources ({e}); slam/corpora.py has its fields") from None
+        raise SystemExit(f"--sources={file}: not a list of sources ({e}); runs/corpora.py has its fields") from None
 
 
 def pieces(sources: dict[str, Source]) -> dict[str, tuple[Source, int]]:
@@ -108,18 +110,19 @@ def draw(sources: dict[str, Source], hours: float, seed: int = 0) -> list[str]:
 def get(name: str, sources: dict[str, Source], out: Path) -> Path:
     """Fetch a piece into the folder OUT/NAME, which is there only when it is whole. SystemExit if it can't be."""
     if name not in pieces(sources):
-        raise SystemExit(f"{name}: no such piece; `python -m slam.corpora list` names those of the corpora")
+        raise SystemExit(f"{name}: no such piece; `python runs/corpora.py list` names those of the corpora")
     (source, number), folder = pieces(sources)[name], out / name
     if folder.is_dir():
         return folder
     new, file, sums = out / f"{name}.part", source.name or source.url.rpartition("/")[2], out / "fetched.jsonl"
     if source.url.startswith("hf://"):
+        from slam.download import from_hub  # here, since `page` runs before numpy is installed
         owner, repo, pattern = source.url.removeprefix("hf://").split("/", 2)
         files = range(source.files * number // source.pieces, source.files * (number + 1) // source.pieces)
         from_hub(f"{owner}/{repo}", [pattern.format(i) for i in files] or [pattern], "dataset", new)
         if not any(new.rglob("*.parquet")):
             raise SystemExit(f"{source.url}: no such files in the repository; look at its page, and correct "
-                             f"slam/corpora.py or --sources")
+                             f"runs/corpora.py or --sources")
     else:
         if source.pieces > 1:
             fetch_tar_piece(source.url, new / file, number, source.pieces, sums)
