@@ -73,21 +73,19 @@ def cut_prompt(a: np.ndarray, b: np.ndarray, texts: tuple[str, str], asr: str) -
 def tokenize_parts(tokenizer, benchmark: Benchmark, texts: list[tuple[str, str]], asr: str) -> list[list[list[int]]]:
     """Units of the parts of each pair that `cut_prompt` gives, each encoded by itself; cached like `tokenize_pairs`.
 
-    By itself, since encoders look ahead: the units of two whole sides part long before the prompt ends. Empty if the
-    texts of a pair share no sentence.
+    By itself, since encoders look ahead: the units of two whole sides part long before the prompt ends. Empty unless
+    every pair's texts are shared sentences and two endings.
     """
     def encode(part: list[int]) -> list[list[list[int]]]:
-        found = []
-        for i in part:
-            a, b = (benchmark.pairs[i][side] for side in SIDES)
-            try:
-                waves = cut_prompt(load_audio(a), load_audio(b), texts[i], asr)
-                found.append([units.tolist() for units, _ in tokenizer.encode_batch(waves)])
-            except ValueError as e:
-                raise SystemExit(f"{a}, {b}: the prompt that they share, or an ending: {e}") from None
-        return found
+        try:
+            waves = [wave for i in part for wave in cut_prompt(
+                *(load_audio(benchmark.pairs[i][side]) for side in SIDES), texts[i], asr)]
+            units = [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
+        except ValueError as e:
+            raise SystemExit(f"{benchmark.source}: a pair's prompt or ending has no units: {e}") from None
+        return [units[i:i + 3] for i in range(0, len(units), 3)]
 
-    if not all(split_at_last_sentence(*pair)[0] for pair in texts):
+    if not all(all(split_at_last_sentence(*pair)) for pair in texts):
         return []
     keys = [sha256_of(asr, pair, *(file_digest(Path(files[side])) for side in SIDES))
             for files, pair in zip(benchmark.pairs, texts)]
