@@ -4,7 +4,7 @@
 #
 #   bash runs/interleaving_study.sh                   # SmolLM2's first four layers, 700 stories: two CPU cores
 #   SEEDS="0 1" bash runs/interleaving_study.sh       # two seeds
-#   ARMS="speech interleaved" bash runs/interleaving_study.sh       # without the mix that has no interleaved utterances
+#   ARMS="speech interleaved side_by_side" bash runs/interleaving_study.sh   # and a mix with no interleaved utterances
 #   SCALE=gpu bash runs/interleaving_study.sh         # all its layers, 10,000 stories
 #   SCALE=tiny bash runs/interleaving_study.sh        # a few steps, to see that everything runs
 #
@@ -14,7 +14,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 scale=${SCALE:-cpu}
-base=embedded:smollm2-135m workers=$(nproc) arms=${ARMS:-speech interleaved side_by_side} seeds=${SEEDS:-0}
+base=embedded:smollm2-135m workers=$(nproc) arms=${ARMS:-speech interleaved} seeds=${SEEDS:-0}
 how="--micro_batch=1 --batch_tokens=1024"
 case $scale in
 cpu) data=${DATA:-out/study/data} out=out/interleaving layers=4 budgets="1e13 2e13 4e13" n_train=640 n_val=60

@@ -86,7 +86,6 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     model, extractor, tokenizer = load_asr(asr)
     if not getattr(model.generation_config, "alignment_heads", None):
         raise SystemExit(f"{asr}: does not say which heads follow the audio (alignment_heads); take one of OpenAI's")
-    model.set_attn_implementation("eager")  # the other implementations do not return their attention
     heads, start = model.generation_config.alignment_heads, decoder_start(model, tokenizer)
     words = [whisper_words(text, asr) for text in texts]
     rows = [[*start, *(t for word in row for t in word), tokenizer.eos_token_id] for row in words]
@@ -94,9 +93,12 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     for i, row in enumerate(rows):
         tokens[i, :len(row)] = torch.tensor(row)
     x = extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(model.device)
-    encoded = model.model.encoder(x)  # by itself, so that its own attention, 1500 x 1500 a head, is not kept
+    encoded = model.model.encoder(x)  # by itself: its own attention, 1500 x 1500 a head, is not kept, and fast
+    fast = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the others do not return their attention
     attention = model(encoder_outputs=encoded, decoder_input_ids=tokens.to(model.device),
                       output_attentions=True).cross_attentions
+    model.set_attn_implementation(fast)
     attention = torch.stack([attention[layer][:, head] for layer, head in heads], 1).float()  # (B, heads, N, frames)
     found = []
     for b, (wave, row) in enumerate(zip(waves, words)):

@@ -2,7 +2,6 @@
 import itertools
 import json
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from slam.interleave import INTERLEAVED, Mixed, TextTokenizer, Vocabulary
 from slam.scoring import PrefixPair, pair_nlls
 from slam.speech import continue_units
 from slam.tokenizer import SpeechTokenizer
-from slam.units import read_pairs, to_tokens
+from slam.units import read_pairs, to_tokens, write_pairs
 
 
 def test_losses_by_kind_by_hand(reader):  # noqa: F811
@@ -128,16 +127,17 @@ def mixed(stories, tmp_path_factory):
 
 def test_preference_tuning(mixed, stories, tmp_path):
     """On pairs of units: losses and reference by hand, margins rise, and text and both tokenisers are still there."""
-    for split in ("train", "val"):
-        shutil.copy(stories / f"pairs_{split}.jsonl", tmp_path)
-    run("dpo.py", f"--checkpoint={mixed}", f"--pairs={tmp_path}/pairs_train.jsonl", "--steps=10", "--batch_pairs=6",
+    for name in ("pairs_train.jsonl", "pairs_val.jsonl"):  # a few, short ones: a row of logits has 49,656 columns
+        fingerprint, found = read_pairs(stories / name)
+        write_pairs(tmp_path / name, fingerprint, [p | {"prompt": p["prompt"][-30:]} for p in found[:3]])
+    run("dpo.py", f"--checkpoint={mixed}", f"--pairs={tmp_path}/pairs_train.jsonl", "--steps=8", "--batch_pairs=3",
         "--micro_batch=2", "--lr=5e-3", "--warmup=0.1", "--log_every=1", "--n_samples=0", "--dtype=float32",
         f"--out={tmp_path}/dpo")
     folders = [mixed / "checkpoint", tmp_path / "dpo" / "checkpoint"]
     theirs, ours = ([json.loads((f / name).read_text()) for f in folders] for name in ("config.json", "slam.json"))
     assert theirs[0] == theirs[1] and theirs[0]["first_text_token"] == 504
     assert ours[0]["fingerprint"] == ours[1]["fingerprint"] and ours[1]["fingerprint"]["text_vocab"] == 49_152
-    before, after = (UnitLM.from_pretrained(str(f)).eval() for f in folders)
+    before, after = (UnitLM.from_pretrained(str(f)).eval().requires_grad_(False) for f in folders)
 
     # log-probabilities are over units and text: token by token, by dpo.py, and by what eval.py scores with
     pairs = {s: [prefix_pair(x, 1024) for x in read_pairs(tmp_path / f"pairs_{s}.jsonl")[1]] for s in ("train", "val")}
@@ -160,7 +160,7 @@ def test_preference_tuning(mixed, stories, tmp_path):
 
     # with tied embeddings the softmax moves the rows of text tokens too, and AdamW no further than the learning rate
     moved = (after.model.embed_tokens.weight - before.model.embed_tokens.weight).detach().abs()
-    assert 0 < moved[504:].mean() and moved.max() < 10 * 5e-3 * 1.1
+    assert 0 < moved[504:].mean() and moved.max() < 8 * 5e-3 * 1.1
     print(f"units {moved[2:502].mean():.1e}, markers {moved[502:504].mean():.1e}, text {moved[504:].mean():.1e}")
 
     run("eval.py", f"--checkpoint={tmp_path}/dpo", f"--manifest={stories}/tstorycloze")

@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import refused, run, start
+from conftest import ROOT, refused, run, start
 
+from config import load_config
 from model import UnitLM
 from slam.interleave import (
     INTERLEAVED,
@@ -21,6 +22,7 @@ from slam.interleave import (
 )
 from slam.packing import Loader, collate
 from slam.units import IGNORE, Fingerprint, UnitReader, UnitWriter
+from train import Config, build
 
 PLAIN = Fingerprint("x", 3, 25.0, 20, True, "ab")
 FINGERPRINT = Fingerprint("x", 3, 25.0, 20, True, "ab", "text", 30, "cd")
@@ -141,6 +143,13 @@ def test_rows_are_a_pure_function_of_the_step_and_hold_every_token_once(reader):
     loader = Loader(mixed, MixedRows(mixed, 64, 4, 7), 2, torch.device("cpu"))
     batches, n = loader.step(3)
     assert n == steps[3][1] == sum(int((b[1] != IGNORE).sum()) for b in batches)
+
+
+@pytest.mark.parametrize("name", ["demo_interleaved", "slam_interleaved"])
+def test_the_text_keeps_its_positions(name):
+    """By the rotary base of the text LM, SmolLM2's here, not that of the unit LMs."""
+    cfg = load_config(Config, [f"{ROOT}/config/{name}.py", "--base=embedded:smollm2-135m", "--n_layers=1"])
+    assert build(cfg, 504 + 49_152).config.rope_theta == 100_000
 
 
 def test_views(reader):
