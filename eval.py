@@ -299,6 +299,10 @@ def main(cfg: Config) -> None:
             results["val_ppl"] = {"value": math.exp(loss), "n": n}
             if val.hours:  # comparable between vocabularies, unlike the loss per token
                 results["val_bits_per_second"] = {"value": loss * n / math.log(2) / (3600 * val.hours), "n": n}
+            if fingerprints[name].text_lm and val.fingerprint.text_lm:
+                from slam.cross_modal import losses_by_kind
+                from slam.interleave import Mixed
+                results |= losses_by_kind(lm, Mixed(val, (1, 1, 1), 0), cfg.context, cfg.dtype)
         for b in benchmarks:
             nll = pair_nlls(lm, utterances[b.name], cfg.context, cfg.score, cfg.score_prompt, cfg.dtype)
             settings = {k: getattr(cfg, k) for k in ("score", "score_eos", "score_prompt", "dtype")}

@@ -150,7 +150,7 @@ class Mixed:
     @lru_cache(maxsize=4)  # the packer's epoch, and those that a step reads
     def kinds(self, epoch: int) -> np.ndarray:
         """Kind (n,) of each utterance in an epoch."""
-        return np.random.default_rng((self.seed, epoch)).choice(3, self.n, p=self.odds)
+        return np.random.default_rng((self.seed, epoch, 1)).choice(3, self.n, p=self.odds)
 
     def tokens(self, number: int) -> np.ndarray:
         epoch, i = divmod(number, self.n)

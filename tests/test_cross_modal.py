@@ -163,10 +163,16 @@ def test_preference_tuning(mixed, stories, tmp_path):
     assert 0 < moved[504:].mean() and moved.max() < 8 * 5e-3 * 1.1
     print(f"units {moved[2:502].mean():.1e}, markers {moved[502:504].mean():.1e}, text {moved[504:].mean():.1e}")
 
-    run("eval.py", f"--checkpoint={tmp_path}/dpo", f"--manifest={stories}/tstorycloze")
-    results = json.loads((tmp_path / "dpo" / "results.json").read_text())
+    trained = json.loads((mixed / "results.json").read_text())
+    run("eval.py", f"--checkpoint={mixed},{tmp_path}/dpo", f"--manifest={stories}/tstorycloze",
+        f"--val={mixed.parent}/words", "--context=512")
+    results = [json.loads((folder / "results.json").read_text()) for folder in (mixed, tmp_path / "dpo")]
     names = ["tstorycloze", *(f"tstorycloze_{x}" for x in ("speech_to_text", "text_to_speech", "text_to_text"))]
-    assert [results[x]["n"] for x in names] == [4] * 4
+    assert all(r[x]["n"] == 4 for r in results for x in names)
+    losses = [name for name in trained if name.startswith("val_") and not name.endswith("before_training")]
+    assert len(losses) == 9 and all(results[0][x]["value"] == pytest.approx(trained[x]["value"]) for x in losses)
+    print(f"loss of text before and after: {', '.join(str(r['val_loss_text']['value']) for r in results)}")
+    assert results[1]["val_loss_text"]["value"] != results[0]["val_loss_text"]["value"]
 
 
 def test_a_mixed_model_continues_speech_in_units(mixed, stories, tmp_path):
