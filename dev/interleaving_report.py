@@ -51,8 +51,8 @@ def draw(found: dict[tuple[str, float], list[dict]], path: str) -> None:
     styles = ("black", "-", "o"), ("black", "--", "s"), ("0.5", "-.", "^"), ("0.5", ":", "D")
     look = dict(zip(ARMS, styles)) | dict(zip(DIRECTIONS, styles))
 
-    def line(axes, arm: str, metric: str, name: str, x: str = "") -> None:
-        points = [(mean(runs, x)[0] if x else budget, *mean(runs, metric))
+    def line(axes, arm: str, metric: str, name: str, x: str = "", beside: float = 1.0) -> None:
+        points = [(mean(runs, x)[0] if x else budget * beside, *mean(runs, metric))
                   for (a, budget), runs in sorted(found.items()) if a == arm]
         if points and not all(math.isnan(y) for _, y, _ in points):
             color, ls, marker = look[name]
@@ -63,8 +63,8 @@ def draw(found: dict[tuple[str, float], list[dict]], path: str) -> None:
         line(speech, arm, DIRECTIONS["S→S"], arm)
         line(flops, arm, "val_loss", arm)
         line(tokens, arm, "val_loss", arm, "tokens")
-    for name, metric in DIRECTIONS.items():
-        line(four, "interleaved", metric, name)
+    for i, (name, metric) in enumerate(DIRECTIONS.items()):
+        line(four, "interleaved", metric, name, beside=1.02 ** i)  # so that no error bar hides another
     speech.set(title="pairs, speech to speech", ylabel="tStoryCloze-style accuracy (%)")
     four.set(title="pairs, the interleaved model", ylabel="tStoryCloze-style accuracy (%)")
     flops.set(title="units of held-out stories", ylabel="validation loss (nats per unit)")
@@ -74,7 +74,8 @@ def draw(found: dict[tuple[str, float], list[dict]], path: str) -> None:
     for axes in (speech, four, flops, tokens):
         axes.set(xscale="log", xlabel="tokens" if axes is tokens else "training compute (FLOPs)")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     print(f"\n{path}")
 
@@ -96,7 +97,7 @@ def main(out: Path, picture: str) -> None:
         after = "_before_training" if arm == "start" else ""
         cells = [ARMS.get(arm, "its first layers, untrained"), f"{budget:.0e}".replace("e+", "e") if budget else "0",
                  f"{mean(runs, 'tokens')[0]:,.0f}", number(mean(runs, f"val_loss{after}")[0], ".3f"),
-                 number(math.exp(mean(runs, f"val_loss_text{after}")[0]), ".1f"),
+                 number(math.exp(mean(runs, f"val_loss_text{after}")[0]), ".3g"),
                  *(percent(*mean(runs, metric)) for metric in DIRECTIONS.values())]
         print(f"| {' | '.join(cells)} |")
     print()

@@ -2,7 +2,7 @@
 # Speech only against speech and text in one model, from the same text LM, at equal compute: validation loss of speech,
 # text perplexity, and pairs in four directions at three budgets. Ends with a table and docs/interleaving.png.
 #
-#   bash runs/interleaving_study.sh                   # SmolLM2's first four layers, 700 stories: two CPU cores
+#   bash runs/interleaving_study.sh                   # SmolLM2's first four layers, 700 stories: an hour on two cores
 #   SEEDS="0 1" bash runs/interleaving_study.sh       # two seeds
 #   ARMS="speech interleaved side_by_side" bash runs/interleaving_study.sh   # and a mix with no interleaved utterances
 #   SCALE=gpu bash runs/interleaving_study.sh         # all its layers, 10,000 stories
@@ -15,14 +15,14 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 scale=${SCALE:-cpu}
 base=embedded:smollm2-135m workers=$(nproc) arms=${ARMS:-speech interleaved} seeds=${SEEDS:-0}
-how="--micro_batch=1 --batch_tokens=1024"
+how="--micro_batch=1 --batch_tokens=1024 --lr=1e-3"
 case $scale in
 cpu) data=${DATA:-out/study/data} out=out/interleaving layers=4 budgets="1e13 2e13 4e13" n_train=640 n_val=60
      n_pairs=300 ;;
 gpu) data=${DATA:-out/interleaving_gpu/data} out=out/interleaving_gpu layers=30 budgets="3e15 1e16 3e16" n_train=10000
-     n_val=100 n_pairs=500 how="--micro_batch=16 --batch_tokens=32768" ;;
+     n_val=100 n_pairs=500 how="--micro_batch=16 --batch_tokens=32768 --lr=5e-4" ;;
 tiny) data=${DATA:-out/interleaving_tiny/data} out=out/interleaving_tiny layers=2 budgets="2e11 4e11 8e11" n_train=6
-      n_val=4 n_pairs=4 how="--micro_batch=1 --batch_tokens=512 --context=512" ;;
+      n_val=4 n_pairs=4 how="--micro_batch=1 --batch_tokens=512 --context=512 --lr=1e-3" ;;
 *) echo "SCALE=$scale: cpu, gpu or tiny" >&2; exit 2 ;;
 esac
 out=${OUT:-$out} words=$out/words
@@ -48,8 +48,7 @@ run() {  # run NAME TOKENS LABEL FLAGS: train on from the budget before, score, 
     local name=$out/$1 tokens=$2 label=$3; shift 3
     [ ! -e $name/$label.json ] || return 0
     python train.py --train=$words/train --val=$words/val --base=$base --n_layers=$layers --rope_theta=none \
-        --tokens=$tokens --schedule=constant --lr=1e-3 --warmup=0.05 --grad_clip=1 $how \
-        --out=$name "$@" --resume
+        --tokens=$tokens --schedule=constant --warmup=0.05 --grad_clip=1 $how --out=$name "$@" --resume
     python eval.py --checkpoint=$name --manifest=$out/benchmark/tstorycloze --text_judge=$base
     cp $name/results.json $name/$label.json
 }
@@ -60,7 +59,7 @@ for seed in $seeds; do
     for arm in $arms; do
         case $arm in
         speech) cost=$speech flags="--init=random" ;;
-        interleaved) cost=$mixed flags="--init=keep_text --mix=0.254,0.202,0.543" ;;  # SlamKit's shares
+        interleaved) cost=$mixed flags="--init=keep_text --mix=0.254,0.202,0.543" ;;  # SlamKit's ratios
         side_by_side) cost=$mixed flags="--init=keep_text --mix=0.557,0.443,0" ;;  # the first two of these alone
         *) echo "ARMS: speech, interleaved, side_by_side, not $arm" >&2; exit 2 ;;
         esac
