@@ -120,7 +120,7 @@ def mixed(stories, tmp_path_factory):
     run("-m", "slam.alignment", f"--units={stories}/units/val", f"--audio={stories}/audio", "--suffix=.flac",
         "--text_lm=embedded:smollm2-135m", f"--out={out}/words")
     run("train.py", f"--train={out}/words", f"--val={out}/words", "--mix=1,1,1", f"--shape={json.dumps(SHAPE)}",
-        "--context=512", "--micro_batch=2", "--batch_tokens=1024", "--steps=12", "--lr=1e-2", "--dtype=float32",
+        "--context=512", "--micro_batch=1", "--batch_tokens=512", "--steps=10", "--lr=1e-2", "--dtype=float32",
         f"--out={out}/lm")
     return out / "lm"
 
