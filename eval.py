@@ -64,7 +64,7 @@ class Config:
     allow_eos: bool = True  # an EOS ends a continuation; false forbids it, for encoders that hear a cut as an ending
     tokenizer: str = ""  # codebook file; empty: the one of the first checkpoint's units
     vocoder: str = ""  # vocoder file, .safetensors or .pt; empty: one for these units
-    asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes the continuations
+    asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes the continuations, and finds where endings begin
     judge: str = "embedded:smollm2-135m"  # text LM whose perplexity of the transcripts is GenPPL
     keep_audio: bool = False  # keep the generated wavs beside results.json
     context: int = 1024  # tokens in a row of the validation set and of pairs
@@ -290,6 +290,10 @@ def main(cfg: Config) -> None:
             results["val_ppl"] = {"value": math.exp(loss), "n": n}
             if val.hours:  # comparable between vocabularies, unlike the loss per token
                 results["val_bits_per_second"] = {"value": loss * n / math.log(2) / (3600 * val.hours), "n": n}
+            if fingerprints[name].text_lm and val.fingerprint.text_lm:
+                from slam.cross_modal import losses_by_kind
+                from slam.interleave import Mixed
+                results |= losses_by_kind(lm, Mixed(val, (1, 1, 1), 0), cfg.context, cfg.dtype)
         for b in benchmarks:
             nll = pair_nlls(lm, utterances[b.name], cfg.context, cfg.score, cfg.score_prompt, cfg.dtype)
             settings = {k: getattr(cfg, k) for k in ("score", "score_eos", "score_prompt", "dtype")}
@@ -297,8 +301,9 @@ def main(cfg: Config) -> None:
             results[b.name] = score_pairs(nll, b.pairs) | {"settings": settings}
             texts = [tuple(pair.get(f"{side}_text", "") for side in SIDES) for pair in b.pairs]
             if fingerprints[name].text_lm and all(map(all, texts)):  # a model of speech and text
-                from slam.cross_modal import directions
-                for direction, pairs in directions(texts, utterances[b.name], fingerprints[name]).items():
+                from slam.cross_modal import directions, tokenize_parts
+                parts = tokenize_parts(tokenizer, b, texts, cfg.asr)
+                for direction, pairs in directions(texts, parts, fingerprints[name], cfg.score_eos).items():
                     nll = pair_nlls(lm, pairs, cfg.context, cfg.score, cfg.score_prompt, cfg.dtype)
                     results[f"{b.name}_{direction}"] = score_pairs(nll, b.pairs) | {"settings": settings}
         rows[name] = {metric: result | {"made": made} for metric, result in results.items()}

@@ -47,7 +47,7 @@ class Config:
     # a mix the text's embeddings stay; the units' have the mean and the spread of these (keep_text), or are N(0, 0.02)
     n_layers: int | None = None  # number of the base's first layers to keep; none: all
     shape: dict = field(default_factory=dict)  # fields of ModelConfig; builds a new model from scratch, without a base
-    rope_theta: float = 10000.0  # base of the rotary position embedding
+    rope_theta: float | None = 10000.0  # base of the rotary position embedding; none: the text LM's, to keep its text
     context: int = 1024  # tokens in a row
     micro_batch: int = 8  # rows in a forward pass, as many as fit into memory; the result does not depend on it
     batch_tokens: int = 131_072  # tokens in an optimiser step, on all GPUs together: so many rows are accumulated
@@ -103,8 +103,8 @@ class Config:
 def build(cfg: Config, n_tokens: int, first_text: int = 0) -> UnitLM:
     """A new model: TWIST from `base`, or from scratch by `shape`. SystemExit if the base has no such shape."""
     if cfg.shape:
-        return UnitLM(ModelConfig(**{"vocab_size": n_tokens, "first_text_token": first_text,
-                                     "rope_theta": cfg.rope_theta, "max_position_embeddings": cfg.context} | cfg.shape))
+        return UnitLM(ModelConfig(**{"vocab_size": n_tokens, "first_text_token": first_text, "rope_theta":
+                                     cfg.rope_theta or 1e4, "max_position_embeddings": cfg.context} | cfg.shape))
     try:
         return UnitLM.twist(cfg.base, n_tokens, cfg.init, cfg.n_layers, cfg.rope_theta, cfg.context)
     except ValueError as e:

@@ -4,6 +4,7 @@ train = ("out/demo/words/train",)
 val = ("out/demo/words/val",)
 base = "embedded:smollm2-135m"
 init = "keep_text"
+rope_theta = None
 mix = (0.254, 0.202, 0.543)  # speech only, text only, interleaved
 context = 1024
 micro_batch = 1

@@ -86,17 +86,19 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     model, extractor, tokenizer = load_asr(asr)
     if not getattr(model.generation_config, "alignment_heads", None):
         raise SystemExit(f"{asr}: does not say which heads follow the audio (alignment_heads); take one of OpenAI's")
-    model.set_attn_implementation("eager")  # the other implementations do not return their attention
     heads, start = model.generation_config.alignment_heads, decoder_start(model, tokenizer)
-    words = [[tokenizer(f" {word}", add_special_tokens=False).input_ids for word in text.split()] for text in texts]
+    words = [whisper_words(text, asr) for text in texts]
     rows = [[*start, *(t for word in row for t in word), tokenizer.eos_token_id] for row in words]
     tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.eos_token_id)
     for i, row in enumerate(rows):
         tokens[i, :len(row)] = torch.tensor(row)
     x = extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(model.device)
-    encoded = model.model.encoder(x)  # by itself, so that its own attention, 1500 x 1500 a head, is not kept
+    encoded = model.model.encoder(x)  # by itself: its own attention, 1500 x 1500 a head, is not kept, and fast
+    fast = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the others do not return their attention
     attention = model(encoder_outputs=encoded, decoder_input_ids=tokens.to(model.device),
                       output_attentions=True).cross_attentions
+    model.set_attn_implementation(fast)
     attention = torch.stack([attention[layer][:, head] for layer, head in heads], 1).float()  # (B, heads, N, frames)
     found = []
     for b, (wave, row) in enumerate(zip(waves, words)):
@@ -109,10 +111,9 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     return found
 
 
-def whisper_tokens(text: str, asr: str) -> list[int]:
-    """Whisper's tokens of the words of a text."""
-    words = " ".join(text.split())
-    return load_asr(asr)[2](f" {words}", add_special_tokens=False).input_ids if words else []
+def whisper_words(text: str, asr: str) -> list[list[int]]:
+    """Whisper's tokens of each word of a text."""
+    return [load_asr(asr)[2](f" {word}", add_special_tokens=False).input_ids for word in text.split()]
 
 
 def token_costs(attention: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ def main(cfg: Config) -> None:
             heard = iter(transcribe([wave for *_, wave, text in batch if not text], cfg.asr))
             texts = [text or next(heard) for *_, text in batch]
             for (_, id, *_), text in zip(batch, texts):
-                if not 0 < (n := len(whisper_tokens(text, cfg.asr))) <= MAX_TOKENS:
+                if not 0 < (n := sum(map(len, whisper_words(text, cfg.asr)))) <= MAX_TOKENS:
                     skipped[id] = f"{n} tokens of text, and Whisper aligns 1 to {MAX_TOKENS}; is it this recording's?"
             batch = [(*x[:3], text) for x, text in zip(batch, texts) if x[1] not in skipped]
             times = word_times([x[2] for x in batch], [x[3] for x in batch], cfg.asr) if batch else []

@@ -1,14 +1,20 @@
 """What is scored and asked of a model of speech and text: losses of each kind, pairs in four directions, answers."""
 import os
 import re
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from slam.alignment import word_times
+from slam.audio import SAMPLE_RATE, load_audio
+from slam.benchmarks import SIDES, Benchmark, disk_cache, units_cache
+from slam.checkpoint import sha256_of
 from slam.device import autocast
+from slam.embedded import file_digest
 from slam.interleave import KINDS, Mixed, TextTokenizer, View, Vocabulary
 from slam.packing import Packed, batch, cut, on_device
-from slam.scoring import PrefixPair
 from slam.units import BOS, EOS, OFFSET, PAD, Fingerprint, to_tokens
 
 
@@ -50,30 +56,65 @@ def split_at_last_sentence(a: str, b: str) -> tuple[str, str, str]:
     return a[:at], a[at:].strip(), b[at:].strip()
 
 
-def directions(texts: list[tuple[str, str]], utterances: list[tuple], fingerprint: Fingerprint) -> dict[str, list]:
-    """A benchmark's pairs in four directions, {name: [(tokens, tokens)]}: what is given, and what is to be judged.
+def cut_prompt(a: np.ndarray, b: np.ndarray, texts: tuple[str, str], asr: str) -> tuple[np.ndarray, ...]:
+    """Waves of a pair (T,) at 16 kHz -> its prompt and the two endings.
 
-    texts: the two transcripts of each pair. utterances: their tokens (`1 units 1`). In speech the part that both share
-    is given; in text the sentences that they share; pairs of single sentences share none, and are scored as text
-    alone. "speech_to_text": `1 <speech> units <text> its ending 1`.
+    Cut where the waves part; if that is within their first second, since a TTS spoke each side as a whole, where
+    Whisper finds the first word after the sentences that their texts share.
     """
-    vocabulary, tokenizer = Vocabulary(fingerprint), TextTokenizer(fingerprint.text_lm)
+    n = min(len(a), len(b))
+    cuts = [np.append(a[:n] != b[:n], True).argmax()] * 2
+    if cuts[0] < SAMPLE_RATE:
+        n_words = len(split_at_last_sentence(*texts)[0].split())
+        cuts = [round(times[n_words] * SAMPLE_RATE) for times in word_times([a, b], list(texts), asr)]
+    return a[:cuts[0]], a[cuts[0]:], b[cuts[1]:]
 
-    def tokens(text: str, follows: bool = False) -> list[int]:
+
+def tokenize_parts(tokenizer, benchmark: Benchmark, texts: list[tuple[str, str]], asr: str) -> list[list[list[int]]]:
+    """Units of the parts of each pair that `cut_prompt` gives, each encoded by itself; cached like `tokenize_pairs`.
+
+    By itself, since encoders look ahead: the units of two whole sides part long before the prompt ends. Empty unless
+    every pair's texts are shared sentences and two endings.
+    """
+    def encode(part: list[int]) -> list[list[list[int]]]:
+        try:
+            waves = [wave for i in part for wave in cut_prompt(
+                *(load_audio(benchmark.pairs[i][side]) for side in SIDES), texts[i], asr)]
+            units = [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
+        except ValueError as e:
+            raise SystemExit(f"{benchmark.source}: a pair's prompt or ending has no units: {e}") from None
+        return [units[i:i + 3] for i in range(0, len(units), 3)]
+
+    if not all(all(split_at_last_sentence(*pair)) for pair in texts):
+        return []
+    keys = [sha256_of(asr, pair, *(file_digest(Path(files[side])) for side in SIDES))
+            for files, pair in zip(benchmark.pairs, texts)]
+    return disk_cache(units_cache(tokenizer, f"{benchmark.name}-parts"), keys, encode)
+
+
+def directions(texts: list[tuple[str, str]], parts: list[list[list[int]]], fingerprint: Fingerprint,
+               eos: bool = True) -> dict[str, list]:
+    """A benchmark's pairs in the directions beside speech to speech, {name: [(tokens, tokens)]}.
+
+    texts: the two transcripts of each pair. parts: units of its prompt and its two endings; empty: text alone. The
+    prompt is given, in text the sentences that both share, and the endings are to be judged, with an EOS if `eos`.
+    "speech_to_text": `1 <speech> units of the prompt <text> its ending 1`.
+    """
+    vocabulary, tokenizer, end = Vocabulary(fingerprint), TextTokenizer(fingerprint.text_lm), [EOS] * eos
+
+    def written(text: str, follows: bool = False) -> list[int]:
         return [t + vocabulary.first_text for t in tokenizer.words(text, follows)[0].tolist()]
 
-    end = [EOS] * bool(utterances and utterances[0][0][-1] == EOS)  # eval.py --score_eos=false took it off
-    found = {"text_to_text": [tuple([BOS, *tokens(text), *end] for text in pair) for pair in texts]}
-    if not any(split_at_last_sentence(*pair)[0] for pair in texts):
-        return found
-    found |= {"speech_to_text": [], "text_to_speech": []}
-    for (a, b), (x, y) in zip(texts, utterances):
-        given, *endings = split_at_last_sentence(a, b)
-        units, *rest = PrefixPair.of(x, y)
-        found["speech_to_text"].append(tuple(
-            [BOS, vocabulary.speech, *units[1:], vocabulary.text, *tokens(ending, True), *end] for ending in endings))
-        found["text_to_speech"].append(tuple(
-            [BOS, vocabulary.text, *tokens(given), vocabulary.speech, *ending] for ending in rest))
+    def spoken(units: list[int]) -> list[int]:
+        return to_tokens(units)[1:-1]
+
+    found = {"text_to_text": [tuple([BOS, *written(text), *end] for text in pair) for pair in texts]}
+    for pair, (prompt, *endings) in zip(texts, parts):
+        given, *rest = split_at_last_sentence(*pair)
+        found.setdefault("speech_to_text", []).append(tuple(
+            [BOS, vocabulary.speech, *spoken(prompt), vocabulary.text, *written(text, True), *end] for text in rest))
+        found.setdefault("text_to_speech", []).append(tuple(
+            [BOS, vocabulary.text, *written(given), vocabulary.speech, *spoken(units), *end] for units in endings))
     return found
 
 

@@ -10,7 +10,7 @@ units 1`. A marker stands before every span of an interleaved utterance, and now
 import hashlib
 import json
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -147,14 +147,22 @@ class Mixed:
         spoken = poisson_spans(len(words), rng, self.share) if self.spans == "poisson" else chunk_spans(len(words), rng)
         return interleave(self.reader.units(i), text, words, spoken, self.vocabulary)
 
+    @lru_cache(maxsize=4)  # the packer's epoch, and those that a step reads
+    def kinds(self, epoch: int) -> np.ndarray:
+        """Kind (n,) of each utterance in an epoch."""
+        return np.random.default_rng((self.seed, epoch, 1)).choice(3, self.n, p=self.odds)
+
     def tokens(self, number: int) -> np.ndarray:
         epoch, i = divmod(number, self.n)
-        kind = np.random.default_rng((self.seed, epoch, i)).choice(3, p=self.odds)
-        return self.form(i, kind, epoch)
+        return self.form(i, self.kinds(epoch)[i], epoch)
 
-    def lengths(self, epoch: int) -> np.ndarray:
-        """Lengths (n,) in tokens of an epoch's utterances."""
-        return np.array([len(self.tokens(epoch * self.n + i)) for i in range(self.n)])
+    def lengths(self, kinds: np.ndarray, epoch: int) -> np.ndarray:
+        """Lengths (n,) in tokens of all utterances as these kinds (n,), in an epoch; only interleaved ones are made."""
+        text = np.concatenate([np.diff(shard.ends[:, 0], prepend=0) for shard in self.reader.shards])
+        lengths = np.where(kinds == SPEECH, self.reader.lengths, text + 2)
+        for i in np.flatnonzero(kinds == INTERLEAVED).tolist():
+            lengths[i] = len(self.form(i, INTERLEAVED, epoch))
+        return lengths
 
 
 class View:
@@ -168,7 +176,7 @@ class View:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        return np.array([len(self.tokens(i)) for i in range(self.corpus.n)])
+        return self.corpus.lengths(np.full(self.corpus.n, self.kind), 0)
 
 
 class MixedRows(Rows):
@@ -183,7 +191,7 @@ class MixedRows(Rows):
         self.packed = self.make_epoch(0)  # the first epoch stands for all in `keys` and `fill`
 
     def make_epoch(self, epoch: int) -> Packed:
-        chunks = cut(self.corpus.lengths(epoch), self.context)
+        chunks = cut(self.corpus.lengths(self.corpus.kinds(epoch), epoch), self.context)
         chunks[:, 0] += epoch * self.corpus.n
         rng = np.random.default_rng((self.seed, epoch))
         packed = Packed(chunks, self.context, rng)

@@ -7,6 +7,7 @@ from conftest import refused, run
 
 from slam.alignment import first_units, monotone_path, transcript, word_times
 from slam.interleave import TextTokenizer
+from slam.speech import load_asr
 from slam.units import UnitReader, UnitWriter
 
 WORDS = """The little rabbit found a golden apple under an enormous tree. Seven hungry children carried wooden boats
@@ -51,7 +52,12 @@ def test_times_of_words_spoken_one_by_one(voice):
 
 
 def test_a_very_short_wave_has_times():
+    model, before = load_asr("embedded:whisper-tiny.en")[0], []
+    model.set_attn_implementation("sdpa")
+    hook = model.model.encoder.register_forward_hook(lambda *_: before.append(model.config._attn_implementation))
     assert word_times([np.zeros(800, np.float32)], ["Hi there."], "embedded:whisper-tiny.en")[0][0] == 0
+    hook.remove()
+    assert before == ["sdpa"] and model.config._attn_implementation == "sdpa"  # fast for the encoder, and afterwards
 
 
 def test_texts_that_cannot_be_aligned_are_counted(stories, tmp_path):

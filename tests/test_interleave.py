@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import refused, run, start
+from conftest import ROOT, refused, run, start
 
+from config import load_config
 from model import UnitLM
 from slam.interleave import (
     INTERLEAVED,
@@ -21,6 +22,7 @@ from slam.interleave import (
 )
 from slam.packing import Loader, collate
 from slam.units import IGNORE, Fingerprint, UnitReader, UnitWriter
+from train import Config, build
 
 PLAIN = Fingerprint("x", 3, 25.0, 20, True, "ab")
 FINGERPRINT = Fingerprint("x", 3, 25.0, 20, True, "ab", "text", 30, "cd")
@@ -109,7 +111,7 @@ def test_shares_of_tokens(reader):
     counts = np.zeros(3)
     for number in range(40 * len(reader)):
         epoch, i = divmod(number, len(reader))
-        kind = np.random.default_rng((3, epoch, i)).choice(3, p=mixed.odds)
+        kind = mixed.kinds(epoch)[i]
         assert (mixed.tokens(number) == mixed.form(i, kind, epoch)).all()
         counts[kind] += len(mixed.tokens(number))
     assert np.abs(counts / counts.sum() - [0.25, 0.2, 0.55]).max() < 0.03
@@ -133,7 +135,7 @@ def test_rows_are_a_pure_function_of_the_step_and_hold_every_token_once(reader):
     assert sorted(str(r) for h in halves for r in h[0]) == sorted(map(str, steps[9][0]))
     chunks = np.concatenate([row for s in steps for row in s[0]])
     first = chunks[chunks[:, 0] < len(reader)]
-    assert first[:, 2].sum() == sum(mixed.lengths(0)) - len(reader)
+    assert first[:, 2].sum() == sum(len(mixed.tokens(i)) - 1 for i in range(len(reader)))
     x, y, positions = collate(mixed, steps[3][0], 64)
     for number, at, length in steps[3][0][0][:1].tolist():
         tokens = mixed.tokens(number)[at:at + length + 1]
@@ -143,14 +145,23 @@ def test_rows_are_a_pure_function_of_the_step_and_hold_every_token_once(reader):
     assert n == steps[3][1] == sum(int((b[1] != IGNORE).sum()) for b in batches)
 
 
+def test_the_text_keeps_its_positions():
+    """By the rotary base of the text LM, SmolLM2's here, not that of the unit LMs."""
+    for name in ("slam_interleaved", "demo_interleaved"):
+        cfg = load_config(Config, [f"{ROOT}/config/{name}.py", "--n_layers=1"])
+        assert cfg.rope_theta is None
+    assert build(cfg, 504 + 49_152).config.rope_theta == 100_000
+
+
 def test_views(reader):
     mixed = Mixed(reader, (0.3, 0.2, 0.5), seed=3)
-    view = View(mixed, TEXT)
-    assert view.lengths.tolist() == [len(reader.words(i)[0]) + 2 for i in range(len(reader))]
+    assert View(mixed, TEXT).lengths.tolist() == [len(reader.words(i)[0]) + 2 for i in range(len(reader))]
+    for view in (View(mixed, kind) for kind in (SPEECH, TEXT, INTERLEAVED)):
+        assert view.lengths.tolist() == [len(view.tokens(i)) for i in range(len(reader))]
 
 
 def test_training_on_a_mix(reader, tmp_path):
-    """Every kind is learnt; a run that was stopped goes on bit-equal, into the next epoch; DPO takes the checkpoint."""
+    """Every kind is learnt; a run that was stopped goes on bit-equal, into the next epoch."""
     folder = reader.shards[0].path.parent
     args = [f"--train={folder}", f"--val={folder}", "--mix=0.3,0.2,0.5", f"--shape={json.dumps(SHAPE)}", "--context=64",
             "--micro_batch=4", "--batch_tokens=1024", "--dtype=float32", "--lr=1e-2", "--log_every=10"]
