@@ -76,12 +76,13 @@ def load_weights(lm: torch.nn.Module, state: dict[str, Tensor], name: str) -> No
 
 def fetch(name: str) -> Path:
     """Local folder of a model by name; a hub id is downloaded into Hugging Face's cache. SystemExit if it can't be."""
-    folder = Path(name).resolve()
-    old = folder.with_name(folder.name + ".old")
-    if old.is_dir() and not folder.exists():  # a save is between its two renames, or was killed there
-        return old
+    here = Path(name).resolve()
+    old = here.with_name(here.name + ".old")
+    for folder in (Path(name), old) * 3 if name else ():  # a save that goes on meanwhile renames both, or was killed
+        if folder.is_dir():
+            return folder
     source = resolve(name)
-    if Path(source).is_dir():
+    if Path(source).is_dir():  # embedded
         return Path(source)
     from slam.download import from_hub
     folder = from_hub(source, ["*.json", "*.safetensors"])

@@ -1,5 +1,6 @@
 """slam.align_pairs: pairs of a model's own continuations."""
 import json
+import re
 
 import pytest
 import torch
@@ -100,4 +101,7 @@ def test_on_policy_pairs(runs, stories, tmp_path, capsys):
     pairs(f"--out={tmp_path / 'units'}", f"--prompts={stories}/units/train", "--prompt_units=50",
         "--n_prompts=2", "--n_val=0")
     heard = [json.loads(x) for x in (tmp_path / "units" / "candidates.jsonl").read_text().splitlines()[1:]]
-    assert all(len(x["prompt"]) == 50 and x["prompt_text"].startswith(("Once", "There")) for x in heard)
+    written = (stories / "stories.jsonl").read_text().lower()
+    for x in heard:
+        words = re.findall("[a-z]+", x["prompt_text"].lower())
+        assert len(x["prompt"]) == 50 and sum(word in written for word in words) > 0.6 * len(words) > 0

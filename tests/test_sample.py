@@ -135,7 +135,8 @@ def test_it_speaks_before_anything_is_trained(prompts, tmp_path, monkeypatch, ca
     assert "no trained model under out/: embedded:slam-mini speaks" in capsys.readouterr().err
     found, = records(tmp_path / "out" / "samples")
     assert found["checkpoint"] == "embedded:slam-mini" and len(found["units"]) > 20
-    assert found["whole"].endswith("00_fox_0_slam-mini_whole.wav") and found["continuation_text"]
+    assert found["whole"].endswith("00_fox_0_whole.wav") and found["continuation_text"]
+    assert sample.labels(["embedded:slam-mini", "out/demo/lm"]) == ["slam-mini", "lm"]
 
 
 def test_newest_finished_checkpoint(tmp_path, monkeypatch):
