@@ -1,7 +1,8 @@
 """The demo's closing table, from its results.json files: python dev/demo_report.py TOTAL_SECONDS
 
 A figure of a trained model is a result if it is better than its floor by two standard errors. Floors: chance and a
-bigram model of the units for pairs, the bigram model for the validation loss, the untrained model for GenPPL.
+bigram model of the units for pairs, the bigram model for the validation loss, the model before DPO for GenPPL (that of
+noise is low, so an untrained model is none).
 """
 import json
 import math
@@ -27,8 +28,7 @@ def is_result(metric: str, result: dict, floor: dict) -> bool:
 
 def main(out: Path, seconds: int) -> None:
     runs = {"trained": out / "lm", "after DPO": out / "dpo", "slam-mini": out.parent / "embedded--slam-mini"}
-    untrained, *results = (json.loads((run / "results.json").read_text())
-                           for run in (out / "untrained", *runs.values()))
+    results = [json.loads((run / "results.json").read_text()) for run in runs.values()]
     print("\nminutes")
     for line in (out / "seconds.tsv").read_text().splitlines():
         name, n = line.split("\t")
@@ -37,13 +37,12 @@ def main(out: Path, seconds: int) -> None:
 
     print(f"\n{'':36}" + "".join(f"{name:>16}" for name in ("floor", *runs)))
     for metric, label in ROWS.items():
-        floor = untrained[metric] if metric == "gen_ppl" else untrained[
-            "bigram_loss" if metric == "val_loss" else f"{metric}_bigram"]
+        floor = results[0][{"val_loss": "bigram_loss", "gen_ppl": "gen_ppl"}.get(metric, f"{metric}_bigram")]
         cells = [text(r[metric]) if is_result(metric, r[metric], floor) else "-" for r in results]
         print(f"{label:36}" + "".join(f"{cell:>16}" for cell in (text(floor), *cells)))
     print("-: not better by two standard errors than the floor (a bigram model; of pairs also chance, 50 %; of GenPPL "
-          "the\nuntrained model). The model has three minutes of training behind it, slam-mini, which comes with the "
-          "code, more.")
+          "the\nmodel before DPO). The model has three minutes of training behind it, slam-mini, which comes with the "
+          "code, 45.")
 
     print("\na prompt continued aloud (open out/demo/samples/listen.html to compare by ear)")
     for sample in json.loads((out / "samples" / "samples.json").read_text())["samples"]:
