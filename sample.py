@@ -4,7 +4,7 @@ In:  audio (any format, sample rate and number of channels; files or folders) an
 Out: a new folder with two wavs per prompt, sample and checkpoint (prompt + continuation; continuation alone),
      samples.json, and listen.html, one page to compare them by ear.
 
-    python sample.py --prompt hello.wav                                   # the newest checkpoint under out/, or our own
+    python sample.py --prompt hello.wav                           # the newest model under out/, or embedded:slam-mini
     python sample.py --prompt recordings --checkpoint out/demo/lm --checkpoint out/demo/dpo --n 3
     python sample.py --prompt hello.wav --play                            # play it while it is being generated
     python sample.py                                                      # no prompt: the model starts by itself

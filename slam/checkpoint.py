@@ -78,7 +78,7 @@ def fetch(name: str) -> Path:
     """Local folder of a model by name; a hub id is downloaded into Hugging Face's cache. SystemExit if it can't be."""
     here = Path(name).resolve()
     old = here.with_name(here.name + ".old")
-    for folder in (Path(name), old) * 3 if name else ():  # a save that goes on meanwhile renames both, or was killed
+    for folder in (Path(name), old) * 3 if name else ():  # again and again: a save may rename them meanwhile
         if folder.is_dir():
             return folder
     source = resolve(name)

