@@ -26,7 +26,7 @@ from config import load_config
 from model import UnitLM
 from slam import checkpoint as folders
 from slam.costs import explain_out_of_memory
-from slam.device import compiled, join_ranks, leave_ranks, over_ranks, pick_device, put, sum_gradients
+from slam.device import compiled, join_ranks, leave_ranks, over_ranks, pick_device, put, sum_gradients, world_size
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Epochs
 from slam.run import Run, run_problems
@@ -78,8 +78,8 @@ class Config:
         found = run_problems(self)
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5 or self.nll_weight < 0:
             found.append("beta must be positive, label_smoothing in [0, 0.5), nll_weight not negative")
-        if self.batch_pairs < 1 or self.micro_batch < 1:
-            found.append("batch_pairs and micro_batch must be at least 1")
+        if self.batch_pairs < 1 or self.batch_pairs % world_size() or self.micro_batch < 1:
+            found.append(f"batch_pairs (a multiple of {world_size()} GPUs) and micro_batch must be at least 1")
         return found
 
 
@@ -245,13 +245,8 @@ def main(cfg: Config) -> None:
     ranks = rank, world = join_ranks()
     device, sys.stdout = pick_device(), None if rank else sys.stdout  # the first process speaks for all
     torch.set_float32_matmul_precision("high")
-    if cfg.batch_pairs % world:
-        raise SystemExit(f"batch_pairs {cfg.batch_pairs} must be a multiple of the {world} GPUs")
     cfg = complete(cfg)
     start = folders.find_checkpoint(cfg.checkpoint)
-    for path in (start, cfg.pairs, cfg.val_pairs):  # --overwrite would remove it
-        if Path(path).resolve().is_relative_to(Path(cfg.out).resolve()):
-            raise SystemExit(f"{path} lies in the run's own folder, {cfg.out}; choose another --out")
 
     # ------------------------------------------------------------ data: pairs, and the reference's log-probabilities
     fingerprint, pairs = folders.checkpoint_fingerprint(start), {}
@@ -259,7 +254,8 @@ def main(cfg: Config) -> None:
         theirs, pairs[name] = load_pairs(path, cfg.context)
         require_same(fingerprint, cfg.checkpoint, theirs, path)
         fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's checkpoints do not record it
-    run, weights = Run(cfg, "dpo", rank), folders.weights_sha256(start)
+    run = Run(cfg, "dpo", rank, reads=(start, cfg.pairs, cfg.val_pairs))
+    weights = folders.weights_sha256(start)
     run.starts_from(checkpoint=weights, **{name: folders.sha256_of(found) for name, found in pairs.items()})
     if run.trainer and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
         return

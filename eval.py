@@ -62,7 +62,7 @@ class Config:
     top_k: int = 25  # of the generation
     repetition_penalty: float = 1.1  # of the generation
     allow_eos: bool = True  # an EOS ends a continuation; false forbids it, for encoders that hear a cut as an ending
-    tokenizer: str = ""  # codebook file; empty: the one of the first checkpoint's units
+    tokenizer: str = ""  # codebook file; empty: the one of the first checkpoint's units; for resynth_from `embedded`
     vocoder: str = ""  # vocoder file, .safetensors or .pt; empty: one for these units
     asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes the continuations, and finds where endings begin
     judge: str = "embedded:smollm2-135m"  # text LM whose perplexity of the transcripts is GenPPL
@@ -82,6 +82,8 @@ class Config:
                          f"for all")
         if self.write_manifest and len(self.benchmark) != 1:
             found.append("write_manifest: give exactly one benchmark")
+        if self.write_manifest and Path(self.write_manifest).exists():
+            found.append(f"write_manifest: {self.write_manifest} exists; name another file")
         if min(self.n_seeds, self.batch, self.n_generate, self.context) < 1:
             found.append("n_seeds, batch, n_generate and context must be at least 1")
         if not self.checkpoint:
@@ -90,7 +92,6 @@ class Config:
 
 
 # ---------------------------------------------------------------- pairs
-
 def read_benchmarks(cfg: Config) -> list[Benchmark]:
     """All benchmarks and manifests of the settings, each with a line on what is in it."""
     paths = cfg.path if len(cfg.path) == len(cfg.benchmark) else cfg.path * len(cfg.benchmark)
@@ -110,8 +111,10 @@ def baseline_scores(cfg: Config, benchmark: Benchmark, utterances: list[tuple],
     for name, logp in grams.items():
         nll = np.array([ngram_nlls(logp, pair, cfg.score, cfg.score_prompt) for pair in utterances])
         found[f"{benchmark.name}_{name}"] = score_pairs(nll, benchmark.pairs)
-    texts = [pair.get(f"{side}_text") for pair in benchmark.pairs for side in SIDES]
-    if cfg.text_judge and all(texts):
+    texts = [pair.get(f"{side}_text") or None for pair in benchmark.pairs for side in SIDES]
+    if cfg.text_judge and not all(texts):
+        print(f"{benchmark.name}: not scored by the text judge, as {texts.count(None)} transcripts are missing")
+    elif cfg.text_judge:
         from slam.speech import text_nlls
         nll = text_nlls(texts, cfg.text_judge).reshape(-1, 2)
         found[f"{benchmark.name}_text_lm"] = score_pairs(nll, benchmark.pairs) | {"judge": cfg.text_judge}
@@ -119,7 +122,6 @@ def baseline_scores(cfg: Config, benchmark: Benchmark, utterances: list[tuple],
 
 
 # ---------------------------------------------------------------- generated speech
-
 def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[Path], out: Path) -> dict:
     """GenPPL and auto-BLEU of spoken continuations of the wavs at `paths`: {metric: result}.
 
@@ -129,7 +131,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
     import soundfile
 
     from slam.audio import SAMPLE_RATE, load_audio
-    from slam.speech import continue_units, speak, transcribe
+    from slam.speech import continue_units, free_memory, speak, transcribe
     prompts = []
     for path in tqdm(paths, disable=None, desc="prompts", leave=False):
         try:
@@ -150,6 +152,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
         for path, wave in zip(paths, whole) if cfg.keep_audio else ():
             soundfile.write(out / f"generated_{path.stem}_{seed}.wav", wave, SAMPLE_RATE)
     (out / "generated.jsonl").write_text("".join(json.dumps(x) + "\n" for x in said))
+    free_memory()
 
     settings = {k: getattr(cfg, k) for k in (
         "generate_from", "n_generate", "batch", "tokenizer", "vocoder", "prompt_seconds", "new_units", "temperature",
@@ -157,6 +160,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
     ppl, alone = (perplexity([x[key] for x in said], cfg) for key in ("text", "continuation_text"))
     ppl |= {"continuation_only": alone["value"]} | {
         f"continuation_{k}": alone[k] for k in ("se", "empty", "seeds") if k in alone}
+    free_memory()
     scores = np.array([100 * auto_bleu(x["text"]) for x in said])
     bleu = {"value": float(scores.mean()), "se": standard_error(scores, cfg.n_seeds), "n": len(said)}
     if cfg.n_seeds > 1:
@@ -199,8 +203,11 @@ def resynthesis(cfg: Config) -> dict:
         files = [item.source for item in read_input(cfg.resynth_from)[1]]
     else:
         files = [pair["positive"] for pair in read_manifest(cfg.resynth_from).pairs]
-    waves = [load_audio(file)[:30 * SAMPLE_RATE] for file in files]
-    encoded = [tokenizer.encode(w, SAMPLE_RATE) for w in tqdm(waves, disable=None, desc="units")]
+    try:
+        waves = [load_audio(file)[:30 * SAMPLE_RATE] for file in files]
+        encoded = [tokenizer.encode(w, SAMPLE_RATE) for w in tqdm(waves, disable=None, desc="units")]
+    except ValueError as e:
+        raise SystemExit(f"--resynth_from={cfg.resynth_from}: {e}") from None
     spoken = [vocoder.synthesize(*x)[0] for x in encoded]
     again = [resample(wave, vocoder.sample_rate, SAMPLE_RATE) for wave in spoken]
     predicted = speak([units.tolist() for units, _ in encoded], tokenizer, vocoder)
@@ -216,7 +223,6 @@ def resynthesis(cfg: Config) -> dict:
 
 
 # ---------------------------------------------------------------- all together
-
 def table(rows: dict[str, dict]) -> str:
     """{checkpoint: {metric: result}} as a text table with a line per metric."""
     def cell(result: dict | None) -> str:
@@ -300,7 +306,9 @@ def main(cfg: Config) -> None:
             settings |= {"source": b.source, "split": b.split, "downloaded": b.downloaded}
             results[b.name] = score_pairs(nll, b.pairs) | {"settings": settings}
             texts = [tuple(pair.get(f"{side}_text", "") for side in SIDES) for pair in b.pairs]
-            if fingerprints[name].text_lm and all(map(all, texts)):  # a model of speech and text
+            if fingerprints[name].text_lm and not all(map(all, texts)):
+                print(f"{b.name}: scored in speech only, as {sum(not all(x) for x in texts)} pairs lack transcripts")
+            elif fingerprints[name].text_lm:  # a model of speech and text
                 from slam.cross_modal import directions, tokenize_parts
                 parts = tokenize_parts(tokenizer, b, texts, cfg.asr)
                 for direction, pairs in directions(texts, parts, fingerprints[name], cfg.score_eos).items():

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from config import load_config
 from slam.audio import SAMPLE_RATE, Item, read_input
-from slam.device import pick_device
+from slam.device import pick_device, world_size
 from slam.read_ahead import Piece, Utterance, read_ahead, read_recording
 from slam.slamkit import slamkit_tokenizer, slamkit_units
 from slam.tokenizer import Bpe, SpeechTokenizer, codebook_fingerprints, read_codebook, write_codebook
@@ -89,8 +89,7 @@ def part_of(shard: str) -> tuple[int, int]:
     i, n = map(int, shard.split("/")) if shard else (1, 1)
     if not 1 <= i <= n:
         raise ValueError(shard)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return (i - 1) * world + rank, n * world
+    return (i - 1) * world_size() + int(os.environ.get("RANK", 0)), n * world_size()
 
 
 def part_prefix(index: int, n_parts: int) -> str:
@@ -106,31 +105,38 @@ class Tally:
         self.utterances, self.seconds, self.already_there = 0, 0.0, 0
         self.skipped: list[dict] = []
 
-    def skip(self, id: str, reason: str, fatal: bool = False) -> None:
-        self.skipped.append({"id": id, "reason": reason, "fatal": fatal})
+    def skip(self, id: str, reason: str, fatal: bool = False, part: bool = False) -> None:
+        """Note a recording that can't be used, or only a part of it, which does not count as a bad one."""
+        self.skipped.append({"id": id, "reason": reason, "fatal": fatal, "part": part})
         tqdm.write(f"skipped {id!r}: {reason}", file=sys.stderr)
 
-    def close(self) -> None:
-        """Write the report and print the last line. SystemExit if too much was bad, or an archive broke off."""
-        n_bad, n = len(self.skipped), self.utterances + self.already_there + len(self.skipped)
-        lost = [s for s in self.skipped if s["fatal"] and self.max_bad_share < 1]  # with nobody knows how many others
+    def close(self, *reports: Path) -> None:
+        """Write the report and print the last line. SystemExit if too much was bad, or an archive broke off.
+
+        reports: those that must be there before it exits with an error, by which torchrun ends its other processes.
+        """
+        n_bad = sum(not s["part"] for s in self.skipped)
+        n = self.utterances + self.already_there + n_bad
+        lost = [s for s in self.skipped if s["fatal"] and self.max_bad_share < 1]  # archives that broke off
         problem = ""
         if lost:
             problem = f"{lost[0]['id']}: {lost[0]['reason']}. What was good is kept; --max_bad_share=1 accepts that"
         if n_bad > self.max_bad_share * n:
-            kinds = Counter(re.sub(r"\d+(\.\d+)?", "N", s["reason"]) for s in self.skipped).most_common(3)
+            kinds = Counter(re.sub(r"\d+(\.\d+)?", "N", s["reason"]) for s in self.skipped if not s["part"])
             problem = (f"{n_bad} of {n} can't be used, more than --max_bad_share={self.max_bad_share} ("
-                       + "; ".join(f"{count} x {reason}" for reason, count in kinds)
+                       + "; ".join(f"{count} x {reason}" for reason, count in kinds.most_common(3))
                        + f"); listed in {self.report_file}. What was good is kept")
         content = {"complete": not problem, "utterances": self.utterances, "hours": self.seconds / 3600,
                    "already_there": self.already_there, "skipped": self.skipped}
         write_atomic(self.report_file, json.dumps(content, indent=1, ensure_ascii=False))
         if problem:
+            while not all(path.exists() for path in reports):
+                time.sleep(1)
             raise SystemExit(problem)
         elapsed = time.perf_counter() - self.started
         print(f"{self.report_file.parent}: {self.utterances} utterances, {self.seconds / 3600:.2f} h added in "
               f"{elapsed / 60:.1f} min ({self.seconds / elapsed:.0f}x real time); {self.already_there} were there "
-              f"already; {n_bad} skipped" + f" (listed in {self.report_file})" * bool(n_bad))
+              f"already; {len(self.skipped)} skipped" + f" (listed in {self.report_file})" * bool(self.skipped))
 
 
 def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
@@ -230,9 +236,10 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
     with ThreadPoolExecutor(workers + 1) as pool, writer:
         recordings = (read_recording(item, tokenizer.encoder, cfg.max_utterance_seconds) for item in missing())
         for utterances in encode(read_ahead(pool, recordings, 2 * workers), tokenizer, batch_seconds):
+            usable = any(not utterance.problem for utterance in utterances)
             for utterance in utterances:  # of one recording; they go into the same unit file
                 if utterance.problem:
-                    tally.skip(utterance.id, utterance.problem, utterance.fatal)
+                    tally.skip(utterance.id, utterance.problem, utterance.fatal, part=usable)
                     continue
                 frames = np.concatenate(utterance.frames)
                 writer.add(utterance.id, *tokenizer.finish(frames))
@@ -245,7 +252,8 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
     bar.close()
     if not (tally.utterances or tally.already_there or tally.skipped) and n_parts == 1:
         raise SystemExit(f"--input={cfg.input}: there are no recordings in it")
-    tally.close()
+    first = index // world_size() * world_size()  # of torchrun's parts
+    tally.close(*(out / f"{part_prefix(first + i, n_parts)}report.json" for i in range(world_size())))
 
 
 def import_units(cfg: Config) -> None:
@@ -314,7 +322,7 @@ def unfinished(folder: Path) -> Iterator[str]:
     if (folder / "config.json").exists():  # else another stage made it
         finished = [path.name.removesuffix("report.json") for path in folder.glob("*report.json")
                     if json.loads(path.read_bytes())["complete"]]
-        # A corpus begun by one number of processes and finished by another is whole: a part adds what no other has.
+        # A corpus begun by one number of processes and finished by another is whole: each skips what any has written.
         pending = min(([prefix for i in range(n) if (prefix := part_prefix(i, n)) not in finished]
                        for n in {int(match[2] or 1) for match in shards} or {1}), key=len)
         if pending:
@@ -337,6 +345,8 @@ def bpe(cfg: BpeConfig) -> None:
     readers = [UnitReader(folder) for folder in cfg.units]
     for folder, reader in zip(cfg.units, readers):
         require_same(reader.fingerprint, folder, base, f"the units of {cfg.tokenizer}")
+        if reader.fingerprint.text_lm:
+            raise SystemExit(f"{folder}: has words, which pieces would lose; name the units that it was made of")
 
     order = np.random.default_rng(0).permutation(len(readers[0]))
     enough = int(np.searchsorted(np.cumsum(readers[0].lengths[order]), cfg.train_tokens)) + 1

@@ -110,12 +110,13 @@ def warn_if_no_speech(name: str, units: np.ndarray, durations: np.ndarray, rate_
               f"{frames / rate_hz:.1f} s); the continuation will have little to do with it", file=sys.stderr)
 
 
-def new_folder(cfg: Config) -> Path:
-    """Folder for the samples. SystemExit if it has some already."""
-    if cfg.out and (Path(cfg.out) / "samples.json").exists() and not cfg.overwrite:
-        raise SystemExit(f"{cfg.out} holds samples already; choose another --out, or --overwrite")
-    names = itertools.chain(["out/samples"], (f"out/samples_{i}" for i in itertools.count(2)))
-    return Path(cfg.out or next(name for name in names if not Path(name).exists()))
+def make_folder(name: str) -> Path:
+    """Make the folder for the samples: `name`, or if it is empty the first free one of out/samples, out/samples_2, …"""
+    for i in itertools.count(1):
+        path = Path(name or ("out/samples" if i == 1 else f"out/samples_{i}"))
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True, exist_ok=bool(name))
+            return path
 
 
 def labels(names: list[str]) -> list[str]:
@@ -138,7 +139,8 @@ class Speaker:
             require_same(fingerprint, name, self.tokenizer.fingerprint, f"tokenizer {tokenizer}")
         if cfg.resynth:
             self.tokenizer = self.tokenizer.base  # units, not pieces of several units
-        self.vocoder, vocoder = vocoder_for(self.tokenizer, cfg.vocoder, cfg.speaker)
+        self.vocoder, vocoder = (None, "") if cfg.answer == "text" else \
+            vocoder_for(self.tokenizer, cfg.vocoder, cfg.speaker)
         self.made_of = {"checkpoint": name, "tokenizer": tokenizer, "vocoder": vocoder}
         self.about = [label or "from its units", *(f"{k} {v}" for k, v in self.made_of.items() if v)]
         if not cfg.resynth:
@@ -217,7 +219,9 @@ def main(cfg: Config) -> None:
     from slam.listen import Clip, page
 
     # ---- settings
-    out, kind = new_folder(cfg), "resynth" if cfg.resynth else "continuation"
+    kind = "resynth" if cfg.resynth else "continuation"
+    if cfg.out and (Path(cfg.out) / "samples.json").exists() and not cfg.overwrite:
+        raise SystemExit(f"{cfg.out} holds samples already; choose another --out, or --overwrite")
     if cfg.stdout and sys.__stdout__.isatty():
         raise SystemExit("stdout: raw PCM is not for a terminal; pipe it into a program or a file")
 
@@ -232,7 +236,7 @@ def main(cfg: Config) -> None:
     speakers = [Speaker(cfg, name, label) for name, label in zip(names, labels(names))]
 
     # ---- units of the prompts, continuations, speech
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(cfg.out)
     if cfg.answer == "text":
         return write_answers(cfg, speakers, waves, out)
     records, columns, new_waves = [], [], []

@@ -97,15 +97,15 @@ def opening(lists: dict[str, list[str]], rng: np.random.Generator) -> str:
     return re.sub(r"\{(a_)?(\w+)\}", fill, str(rng.choice(lists["shape"])))
 
 
-def read_openings(path: str) -> dict[str, list[str]]:
-    """The lists of `opening` in a JSON file. SystemExit if it can't be read, or a shape uses a list it doesn't have."""
+def read_openings(path: str, *needed: str) -> dict[str, list[str]]:
+    """The lists of `opening` in a JSON file. SystemExit if it can't be read, or a shape or `needed` a list it lacks."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         lists = {key: list(map(str, words)) for key, words in content.items()}
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise SystemExit(f"--openings={path}: not a JSON file of lists ({e})") from None
     used = {key.rstrip("2") for shape in lists.get("shape", []) for key in re.findall(r"\{(?:a_)?(\w+)\}", shape)}
-    if missing := sorted(key for key in used | {"shape"} if not lists.get(key)):
+    if missing := sorted(key for key in used | {"shape", *needed} if not lists.get(key)):
         raise SystemExit(f"--openings={path}: the list {missing[0]!r} is missing or empty")
     return lists
 
@@ -130,14 +130,15 @@ def tidy(text: str, max_sentences: int = 7) -> list[str] | None:
 
 
 def write_stories(cfg: Config, n: int) -> list[dict]:
-    """n stories [{"id", "sentences"}], kept in stories.jsonl batch by batch; a batch depends on (seed, its number)."""
+    """n stories [{"id", "sentences"}], kept in stories.jsonl batch by batch, each seeded by (seed, its number)."""
     path = Path(cfg.out) / "stories.jsonl"
     stories = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     if len(stories) >= n:
         return stories[:n]
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(resolve(cfg.writer))
-    lists, lm = read_openings(cfg.openings), UnitLM.from_pretrained(cfg.writer).eval().to(pick_device())
+    lists = read_openings(cfg.openings, *["name"] * cfg.hard_negatives)
+    lm = UnitLM.from_pretrained(cfg.writer).eval().to(pick_device())
     if lm.device.type == "cuda" or fast_bfloat16(torch.cpu.get_capabilities()):
         lm = lm.bfloat16()
     instruction = [{"role": "user", "content": "Write a short story for small children in simple words."}]
@@ -150,8 +151,8 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
         openings = [opening(lists, rng) for _ in range(min(cfg.batch, 4 + (n - len(stories)) * 5 // 4))]
         generator = torch.Generator(lm.device).manual_seed(int(rng.integers(2**31)))
         new = lm.generate([tokenizer(frame + text)["input_ids"] for text in openings], cfg.max_new_tokens,
-                          temperature=cfg.temperature, top_k=cfg.top_k, stop=(tokenizer.eos_token_id, 0), forbid=(),
-                          generator=generator)
+                          stop=tuple(tokenizer.all_special_ids), forbid=(), temperature=cfg.temperature,
+                          top_k=cfg.top_k, generator=generator)
         tidied = [tidy(text + tokenizer.decode(tokens), cfg.max_sentences) for text, tokens in zip(openings, new)]
         batch = [{"id": f"story{number:04d}_{i:03d}", "batch": number, "sentences": sentences}
                  for i, sentences in enumerate(tidied) if sentences]
@@ -203,7 +204,7 @@ def make_pairs(cfg: Config, pool, stories: list[dict], split: str, tokenizer: Sp
     write_pairs(path, tokenizer.fingerprint, (
         {"id": id, "prompt": units[f"{id} prompt"], "chosen": units[f"{id} next"], "rejected": units[f"{other} next"],
          "prompt_text": " ".join(own[id][0]), "chosen_text": own[id][1], "rejected_text": own[other][1]}
-        for id, other in zip(own, exchange(list(own), cfg.seed))))
+        for id, other in zip(own, exchange(list(own), cfg.seed)) if id != other))  # the same where there is but one
 
 
 def main(cfg: Config) -> None:

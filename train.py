@@ -1,7 +1,7 @@
 """Pre-train a unit LM: a text LM's body (TWIST), packed rows of units, one GPU, one day.
 
 In:  unit files (prepare_units.py, synth_stories.py) and the name of a text LM.
-Out: a run folder:  checkpoint/ (a Hugging Face folder + slam.json + trainer.pt) · log.jsonl · results.json · loss.png
+Out: a run folder:  checkpoint/ (a Hugging Face folder + slam.json + trainer.pt) · log.jsonl · results.json
 
     python train.py config/slam.py                   # the paper's recipe: a day on a 24 GB GPU, 9 GB of disk
     python train.py config/slam.py config/gpu_8gb.py # the same run on a smaller card
@@ -22,11 +22,11 @@ from torch import Tensor
 from config import load_config
 from model import ModelConfig, UnitLM
 from slam.costs import explain_out_of_memory, flops_per_token, peak_flops
-from slam.device import autocast, compiled, join_ranks, leave_ranks, n_graphs, pick_device, sum_gradients
+from slam.device import autocast, compiled, join_ranks, leave_ranks, n_graphs, pick_device, sum_gradients, world_size
 from slam.interleave import Mixed, MixedRows
 from slam.optim import make_optimizer, schedule, update
 from slam.packing import Loader, Rows, on_device
-from slam.run import Run, plot, run_problems
+from slam.run import Run, run_problems
 from slam.scoring import validation_loss
 from slam.units import UnitReader, require_same
 
@@ -44,7 +44,7 @@ class Config:
     base: str = "Qwen/Qwen2.5-0.5B"  # text LM that gives shape and weights: hub id, folder or embedded:NAME
     init: Literal["first_rows", "random", "none", "keep_text", "keep_text_random"] = "first_rows"  # unit embeddings:
     # the text embedding's first rows, new ones N(0, 0.02), or `none`: keep only the shape and train from scratch. With
-    # a mix the text's embeddings stay; the units' have the mean and the spread of these (keep_text), or are N(0, 0.02)
+    # a mix the text's embeddings stay; the units' are drawn with their mean and spread (keep_text), or from N(0, 0.02)
     n_layers: int | None = None  # number of the base's first layers to keep; none: all
     shape: dict = field(default_factory=dict)  # fields of ModelConfig; builds a new model from scratch, without a base
     rope_theta: float | None = 10000.0  # base of the rotary position embedding; none: the text LM's, to keep its text
@@ -89,13 +89,14 @@ class Config:
             found.append(f"mix {self.mix}: three shares, of speech, text and interleaved, not negative")
         if bool(self.mix) != self.init.startswith("keep_text") and not self.shape:
             found.append(f"init {self.init}: keep_text and keep_text_random are for a mix, the others for speech alone")
+        if unknown := sorted(self.shape.keys() - ModelConfig.__dataclass_fields__.keys()):
+            found.append(f"shape: no such field {unknown[0]}; there are {', '.join(ModelConfig.__dataclass_fields__)}")
         if not 0 <= self.spoken_share <= 1:
             found.append(f"spoken_share {self.spoken_share}: a share of the words, between 0 and 1")
         if self.micro_batch < 1 or self.context < 1:
             found.append("micro_batch and context must be at least 1")
-        elif self.batch_tokens < 1 or self.batch_tokens % (self.context * self.micro_batch):
-            found.append(f"batch_tokens {self.batch_tokens} must be a multiple of context x micro_batch = "
-                         f"{self.context * self.micro_batch}")
+        elif self.batch_tokens < 1 or self.batch_tokens % (rows := self.context * self.micro_batch * world_size()):
+            found.append(f"batch_tokens {self.batch_tokens}: not a multiple of context x micro_batch x GPUs = {rows}")
         return found
 
 
@@ -149,14 +150,12 @@ def main(cfg: Config) -> None:
     (rank, world), device = join_ranks(), pick_device()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
-    if cfg.batch_tokens % (cfg.context * cfg.micro_batch * world):
-        raise SystemExit(f"batch_tokens {cfg.batch_tokens} must be a multiple of context x micro_batch x {world} GPUs "
-                         f"= {cfg.context * cfg.micro_batch * world}")
 
     # ------------------------------------------------ data, and the run's folder
     reader, val = UnitReader(*cfg.train), UnitReader(*cfg.val)
     require_same(reader.fingerprint, cfg.train[0], val.fingerprint, cfg.val[0])
-    run = Run(cfg, "train", rank)  # --resume: at the step of its checkpoint, the optimiser's state in `run.trainer`
+    run = Run(cfg, "train", rank, reads=(*cfg.train, *cfg.val, cfg.base))  # --resume: at the step of its checkpoint,
+    # with the optimiser's state in `run.trainer`
     run.starts_from(train=reader.digest(), val=val.digest())  # a resumed run needs the same data
     if run.trainer and run.progress() >= 1 and run.evaluated():
         return
@@ -236,8 +235,6 @@ def main(cfg: Config) -> None:
         run.finish(lm, optimizer, fingerprint, run.gather(losses, norm))
         evaluate(lm, val, cfg, run, world)
     if not rank:
-        with run.writing():
-            plot(run.out)
         print(f"{run.checkpoint}: {run.step} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} min of training, "
               f"{n_graphs() - graphs} recompilations")
     leave_ranks()

@@ -535,7 +535,7 @@ def random_hubert(folder: Path, **shape) -> str:
     shape: fields of transformers' HubertConfig that are not the base's.
     """
     torch.manual_seed(0)
-    config = transformers.HubertConfig(conv_stride=(5, 2, 2, 2, 2, 2, 4), **shape)
+    config = transformers.HubertConfig(conv_stride=(5, 2, 2, 2, 2, 2, 4), conv_pos_batch_norm=True, **shape)
     transformers.HubertModel(config).save_pretrained(folder / "hubert")
     write_codebook(folder / "codebook.safetensors", {"centroids": torch.randn(500, config.hidden_size)},
                    {"encoder": folder / "hubert", "layer": config.num_hidden_layers - 1, "unit_rate_hz": 25.0})

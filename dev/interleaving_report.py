@@ -105,8 +105,8 @@ def main(out: Path, picture: str) -> None:
         if arm != "speech" and ("speech", budget) in found:
             (a, se_a), (b, se_b) = (mean(x, DIRECTIONS["S→S"]) for x in (runs, found["speech", budget]))
             loss = mean(runs, "val_loss")[0] - mean(found["speech", budget], "val_loss")[0]
-            print(f"{ARMS[arm]} against speech only at {budget:.0e} FLOPs: S→S {a - b:+.1f} ± "
-                  f"{math.hypot(se_a, se_b):.1f} points (as if of different pairs), validation loss {loss:+.3f}")
+            print(f"{ARMS[arm]} against speech only at {budget:.0e} FLOPs: validation loss {loss:+.3f}, S→S "
+                  f"{a - b:+.1f} ± {math.hypot(se_a, se_b):.1f} points (errors added as if of different pairs)")
     try:
         draw(found, picture)
     except ImportError:

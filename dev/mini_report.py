@@ -3,6 +3,7 @@
     python dev/mini_report.py out/mini                # the picture becomes docs/mini.png
     python dev/mini_report.py out/mini other.png
     python dev/mini_report.py best RUN RUN ...        # for the script: the run with the lowest validation loss
+    python dev/mini_report.py listen out/mini/listen  # what sample.py's page says, as a table
 """
 import json
 import math
@@ -416,6 +417,18 @@ def picture(rows: dict[str, list[dict]], path: Path) -> None:
     print(f"{path}: written", file=sys.stderr)
 
 
+def transcripts(folder: Path) -> None:
+    """What Whisper hears in the samples of a folder: a line a prompt, a column a checkpoint."""
+    samples = json.loads((folder / "samples.json").read_text())["samples"]
+    names = list(dict.fromkeys(sample["checkpoint"] for sample in samples))
+    heard = {}
+    for sample in samples:
+        file = Path(sample["prompt_file"])
+        row = heard.setdefault(file, [f"{file.parent.name}/{file.stem}", sample["prompt_text"], *[""] * len(names)])
+        row[2 + names.index(sample["checkpoint"])] = sample.get("continuation_text", "")
+    table(["prompt", "heard", *(Path(name).name for name in names)], list(heard.values()))
+
+
 def main(out: Path, path: Path) -> None:
     rows = read_runs(out)
     if not rows:
@@ -431,5 +444,7 @@ def main(out: Path, path: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["best"]:
         print(best(list(map(Path, sys.argv[2:]))))
+    elif sys.argv[1:2] == ["listen"]:
+        transcripts(Path(sys.argv[2]))
     else:
         main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "docs" / "mini.png")

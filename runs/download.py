@@ -227,6 +227,8 @@ def fetch_tar_piece(url: str, path: str | Path, piece: int, n: int, sums: Path |
     path = Path(path)
     if path.is_file():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)  # a piece may be empty
+
     def ask() -> int:
         stream, _, whole, _ = connect(url, 0, 512, "", how.get("timeout", 30.0))
         stream.close()

@@ -19,7 +19,7 @@ how="--micro_batch=1 --batch_tokens=1024 --lr=1e-3"
 case $scale in
 cpu) data=${DATA:-out/study/data} out=out/interleaving layers=4 budgets="1e13 2e13 4e13" n_train=640 n_val=60
      n_pairs=300 ;;
-gpu) data=${DATA:-out/interleaving_gpu/data} out=out/interleaving_gpu layers=30 budgets="3e15 1e16 3e16" n_train=10000
+gpu) data=${DATA:-out/interleaving_gpu/data} out=out/interleaving_gpu layers=30 budgets="3e14 1e15 3e15" n_train=10000
      n_val=100 n_pairs=500 how="--micro_batch=16 --batch_tokens=32768 --lr=5e-4" ;;
 tiny) data=${DATA:-out/interleaving_tiny/data} out=out/interleaving_tiny layers=2 budgets="2e11 4e11 8e11" n_train=6
       n_val=4 n_pairs=4 how="--micro_batch=1 --batch_tokens=512 --context=512 --lr=1e-3" ;;

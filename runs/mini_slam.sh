@@ -3,7 +3,7 @@
 # of the recipe does there. docs/mini.md has the results, and says how to read them.
 #
 #   bash runs/mini_slam.sh              # everything: on two CPU cores 5 h for the data, 8 for the curve, 7 for the rest
-#   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve dpo ship scratch slam shape bpe report
+#   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve dpo ship listen scratch slam shape bpe report
 #   SCALE=gpu bash runs/mini_slam.sh    # larger steps and more tokens on out/mini's data, in out/mini_gpu: half an hour
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
@@ -13,7 +13,7 @@
 # files; the same command without it evaluates later.
 # What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
 set -euo pipefail
-steps="data lr curve dpo ship scratch slam shape bpe report" only=${*:-${ONLY:-}}
+steps="data lr curve dpo ship listen scratch slam shape bpe report" only=${*:-${ONLY:-}}
 for name in $only; do
     [[ " $steps " == *" $name "* ]] || { echo "$name: no such step; there are: $steps" >&2; exit 2; }
 done
@@ -28,7 +28,7 @@ case ${SCALE:-cpu} in
 cpu) budgets="150000 300000 600000 1200000 2400000 4800000 9600000" ;;
 gpu) OUT=${OUT:-out/mini_gpu} DATA=${DATA:-out/mini}
      budgets="300000 600000 1200000 2400000 4800000 9600000 19200000" hours=0.01
-     size="--micro_batch=8 --batch_tokens=8192 --compile=false" glimpse= ;;  # to compile takes longer than most runs
+     size="--micro_batch=8 --batch_tokens=8192 --compile=false" few_steps="--compile=false" glimpse= ;;  # to compile takes longer than most runs
 tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 16000" middle=8000 scratch="4000 8000"
       rates="0.006 0.012" hours=0.003 depths="1 2" pieces=600 packed=$OUT/slam_mini.safetensors
       size="--n_layers=1 --context=512 --micro_batch=2 --batch_tokens=1024"
@@ -76,7 +76,7 @@ generate() {  # generate RUN: GenPPL and auto-BLEU, unless they are there
 
 affordable() {  # affordable TOKENS: whether they are at most two epochs
     [ -n "${unique:-}" ] || unique=$(python -c "from slam.units import UnitReader
-print(UnitReader(*'$speech'.split(',')).n_tokens)")
+print(UnitReader(*'$speech'.split(',')).n_tokens)") || exit 1
     [ "$1" -gt $((2 * unique)) ] || return 0
     echo "$1 tokens: skipped, as they are more than two epochs of the $unique there are"
     return 1
@@ -153,8 +153,20 @@ dpo() {  # on the best run's own continuations
 ship() {  # the model that the repository carries
     local run=${SHIP:-}
     [ -n "$run" ] || run=$(best_run)_dpo_0
-    python -m slam.build_embedded "$run" "$packed"
+    python dev/pack.py "$run" "$packed"
     ls -l "$packed"
+}
+
+listen() {  # ten prompts, in people's voices and the TTS', continued before and after DPO: a page and its transcripts
+    local best prompts
+    best=$(best_run)
+    [ -d out/people ] || python dev/voices.py people || echo "without people's voices"
+    prompts=$({ find out/people/audiobook -name '*.wav' 2> /dev/null | sort | awk 'NR <= 3'
+                find out/people/telephone -name '*.wav' 2> /dev/null | sort | awk 'NR % 40 == 20 && NR < 140'
+                find "$part0/tstorycloze" -name '*_positive.wav' | sort | awk 'NR <= 4'; } | paste -sd,)
+    python sample.py --prompt="$prompts" --checkpoint="$best,${best}_dpo_0" --out="$out/listen" --prompt_seconds=3 \
+        --from_start --overwrite
+    python dev/mini_report.py listen "$out/listen" | tee "$out/listen.md"
 }
 
 scratch() {

@@ -1,6 +1,6 @@
 # Sourced by the other scripts: leaves `python` as one that has the pinned requirements.
 # An active environment that has the packages is used as it is; otherwise .venv is made, once.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." || return
 
 # Two cores are soon oversubscribed by the TTS workers and torch's threads; waiting threads must not spin.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" TOKENIZERS_PARALLELISM=false
@@ -23,12 +23,12 @@ if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && have_packages python; then
 else
     stamp=".venv/installed-$(cat requirements.txt requirements-embedded.txt | sha256sum | cut -c1-12)"
     if [ ! -e "$stamp" ]; then
-        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
-        [ -e .venv/bin/python ] || python3 -m venv .venv
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; return 1; }
         echo "set-up: installing into .venv"
-        .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
-        .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements-embedded.txt
-        touch "$stamp"
+        { [ -e .venv/bin/python ] || python3 -m venv .venv; } &&
+            .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt &&
+            .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements-embedded.txt &&
+            touch "$stamp" || { echo "set-up: the packages are not all there; the same command tries again" >&2; return 1; }
     fi
     export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
     echo "set-up: using .venv"

@@ -92,7 +92,7 @@ fi
 setup() {  # what runs/setup.sh does not do
     if [ "$scale" = tiny ]; then  # the embedded models speak what elsewhere is fetched
         run python -m slam.embedded
-        run python synth_stories.py config/demo_stories.py --out="$out/made" --n_train=20 --n_val=6 --n_pairs=1 \
+        run python synth_stories.py config/demo_stories.py --out="$out/made" --n_train=20 --n_val=6 --n_pairs=0 \
             --n_sblimp=8 --keep_audio
         run python dev/tiny_sources.py "$out/made" "$out/sources.json"
         return

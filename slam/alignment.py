@@ -103,8 +103,7 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     found = []
     for b, (wave, row) in enumerate(zip(waves, words)):
         n_frames = min(attention.shape[-1], -(-len(wave) * FRAMES_PER_SECOND // SAMPLE_RATE))
-        # A row of attention predicts the next token: from the last token of `start` to the text's last, which predicts
-        # the end.
+        # Row i attends while it predicts token i + 1, so we take the rows from the last of `start` to the text's last.
         first = monotone_path(token_costs(attention[b, :, len(start) - 1:len(rows[b]) - 1, :n_frames]).cpu().numpy())
         begins = np.cumsum([0, *map(len, row[:-1])]) if row else []
         found.append([float(first[i]) / FRAMES_PER_SECOND for i in begins])

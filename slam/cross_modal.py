@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from slam.alignment import word_times
-from slam.audio import SAMPLE_RATE, load_audio
+from slam.audio import SAMPLE_RATE, check_wave, load_audio
 from slam.benchmarks import SIDES, Benchmark, disk_cache, units_cache
 from slam.checkpoint import sha256_of
 from slam.device import autocast
 from slam.embedded import file_digest
-from slam.interleave import KINDS, Mixed, TextTokenizer, View, Vocabulary
+from slam.interleave import KINDS, Mixed, TextTokenizer, Vocabulary
 from slam.packing import Packed, batch, cut, on_device
 from slam.units import BOS, EOS, OFFSET, PAD, Fingerprint, to_tokens
 
@@ -27,7 +27,7 @@ def losses_by_kind(lm: torch.nn.Module, corpus: Mixed, context: int, dtype: str)
     """
     found, vocabulary = {}, corpus.vocabulary
     for kind, name in enumerate(KINDS):
-        view, sums = View(corpus, kind), torch.zeros(2, 3, dtype=torch.float64)
+        view, sums = corpus.view(kind), torch.zeros(2, 3, dtype=torch.float64)
         for row in Packed(cut(view.lengths, context), context, None):
             tokens, targets, positions, mask = on_device(batch(view, [row], context, lm.device), lm.device, dtype)
             with autocast(lm.device, dtype):  # row by row, as the logits of a large vocabulary are large
@@ -77,15 +77,19 @@ def tokenize_parts(tokenizer, benchmark: Benchmark, texts: list[tuple[str, str]]
     every pair's texts are shared sentences and two endings.
     """
     def encode(part: list[int]) -> list[list[list[int]]]:
+        waves = []
         try:
-            waves = [wave for i in part for wave in cut_prompt(
-                *(load_audio(benchmark.pairs[i][side]) for side in SIDES), texts[i], asr)]
-            units = [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
+            for i in part:
+                waves += cut_prompt(*(load_audio(benchmark.pairs[i][side]) for side in SIDES), texts[i], asr)
+                for wave in waves[-3:]:
+                    check_wave(wave, f"prompt or ending of {benchmark.pairs[i]['id']}")
         except ValueError as e:
-            raise SystemExit(f"{benchmark.source}: a pair's prompt or ending has no units: {e}") from None
+            raise SystemExit(f"{benchmark.source}: {e}") from None
+        units = [units.tolist() for units, _ in tokenizer.encode_batch(waves)]
         return [units[i:i + 3] for i in range(0, len(units), 3)]
 
-    if not all(all(split_at_last_sentence(*pair)) for pair in texts):
+    if n := sum(not all(split_at_last_sentence(*pair)) for pair in texts):
+        print(f"{benchmark.name}: not scored from speech to text and back, as the texts of {n} pairs share no sentence")
         return []
     keys = [sha256_of(asr, pair, *(file_digest(Path(files[side])) for side in SIDES))
             for files, pair in zip(benchmark.pairs, texts)]

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group: its functions' default arguments would keep that alive for ever
+import torch.distributed.nn  # before there is a group, which default arguments in it would otherwise keep alive
 from torch import Tensor
 
 from slam.attention import compile_around_segments
@@ -22,9 +22,14 @@ def pick_device() -> torch.device:
 
 
 # ---------------------------------------------------------------- several processes
+def world_size() -> int:
+    """Number of processes: 1 unless started by torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def join_ranks() -> tuple[int, int]:
     """(rank, number of processes): (0, 1) unless started by torchrun."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     if world > 1:  # gloo exchanges the few numbers that the CPU needs, without a wait for the GPU
         if torch.cuda.is_available():
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():

@@ -133,12 +133,12 @@ def part_folder(name: str, build: bool = True) -> Path:
         BUILDERS[name](files, whole)
         recorded = {"stamp": stamp, "files": {p.name: file_digest(p) for p in sorted(whole.iterdir())}}
         (whole / "sha256.json").write_text(json.dumps(recorded, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
         try:
             whole.rename(folder)
         except OSError:
             if problem(folder, stamp):  # otherwise another process has built the same part meanwhile
-                raise
+                shutil.rmtree(folder, ignore_errors=True)
+                whole.rename(folder)
     return folder
 
 

@@ -10,7 +10,8 @@ units 1`. A marker stands before every span of an interleaved utterance, and now
 import hashlib
 import json
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -164,19 +165,10 @@ class Mixed:
             lengths[i] = len(self.form(i, INTERLEAVED, epoch))
         return lengths
 
-
-class View:
-    """All utterances of a `Mixed` corpus as one kind, in their form of epoch 0: a corpus for validation."""
-
-    def __init__(self, corpus: Mixed, kind: int):
-        self.corpus, self.kind, self.check = corpus, kind, corpus.check
-
-    def tokens(self, i: int) -> np.ndarray:
-        return self.corpus.form(i, self.kind, 0)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        return self.corpus.lengths(np.full(self.corpus.n, self.kind), 0)
+    def view(self, kind: int) -> SimpleNamespace:
+        """All utterances as one kind, in their form of epoch 0: a corpus for validation."""
+        return SimpleNamespace(tokens=lambda i: self.form(i, kind, 0), check=self.check,
+                               lengths=self.lengths(np.full(self.n, kind), 0))
 
 
 class MixedRows(Rows):

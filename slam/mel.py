@@ -55,7 +55,7 @@ def cepstral_distance(mel_a: Tensor, mel_b: Tensor) -> Tensor:
 
 
 def spectrogram(wave: np.ndarray, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """Wave (T,) -> log-mel spectrogram (80, frames) uint8, low frequencies at the bottom; 255 is 80 dB above 0."""
+    """Wave (T,) -> log-mel spectrogram (80, frames) uint8, low frequencies at the bottom; 0 to 255 is 80 dB."""
     mel = log_mel(torch.from_numpy(np.asarray(wave, dtype=np.float32)), sample_rate).numpy().T[::-1]
     return (255 * np.clip(1 + (mel - max(0.0, mel.max())) / 9.2, 0, 1)).round().astype(np.uint8)
 

@@ -54,7 +54,7 @@ class AdEMAMix(torch.optim.Optimizer):
         (beta1, _, beta3), done = group["betas"], group["step"] / max(group["warmup_steps"], 1)
         if done >= 1:
             return group["alpha"], beta3
-        half_life = (1 - done) / math.log(max(beta1, 1e-8)) + done / math.log(beta3)  # over ln 0.5
+        half_life = (1 - done) / math.log(max(beta1, 1e-8)) + done / math.log(beta3)  # divided by ln 0.5
         return done * group["alpha"], math.exp(1 / half_life)
 
     @torch.no_grad()

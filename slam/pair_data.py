@@ -198,7 +198,7 @@ def make_swag_pairs(cfg) -> None:
         texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in part for side in SIDES}
         speaker = {f"{p['id']} {side}": p["speaker"] for p in part for side in SIDES}
         waves = (wave for _, (wave,) in spoken(cfg, pool, texts, "speaking pairs", speaker))
-        return zip(waves, waves, waves)
+        return zip(waves, waves, waves)  # three in a row are a pair
 
     with speakers(cfg.tts, cfg.workers) if tokenizer and not stored else contextlib.nullcontext() as pool:
         for split, part in (("val", val), ("train", train[:cfg.n_pairs])):

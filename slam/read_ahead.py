@@ -55,7 +55,7 @@ def read_recording(item: Item, encoder, max_utterance_seconds: float) -> Iterato
 
 
 def ahead(pool: Executor, values: Iterator, n: int) -> Iterator:
-    """The values of an iterator in order; a thread computes the next n while the last n are used.
+    """The values of an iterator in order; a thread computes them, n at a time, one such chunk ahead of their use.
 
     It starts at once, not when the first value is asked for. What the iterator raises is raised here.
     """

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def run_problems(cfg) -> list[str]:
     found = []
     if sum(x is not None for x in (cfg.steps, cfg.tokens, cfg.time_budget_hours)) != 1:
         found.append("set exactly one of steps, tokens, time_budget_hours (the others to none)")
-    if min(cfg.lr, cfg.log_every, cfg.eval_every, cfg.save_every) <= 0:
-        found.append("lr, log_every, eval_every and save_every must be positive")
+    if min(cfg.steps or 0, cfg.tokens or 0, cfg.time_budget_hours or 0) < 0:
+        found.append("steps, tokens and time_budget_hours must not be negative")
+    if min(cfg.lr, cfg.grad_clip, cfg.log_every, cfg.eval_every, cfg.save_every) <= 0:
+        found.append("lr, grad_clip (inf: no clipping), log_every, eval_every and save_every must be positive")
     if not 0 <= cfg.warmup < 1:
         found.append(f"warmup {cfg.warmup} is a share of the run: at least 0 and below 1")
     if cfg.schedule == "inverse_sqrt" and cfg.warmup == 0:
@@ -50,15 +53,19 @@ class Run:
     """`step` counts optimiser steps, `tokens` the targets seen, `seconds` the training time; all survive a resume.
 
     trainer: what `save` wrote for the resumed run, else None. stopping: the exit code that a signal asks for, else 0.
-    SystemExit if the folder holds a run and neither resume nor overwrite is set, or if settings have changed.
+    reads: paths that the run needs. SystemExit if one lies in the run's folder, if the folder holds a run and neither
+    resume nor overwrite is set, or if settings have changed.
     """
 
-    def __init__(self, cfg, stage: str, rank: int = 0, folder: str = "checkpoint"):
+    def __init__(self, cfg, stage: str, rank: int = 0, folder: str = "checkpoint", reads: Iterable[str] = ()):
         self.cfg, self.stage, self.out, self.rank = cfg, stage, Path(cfg.out), rank
         self.checkpoint, self.log_file = self.out / folder, self.out / "log.jsonl"
         self.step, self.tokens, self.seconds, self.trainer = 0, 0, 0.0, None
         self.inputs: dict[str, str] = {}
         self.asked_to_stop = self.stopping = 0  # a signal came to this process; all processes know of it
+        for path in reads:
+            if path and Path(path).resolve().is_relative_to(self.out.resolve()):  # --overwrite would remove it
+                raise SystemExit(f"{path} lies in the run's own folder, {self.out}; choose another --out")
         if not rank:
             recover(self.checkpoint)
         over_ranks([0.0])  # a barrier: the other ranks read the folder after it is mended
@@ -75,7 +82,7 @@ class Run:
         slam = json.loads((self.checkpoint / "slam.json").read_text())
         now = json.loads(json.dumps(asdict(self.cfg)))
         changed = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in slam["config"].items()
-                   if k not in MAY_CHANGE and (k in now or v) and now.get(k) != v]  # an empty one may be gone
+                   if k not in MAY_CHANGE and (k in now or v) and now.get(k) != v]  # an empty setting may be gone
         if changed:
             raise SystemExit(f"{self.out}: cannot resume with other settings: {'; '.join(changed)}")
         self.step, self.tokens, self.seconds = slam["step"], slam["tokens"], slam["seconds"]
@@ -104,7 +111,7 @@ class Run:
             if self.cfg.overwrite:
                 shutil.rmtree(self.out, ignore_errors=True)
             self.out.mkdir(parents=True, exist_ok=True)
-            save_config(self.cfg, self.out / "config.json")
+            save_config(replace(self.cfg, resume=False, overwrite=False), self.out / "config.json")
             # Steps after the checkpoint are taken again, so their records go. A kill may have cut the last record.
             records = self.log_file.read_text().split("\n")[:-1] if self.step and self.log_file.exists() else []
             kept = [x + "\n" for x in records if json.loads(x)["step"] <= self.step]
@@ -139,7 +146,7 @@ class Run:
         """The time inside is not training time: compiling, evaluating, saving."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # what is still in the GPU's queue is training
-        counted = time.perf_counter() - self.started  # at the next tick, as progress must not change within a step
+        counted = time.perf_counter() - self.started  # added at the next tick: progress stays the same within a step
         yield
         over_ranks([0.0])  # else the wait for the first process, which saves and listens, would count as training
         self.started = time.perf_counter() - counted
@@ -223,7 +230,7 @@ class Run:
             raise SystemExit(self.stopping)
 
 
-# ---------------------------------------------------------------- results, pictures, other loggers
+# ---------------------------------------------------------------- results, other loggers
 def merge_results(path: Path, results: dict) -> None:
     """Merge {metric: {...}} into a results.json; other metrics stay."""
     old = json.loads(path.read_text()) if path.exists() else {}
@@ -247,26 +254,9 @@ def make_logger(name: str, run: Run):
         return lambda record, step: [writer.add_scalar(k, v, step) for k, v in record.items()]
     import wandb
     id_file = run.out / "wandb_id"
-    if not id_file.exists():
+    if not (run.step and id_file.exists()):
         write_atomic(id_file, wandb.util.generate_id())
     wandb.init(project="slam", name=str(run.out), id=id_file.read_text(), resume="allow", dir=run.out,
                config=asdict(run.cfg))
     return lambda record, step: wandb.log(record, step=step)
 
-
-def plot(out: Path) -> None:
-    """Draw the losses of log.jsonl over the tokens seen as loss.png, if matplotlib is installed."""
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    losses = sorted(r["loss"] for r in records if "loss" in r)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    if not losses:
-        return
-    axes = (figure := Figure(layout="constrained")).add_subplot(xlabel="tokens (millions)", ylabel="nats per token")
-    for key, style in (("loss", "-"), ("val_loss", "o-")):
-        axes.plot(*zip(*[(r["tokens"] / 1e6, r[key]) for r in records if key in r]), style, label=key)
-    axes.set_ylim(losses[0] - 0.1, losses[int(0.95 * (len(losses) - 1))] + 0.3)  # cuts off the first steps
-    axes.legend()
-    figure.savefig(out / "loss.png")

@@ -101,7 +101,7 @@ def row_logps(forward: Callable, rows: list[list[PrefixPair]], width: int, devic
 def pair_logps(lm: torch.nn.Module, pairs: list[PrefixPair], context: int, dtype: str, desc: str) -> Tensor:
     """`row_logps` (n, 3) of any number of pairs, on the CPU; a pair longer than `context` tokens has its own row.
 
-    Fewer rows are computed at once when memory runs out. A row that does not fit by itself gives NaN.
+    Fewer rows are computed at once when a GPU's memory runs out. A row that does not fit by itself gives NaN.
     """
     short = [i for i, pair in enumerate(pairs) if pair.n_inputs <= context]
     rows = [[short[i] for i in row] for row in pack([pairs[i] for i in short], context)]
@@ -112,7 +112,7 @@ def pair_logps(lm: torch.nn.Module, pairs: list[PrefixPair], context: int, dtype
             part = rows[at:at + n_rows]
             try:
                 logps = row_logps(lm, [[pairs[i] for i in row] for row in part], 0, lm.device, dtype)
-            except (torch.OutOfMemoryError, MemoryError):
+            except torch.OutOfMemoryError:
                 if len(part) > 1:
                     n_rows = len(part) // 2
                     continue

@@ -74,6 +74,13 @@ def load_judge(judge: str) -> tuple:
     return load(AutoModelForCausalLM, judge, AutoTokenizer)
 
 
+def free_memory() -> None:
+    """Forget Whisper and the judge where they fill a GPU's memory: 8 GB do not hold both beside a unit LM."""
+    if torch.cuda.is_available():
+        load_asr.cache_clear()
+        load_judge.cache_clear()
+
+
 def load(Model: type, name: str, *others: type) -> tuple:
     """A model of transformers in fp32, and what belongs to it (tokenizer, feature extractor)."""
     from transformers.utils.logging import disable_progress_bar
@@ -83,13 +90,13 @@ def load(Model: type, name: str, *others: type) -> tuple:
     return model, *(Other.from_pretrained(folder) for Other in others)
 
 
-def transcribe(waves: list[np.ndarray], asr: str, batch: int = 0, strip: bool = True) -> list[str]:
+def transcribe(waves: list[np.ndarray], asr: str, batch: int = 8, strip: bool = True) -> list[str]:
     """Whisper's greedy transcripts of waves (T,) at 16 kHz, of which the first 30 s are heard; "" for an empty wave.
 
-    batch: waves heard together; 0: 64 on a GPU, 8 on a CPU. strip: remove the space with which Whisper begins.
+    batch: waves heard together; small GPUs hold no more of a large Whisper. strip: remove Whisper's leading space.
     """
     model, extractor, tokenizer = load_asr(asr)
-    texts, batch = [""] * len(waves), batch or (64 if model.device.type == "cuda" else 8)
+    texts = [""] * len(waves)
     for part in by_length(list(map(len, waves)), batch, "transcribing"):
         x = extractor([waves[i][:30 * SAMPLE_RATE] for i in part], sampling_rate=SAMPLE_RATE, return_tensors="pt")
         x = x.input_features.to(model.device)
@@ -100,12 +107,12 @@ def transcribe(waves: list[np.ndarray], asr: str, batch: int = 0, strip: bool = 
 
 
 @torch.inference_mode()
-def mean_nlls(known: list[list[int]], new: list[list[int]], model, batch: int = 0) -> list[float | None]:
+def mean_nlls(known: list[list[int]], new: list[list[int]], model, batch: int = 16) -> list[float | None]:
     """Mean negative log-likelihood (nats) per token of text tokens `new` given `known`; None where there are none.
 
     mean_nlls([[7, 8]], [[9]], model) -> [-log p(9 | 7, 8)]
     """
-    losses, batch = [None] * len(new), batch or (64 if model.device.type == "cuda" else 16)
+    losses = [None] * len(new)
     for part in by_length([len(a + b) if a and b else 0 for a, b in zip(known, new)], batch, "judging"):
         rows = [known[i] + new[i] for i in part]
         ids = torch.zeros(len(part), max(map(len, rows)), dtype=torch.long)

@@ -1,6 +1,6 @@
 """Spoken benchmark pairs in the style of tStoryCloze, sStoryCloze and sBLIMP: folders of wav files and manifest.jsonl.
 
-    make_sblimp(cfg, pool)    # writes OUT/sblimp; eval.py --sblimp=OUT/sblimp scores it
+    make_sblimp(cfg, pool)    # writes OUT/sblimp; eval.py --manifest=OUT/sblimp scores it
 
 `cfg` is synth_stories.py's Config, `pool` a pool of slam.tts.speakers. A story is {"id", "sentences"}.
 """

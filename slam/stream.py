@@ -68,8 +68,7 @@ def loudspeaker(sample_rate: int) -> Iterator[BinaryIO]:
     command = next((c for c in PLAYERS if shutil.which(c[0])), None)
     if not command:
         raise SystemExit(f"--play needs one of {', '.join(c[0] for c in PLAYERS)}; there is also --stdout")
-    # The pipe holds half a minute of speech, so the language model need not wait for the player (where Linux allows).
-    with subprocess.Popen(command, stdin=subprocess.PIPE, pipesize=1 << 20) as player:
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as player:
         length = 0x7FFFFFFF  # of the wav: not known yet
         with contextlib.suppress(BrokenPipeError):
             player.stdin.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", length, b"WAVEfmt ", 16, 1, 1, sample_rate,

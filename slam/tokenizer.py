@@ -68,7 +68,7 @@ class WhisperFrames:
         mels = [self.log_mel(put(torch.from_numpy(wave[:len(wave) // 640 * 640]), self.device)).T for wave in waves]
         lengths, e = [len(mel) for mel in mels], self.encoder
         x = F.gelu(e.conv1(pad_sequence(mels, batch_first=True).mT.to(self.dtype)))
-        x = x * inside(lengths, self.device)[:, None]  # past its end a wave alone has zeros before conv2, too
+        x = x * inside(lengths, self.device)[:, None]  # a wave alone meets zeros past its end in conv2, too
         x = F.gelu(e.conv2(x)).transpose(1, 2)
         x = x + e.embed_positions.weight[:x.shape[1]]
         x = run_layers(e.layers[:self.layer], x, [n // 2 for n in lengths], self.device)
@@ -92,8 +92,8 @@ class OwnGroupNorm(nn.Module):
 class HubertFrames:
     """HuBERT as a frame extractor: `hidden_states[layer]` of the wave, padded by 40 samples on each side.
 
-    A batch's padding is kept out of attention, positional convolution and first normalisation, so a wave's features do
-    not depend on the others in the batch.
+    A batch's padding is kept out of attention, first normalisation and positional convolution (mHuBERT-25hz has a batch
+    norm before it, which gives padding other values than 0), so a wave's features do not depend on the others' lengths.
     """
     position_dependent = False  # HuBERT's positions are relative
 
@@ -104,6 +104,8 @@ class HubertFrames:
         self.norm = None
         if config.feat_extract_norm == "group":
             self.norm = first.layer_norm = OwnGroupNorm(first.layer_norm)
+        if norm := getattr(self.model.encoder.pos_conv_embed, "batch_norm", None):
+            norm.register_forward_hook(lambda _, __, x: x * self.inside.mT)
         self.samples_per_frame = math.prod(config.conv_stride)
         self.rate_hz, self.dim = SAMPLE_RATE / self.samples_per_frame, config.hidden_size
         self.window, self.hop = round(60 * self.rate_hz), round(50 * self.rate_hz)
@@ -124,7 +126,8 @@ class HubertFrames:
         if self.norm:
             self.norm.lengths = [self.n_frames(len(w), 1) for w in waves]
         x = self.model.feature_extractor(put(x, self.device).to(self.dtype)).transpose(1, 2)
-        x = self.model.feature_projection(x) * inside(lengths, self.device)[..., None]
+        self.inside = inside(lengths, self.device)[..., None]  # (B, T, 1)
+        x = self.model.feature_projection(x) * self.inside
         x = x + e.pos_conv_embed(x)
         if not self.model.config.do_stable_layer_norm:
             x = e.layer_norm(x)

@@ -63,7 +63,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """Cross-field checks of the loader."""
-        positive = "width blocks minutes steps batch lr log_every save_every max_hours".split()
+        positive = "width blocks minutes steps batch lr grad_clip log_every save_every max_hours".split()
         wrong = {f"{x} must be positive": getattr(self, x) is not None and getattr(self, x) <= 0 for x in positive}
         wrong |= {"crop_seconds must be at least 0.2": self.crop_seconds < 0.2,
                   "val_every must be at least 2": self.val_every < 2, "ema must be in [0, 1)": not 0 <= self.ema < 1,
@@ -216,7 +216,7 @@ def main(cfg: Config) -> None:
     # ------------------------------------------------ hardware, and the run's folder
     device = pick_device()
     torch.manual_seed(cfg.seed)
-    run = Run(cfg, "vocoder", folder="state")
+    run = Run(cfg, "vocoder", folder="state", reads=(cfg.units, cfg.audio))
     if (run.out / "vocoder.safetensors").exists() and not (run.trainer or cfg.overwrite):
         raise SystemExit(f"{run.out} holds a vocoder.safetensors but no state/ to --resume from. Choose another --out, "
                          f"with --init {run.out}/vocoder.safetensors to start from its weights, or --overwrite")

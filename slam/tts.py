@@ -99,7 +99,7 @@ def spoken(cfg, pool, texts: dict[str, list[str]], desc: str,
     # By 512: imap speaks all its jobs at once, and the waves of a large set don't fit into memory.
     waves = (wave for at in range(0, len(jobs), 512) for wave in pool.imap(speak, jobs[at:at + 512], chunksize=2))
     bar = tqdm(waves, total=len(jobs), disable=None, desc=desc, unit="text")
-    yield from ((id, wave) for wave, id in zip(bar, texts))  # the bar comes first in zip, so that it reaches its end
+    yield from ((id, wave) for wave, id in zip(bar, texts))  # zip asks the bar first, so that it reaches its end
 
 
 def write_audio(path: Path, wave: np.ndarray) -> None:

@@ -14,6 +14,7 @@ A unit file is a safetensors file; its tokens are memory-mapped and its header i
 A corpus is a folder of numbered unit files, its shards. Processes that share a folder number their own, under a prefix.
 """
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -109,7 +110,7 @@ def published_fingerprint(vocab: int) -> Fingerprint:
 
 
 def same_units(a: Fingerprint, b: Fingerprint) -> bool:
-    """Whether two fingerprints are equal; a codebook or text that is not recorded is assumed to be the other's."""
+    """Whether two fingerprints are equal; a codebook or text that is not recorded equals any."""
     if "" in (a.text_sha256, b.text_sha256):
         a, b = a.speech(), b.speech()
     return a == b or "" in (a.codebook_sha256, b.codebook_sha256) and \
@@ -127,14 +128,23 @@ def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
                          f"text)")
 
 
+def newest_first(folder: str | Path, pattern: str) -> list[Path]:
+    """Files below a folder by name, the newest first; a file that goes meanwhile, as a run saves, is left out."""
+    found = []
+    for here, _, names in os.walk(folder):
+        for path in (Path(here, name) for name in fnmatch.filter(names, pattern)):
+            with contextlib.suppress(OSError):
+                found.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
 def find_speaking(fingerprint: Fingerprint, embedded: Path, folder: str,
                   read: Callable[[Path], Fingerprint]) -> str | None:
     """Name of a codebook or vocoder with this fingerprint: `embedded`, or the newest such file below a folder, or None.
 
     embedded: the embedded one's file. read: gives a file's fingerprint; SystemExit for other files.
     """
-    files = [path for path in Path(folder).rglob("*.safetensors") if path.is_file()]  # not broken links
-    for path in [embedded, *sorted(files, key=os.path.getmtime, reverse=True)]:
+    for path in [embedded, *newest_first(folder, "*.safetensors")]:
         with contextlib.suppress(SystemExit):
             if read(path) == fingerprint.speech():
                 return "embedded" if path == embedded else str(path)
@@ -364,8 +374,8 @@ def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
                     if not isinstance(pair.get(key, True), bool):
                         raise ValueError(f"{key} must be true or false, not {pair[key]!r}")
                 pairs.append(pair)
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: no such pair file; synth_stories.py writes one") from None
+    except OSError as e:
+        raise SystemExit(f"{path}: no such pair file ({e.strerror}); synth_stories.py writes one") from None
     except (ValueError, KeyError, TypeError) as e:
         raise SystemExit(f"{path}: pair {len(pairs) + 1}: not a preference pair ({type(e).__name__}: {e})") from None
     return fingerprint, pairs

@@ -195,9 +195,8 @@ class Vocos(Vocoder):
         try:
             with safe_open(path, "pt") as f:
                 meta = {k: json.loads(v) for k, v in f.metadata().items()}
-                state = {k: f.get_tensor(k).float() for k in f.keys()}
-            vocoder = cls(Fingerprint(**meta["fingerprint"]), meta["width"], meta["blocks"])
-            vocoder.load_state_dict(state)
+                vocoder = cls(Fingerprint(**meta["fingerprint"]), meta["width"], meta["blocks"])
+                vocoder.load_state_dict({k: f.get_tensor(k).float() for k in f.keys()})
         except Exception as e:  # a damaged or foreign file fails in many ways
             raise SystemExit(f"{path}: not a vocoder file ({str(e).splitlines()[0]})") from None
         return vocoder

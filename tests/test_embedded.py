@@ -60,7 +60,7 @@ def test_whisper_transcribes_synthetic_speech():
 def test_a_unit_lm_packed_in_eight_bits(runs, stories, tmp_path):
     """A weight is off by at most half a step of its row, the loss by a thousandth; a quarter of the bytes are kept."""
     whole = UnitLM.from_pretrained(str(runs / "lm" / "checkpoint"))
-    run("-m", "slam.build_embedded", runs / "lm", tmp_path / "packed.safetensors")
+    run("dev/pack.py", runs / "lm", tmp_path / "packed.safetensors")
     assert (tmp_path / "packed.safetensors").stat().st_size < 1.02 * whole.n_params()
     build_embedded.build_unit_lm({"packed": tmp_path / "packed.safetensors"}, tmp_path)
     again = UnitLM.from_pretrained(str(tmp_path))

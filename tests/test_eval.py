@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import Config, perplexity, table
+from eval import Config, baseline_scores, main, perplexity, table
+from slam.benchmarks import Benchmark
 from slam.run import merge_results
 from slam.speech import load_judge
 
@@ -29,6 +30,23 @@ def test_perplexity_counts_empty_texts():
     both = perplexity([fluent, other], replace(cfg, n_seeds=2))
     assert both["value"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-3)
     assert both["seeds"] == pytest.approx([math.exp(x) for x in losses], rel=1e-3)
+
+
+def test_what_cannot_be_resynthesised_is_named(tmp_path):
+    (tmp_path / "empty.wav").touch()
+    with pytest.raises(SystemExit, match="empty.wav: empty file"):
+        main(Config(resynth_from=str(tmp_path)))
+
+
+def test_pairs_without_transcripts_are_not_judged_and_counted(capsys):
+    benchmark = Benchmark("pairs", "", pairs=[{"id": "a", "positive_text": "Hi."}, {"id": "b"}])
+    assert baseline_scores(Config(val=("x",), text_judge="embedded:smollm2-135m"), benchmark, [], {}) == {}
+    assert "pairs: not scored by the text judge, as 3 transcripts are missing" in capsys.readouterr().out
+
+
+def test_a_manifest_is_not_replaced(tmp_path):
+    assert "exists; name another file" in " ".join(
+        Config(benchmark=("sblimp",), path=("x",), write_manifest=str(tmp_path)).problems())
 
 
 def test_results_merge(tmp_path):

@@ -14,7 +14,6 @@ from slam.interleave import (
     TEXT,
     Mixed,
     MixedRows,
-    View,
     Vocabulary,
     chunk_spans,
     interleave,
@@ -155,8 +154,8 @@ def test_the_text_keeps_its_positions():
 
 def test_views(reader):
     mixed = Mixed(reader, (0.3, 0.2, 0.5), seed=3)
-    assert View(mixed, TEXT).lengths.tolist() == [len(reader.words(i)[0]) + 2 for i in range(len(reader))]
-    for view in (View(mixed, kind) for kind in (SPEECH, TEXT, INTERLEAVED)):
+    assert mixed.view(TEXT).lengths.tolist() == [len(reader.words(i)[0]) + 2 for i in range(len(reader))]
+    for view in (mixed.view(kind) for kind in (SPEECH, TEXT, INTERLEAVED)):
         assert view.lengths.tolist() == [len(view.tokens(i)) for i in range(len(reader))]
 
 

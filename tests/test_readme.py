@@ -20,8 +20,8 @@ SETTINGS = {"prepare_units.py": {"": "Config", "fit": "slam.kmeans.FitConfig", "
             "dev/plot.py": {"": "PlotConfig"}, "dev/voices.py": {"people": "PeopleConfig", "words": "WordsConfig"},
             "dev/bench.py": {"train": "BenchTrain", "dpo": "BenchDpo", "generate": "BenchGenerate", "eval": "BenchEval",
                              "memory": "BenchMemory", "units": "BenchUnits", "vocoder": "BenchVocoder"}}
-WITHOUT = {"model.py", "-m slam.embedded", "-m slam.build_embedded", "runs/corpora.py",
-           "dev/gpu_check.py"}  # their arguments are argparse's
+WITHOUT = {"model.py", "-m slam.embedded", "runs/corpora.py", "dev/gpu_check.py",
+           "dev/pack.py"}  # their arguments are argparse's
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 
 

@@ -4,13 +4,14 @@ import math
 import signal
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from slam.run import Run
+from slam.run import Run, run_problems
 from slam.units import Fingerprint
+from train import Config
 
 FINGERPRINT = Fingerprint("x", 1, 25.0, 20, True, "f" * 64)
 
@@ -73,6 +74,27 @@ def test_settings_that_have_gone_and_that_changed(saved):
     assert Run(Settings(str(saved), resume=True, grad_clip=1.0, activation_checkpointing=True), "train").step == 3
     with pytest.raises(SystemExit, match="context was 64, now 32$"):
         Run(Settings(str(saved), resume=True, context=32), "train")
+
+
+def test_the_saved_config_does_not_overwrite(saved):
+    """`train.py out/x/config.json --seed=8` would remove the run that a first `--overwrite` began."""
+    run = Run(Settings(str(saved), overwrite=True), "train")
+    run.open()
+    assert not json.loads((saved / "config.json").read_text())["overwrite"]
+
+
+def test_what_a_run_reads_is_not_in_its_folder(tmp_path):
+    with pytest.raises(SystemExit, match="units lies in the run's own folder"):
+        Run(Settings(str(tmp_path)), "train", reads=("hub/name", "", str(tmp_path / "units")))
+
+
+def test_settings_that_no_run_can_have(tmp_path):
+    cfg = Config(out=str(tmp_path), train=("x",), val=("x",), steps=10)
+    assert not run_problems(cfg)
+    for wrong, problem in (({"grad_clip": 0.0}, "grad_clip"), ({"steps": -1}, "steps"), ({"lr": -1.0}, "lr")):
+        assert len(found := run_problems(replace(cfg, **wrong))) == 1 and problem in found[0]
+    assert "no such field n_layer; there are vocab_size" in replace(cfg, shape={"n_layer": 2}).problems()[0]
+    assert not replace(cfg, shape={"num_hidden_layers": 2}, grad_clip=math.inf).problems()
 
 
 def test_records_after_the_checkpoint_go(saved):

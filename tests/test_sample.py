@@ -150,10 +150,8 @@ def test_newest_finished_checkpoint(tmp_path, monkeypatch):
         (folder / "slam.json").write_text(json.dumps({"finished": finished}))
         os.utime(folder / "slam.json", (i, i))
     assert sample.newest_checkpoint() == sample.newest_checkpoint(otherwise="embedded:slam-mini") == "out/b/c"
-    cfg = sample.Config()
-    assert str(sample.new_folder(cfg)) == "out/samples"
-    (tmp_path / "out" / "samples").mkdir()
-    assert str(sample.new_folder(cfg)) == "out/samples_2"
+    assert [str(sample.make_folder("")) for _ in range(2)] == ["out/samples", "out/samples_2"]
+    assert sample.make_folder("a/b") == sample.make_folder("a/b")
 
 
 def test_labels_of_checkpoints_differ():

@@ -123,23 +123,28 @@ def test_half_precision_is_near(tokenizer, wave):
     assert (exact == half).mean() > 0.97
 
 
-def hubert(folder, norm="group", stable=False):
+def hubert(folder, norm="group", stable=False, batch_norm=False):
     """A small HuBERT with mHuBERT-25hz's strides, randomly initialised, saved as a folder."""
     from transformers import HubertConfig, HubertModel
     torch.manual_seed(0)
     config = HubertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
                           conv_dim=(16,) * 7, conv_stride=(5, 2, 2, 2, 2, 2, 4), num_conv_pos_embeddings=16,
                           num_conv_pos_embedding_groups=2, feat_extract_norm=norm, do_stable_layer_norm=stable,
-                          conv_bias=norm == "layer")
+                          conv_bias=norm == "layer", conv_pos_batch_norm=batch_norm)
     model = HubertModel(config).eval()
+    if batch_norm:
+        norm = model.encoder.pos_conv_embed.batch_norm
+        for x in (norm.running_mean, norm.bias.data):
+            x.normal_()
     model.save_pretrained(folder)
     return model
 
 
-@pytest.mark.parametrize("norm, stable, layer", [("group", False, 3), ("layer", True, 2), ("group", False, 4)])
-def test_hubert_type_encoders(tmp_path, wave, voice, norm, stable, layer):
+@pytest.mark.parametrize("norm, stable, batch_norm, layer", [
+    ("group", False, True, 3), ("layer", True, False, 2), ("group", False, False, 4)])
+def test_hubert_type_encoders(tmp_path, wave, voice, norm, stable, batch_norm, layer):
     """The full path of a hub encoder: loaded by name; the features of transformers' model, alone and in a batch."""
-    model = hubert(tmp_path / "hubert", norm, stable)
+    model = hubert(tmp_path / "hubert", norm, stable, batch_norm)
     encoder = load_encoder(str(tmp_path / "hubert"), layer)
     assert isinstance(encoder, HubertFrames) and encoder.rate_hz == 25.0
     waves = [wave, voice("Hi."), wave[:20_000], np.tile(wave, 2), wave[3000:3640]]

@@ -14,6 +14,7 @@ from slam.units import (
     UnitReader,
     UnitWriter,
     dedup,
+    newest_first,
     read_pairs,
     require_same,
     to_tokens,
@@ -145,8 +146,19 @@ def test_pairs(tmp_path, fingerprint):
         write_pairs(path, fingerprint, pairs + [bad])
         with pytest.raises(SystemExit, match="pair 3"):
             read_pairs(path)
-    with pytest.raises(SystemExit, match="no such pair file"):
-        read_pairs(tmp_path / "none.jsonl")
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(SystemExit, match="no such pair file"):
+            read_pairs(path)
+
+
+def test_newest_files_first_but_not_those_that_have_gone(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for i, name in enumerate(("old.x", "sub/new.x", "other.y")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (i, i))
+    (tmp_path / "gone.x").symlink_to("nowhere")  # as if it had gone between listing and looking
+    assert newest_first(tmp_path, "*.x") == [tmp_path / "sub" / "new.x", tmp_path / "old.x"]
+    assert newest_first(tmp_path / "nothing", "*.x") == []
 
 
 def test_sizes_are_of_the_paths_not_of_the_shards(corpus):
