@@ -1,6 +1,6 @@
 """Text to speech to units: stories written by a text LM, spoken by a TTS; preference pairs and spoken benchmarks.
 
-    python synth_stories.py config/demo_stories.py                      # 250 stories: 3 minutes on two CPU cores
+    python synth_stories.py config/demo_stories.py                      # 190 stories: 3 minutes on two CPU cores
     python synth_stories.py config/spoken_swag.py --swag SpokenSwag     # pairs of a folder of its parquet files
     python synth_stories.py config/spoken_swag.py --swag train.csv      # pairs of SWAG's text; hours of speaking
 

@@ -4,6 +4,5 @@ train = ("out/demo/data/units/train",)
 val = ("out/demo/data/units/val",)
 manifest = ("out/demo/data/tstorycloze", "out/demo/data/sblimp")
 generate_from = "out/demo/data/tstorycloze"
-text_judge = "embedded:smollm2-135m"
 n_generate = 10
 allow_eos = False  # Whisper's units sound finished where a prompt is cut, so EOS would follow at once

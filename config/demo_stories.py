@@ -1,6 +1,6 @@
-"""The demo's data: an hour and a half of stories, as much as two cores write, speak and tokenise in four minutes."""
+"""The demo's data: an hour of stories, as much as two slow cores write, speak and tokenise in three minutes."""
 out = "out/demo/data"
-n_train = 210
+n_train = 150
 n_val = 40
-n_pairs = 120
-n_sblimp = 80
+n_pairs = 80
+n_sblimp = 60
