@@ -203,7 +203,7 @@ def fetch(url: str, path: str | Path, digest: str = "", size: int = 0, first: in
 def border(url: str, at: int, whole: int, **how) -> int:
     """Where the first member of a tar that begins at or after byte `at`, a multiple of 512, ends; `whole` if none does.
 
-    There, not where it begins: headers with a long name or other attributes may precede a member's own.
+    Its end, as headers that belong to it, with a long name or other attributes, may precede its own.
     """
     with tempfile.TemporaryDirectory() as folder:
         while at < whole:
