@@ -71,11 +71,12 @@ def draw(found: dict[tuple[str, float], list[dict]], path: str) -> None:
     tokens.set(title="the same, against tokens of all kinds", ylabel="validation loss (nats per unit)")
     for axes in (speech, four):
         axes.axhline(50, color="0.6", lw=0.8, ls=":")
+        axes.margins(y=0.25)  # room for the legend
     for axes in (speech, four, flops, tokens):
         axes.set(xscale="log", xlabel="tokens" if axes is tokens else "training compute (FLOPs)")
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper right", ncols=4)
     figure.savefig(path, dpi=120)
     print(f"\n{path}")
 
