@@ -417,7 +417,7 @@ def train_stage(size: Size) -> dict:
         time.sleep(0.2)
     first = time.perf_counter() - started
     process.send_signal(signal.SIGTERM)
-    if (code := process.wait()) not in (0, 128 + signal.SIGTERM):
+    if (code := process.wait()) not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):  # the last: after its end
         raise RuntimeError(f"train.py: exit code {code}")
     stopped = log_of(out)[-1]["step"]
     run_stage(size, *command, "--resume")
