@@ -79,7 +79,7 @@ class Config:
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5 or self.nll_weight < 0:
             found.append("beta must be positive, label_smoothing in [0, 0.5), nll_weight not negative")
         if self.batch_pairs < 1 or self.batch_pairs % world_size() or self.micro_batch < 1:
-            found.append(f"batch_pairs (a multiple of {world_size()} GPUs) and micro_batch must be at least 1")
+            found.append(f"batch_pairs must be a multiple of the GPUs ({world_size()}), and micro_batch at least 1")
         return found
 
 

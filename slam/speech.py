@@ -90,10 +90,10 @@ def load(Model: type, name: str, *others: type) -> tuple:
     return model, *(Other.from_pretrained(folder) for Other in others)
 
 
-def transcribe(waves: list[np.ndarray], asr: str, batch: int = 8, strip: bool = True) -> list[str]:
+def transcribe(waves: list[np.ndarray], asr: str, batch: int = 16, strip: bool = True) -> list[str]:
     """Whisper's greedy transcripts of waves (T,) at 16 kHz, of which the first 30 s are heard; "" for an empty wave.
 
-    batch: waves heard together; small GPUs hold no more of a large Whisper. strip: remove Whisper's leading space.
+    batch: waves heard together, so few for the sake of 8 GB cards. strip: remove Whisper's leading space.
     """
     model, extractor, tokenizer = load_asr(asr)
     texts = [""] * len(waves)
