@@ -62,7 +62,7 @@ def segment_table(positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # ---------------------------------------------------------------- how it is computed
 @dataclass
 class Segments:
-    """A list of each segment's (length, first, shared), see `segment_table`, that compiled code hands on unread."""
+    """Each segment's (length, first, shared), see `segment_table`, as a list: compiled code does not trace it."""
     spans: list[tuple[int, int, int]]
 
     @classmethod
@@ -99,7 +99,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     if not (mask is None or isinstance(mask, Tensor)):
         return mask.attend(q, k, v)
     groups = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1:  # a decoding step: as queries of one head, the heads of a group need no copies of its keys
+    if q.shape[2] == 1:  # a decoding step: a group's heads become queries of its key head, so no keys are copied
         y = F.scaled_dot_product_attention(q.view(len(q), -1, groups, q.shape[3]), k, v, mask)
         return y.reshape(q.shape)  # not a view: CUDA's kernel with a mask returns another order in memory
     if q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):

@@ -82,9 +82,9 @@ class Muon(torch.optim.Optimizer):
 
     w -= lr (0.2 sqrt(max(w.shape)) orthogonal(u) + weight_decay w)
 
-    The factor gives the steps the RMS of AdamW's (Liu et al. 2025, arXiv 2502.16982). The same as torch.optim.Muon with
-    adjust_lr_fn="match_rms_adamw", and its state, but 16 matrices of a shape at a time: for Qwen2.5-0.5B a tenth of the
-    3,700 kernels a step.
+    The factor gives the steps the RMS of AdamW's (Liu et al. 2025, arXiv 2502.16982). It computes and stores what
+    torch.optim.Muon does with adjust_lr_fn="match_rms_adamw", but updates 16 matrices of a shape at once: for
+    Qwen2.5-0.5B a tenth of the 3,700 kernels a step.
     """
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):

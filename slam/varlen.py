@@ -32,7 +32,7 @@ flash = functools.partial(varlen_attn, **causal_options(varlen_attn)) if varlen_
 
 @functools.cache
 def flash_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU has it. Says so once if not."""
+    """Whether FlashAttention runs on a GPU in this dtype; if not, the reason is printed once."""
     reason = "" if dtype in (torch.bfloat16, torch.float16) else f"it computes in {dtype}".replace("torch.", "")
     if torch.cuda.get_device_capability(device) < (8, 0):
         reason = "it is older than Ampere"
@@ -53,7 +53,7 @@ class VarLen(NamedTuple):
     query_offsets: Tensor  # (128 n,)
     key_offsets: Tensor  # (128 n,)
     keys: Tensor | None = None  # (K,) int64, the token of each gathered key
-    uses: Tensor | None = None  # (B T, n) int64, where among the gathered keys each token is, -1: nowhere else
+    uses: Tensor | None = None  # (B T, n) int64, each token's places among the gathered keys, filled up with -1
 
     @classmethod
     def of(cls, positions: Tensor, device: torch.device) -> "VarLen":
