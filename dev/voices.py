@@ -3,11 +3,8 @@
     python dev/voices.py people                             # out/people/telephone, out/people/audiobook: from Debian
     python eval.py --resynth_from out/people/telephone
     python dev/voices.py words                              # out/words/audio: 2 h in the TTS' voice; one minute
-    python dev/voices.py units                              # out/words/units: of these, as other people would say them
 
-No word predicts the next, so a vocoder learns to trust the units and not what stories tend to say. Units of other
-people differ from the TTS' for the same word; from copies that the tokeniser hears as other voices it learns to say
-these, too.
+No word predicts the next, so a vocoder learns to trust the units and not what stories tend to say.
 """
 import sys
 from pathlib import Path
@@ -15,26 +12,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import json
-import math
 import re
 import shutil
 import subprocess
 import tempfile
-import zlib
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from config import load_config
 from slam.audio import SAMPLE_RATE, load_audio
-from slam.device import pick_device
 from slam.embedded import resolve
-from slam.tokenizer import SpeechTokenizer
 from slam.tts import speakers, spoken, write_audio
-from slam.units import UnitWriter
 
 PEOPLE = {"telephone": ("asterisk-core-sounds-en-wav", "usr/share/asterisk/sounds"),  # a woman's prompts, 8 kHz
           "audiobook": ("pocketsphinx-testdata", "usr/share/pocketsphinx/test/data/librivox")}  # five sentences
@@ -56,19 +46,6 @@ class WordsConfig:
     tts: str = "hibari"  # a name in slam/tts.py
     voices: tuple[str, ...] = ()  # of the TTS; the first one speaks
     workers: int = 2  # processes that speak
-    seed: int = 0
-
-
-@dataclass
-class UnitsConfig:
-    """Tokenise recordings and stretched copies of them, for slam.train_vocoder: each copy's audio is the original's."""
-    input: str = "out/words/audio"  # folder of .flac files
-    out: str = "out/words/units"  # unit files to write; what is there is not made again
-    copies: int = 4  # of each recording, beside the original
-    max_stretch: float = 1.4  # of the spectrum, which moves pitch and formants, up or down
-    gain_db: float = 8.0  # deviation of a microphone's random gains
-    noise_db: tuple[float, float] = (5.0, 40.0)  # white noise, at least and at most so far below the speech
-    telephone: float = 0.4  # share of the copies that end at 4 kHz
     seed: int = 0
 
 
@@ -122,42 +99,9 @@ def words(cfg: WordsConfig) -> None:
     print(f"{out}: {cfg.recordings} recordings")
 
 
-def heard_as(filters: torch.Tensor, stretch: float, highest: float = 8000.0, gains: tuple = (0.0,)) -> torch.Tensor:
-    """Mel filters (bins, mels) that hear the spectrum of another voice through another microphone.
-
-    Energy at f Hz is counted where the old filters count stretch * f, if that is not above `highest` Hz, and louder by
-    gains in dB, given at equal distances from 0 to 8000 Hz.
-    """
-    bins = np.arange(len(filters))
-    columns = [np.interp(stretch * bins, bins, column, right=0) for column in filters.T.cpu().numpy()]
-    gain = np.interp(stretch * bins, np.linspace(0, bins[-1], len(gains)), gains)
-    loudness = 10 ** (gain / 10) * (stretch * bins * SAMPLE_RATE / 2 / bins[-1] <= highest)
-    return torch.tensor(np.stack(columns, 1) * loudness[:, None], dtype=torch.float32, device=filters.device)
-
-
-def units(cfg: UnitsConfig) -> None:
-    """Write OUT/*.safetensors: each recording's units, then those of its copies, which have its id and its times."""
-    tokenizer = SpeechTokenizer.load("embedded", pick_device().type)
-    filters = tokenizer.encoder.mel_filters
-    with UnitWriter(cfg.out, tokenizer.fingerprint, cfg.input, durations=True, shard_tokens=500_000) as writer:
-        done = set(writer.done)
-        paths = [path for path in sorted(Path(cfg.input).glob("*.flac")) if path.name not in done]
-        for path in tqdm(paths, disable=None, desc="units"):
-            wave, rng = load_audio(path), np.random.default_rng((cfg.seed, zlib.crc32(path.name.encode())))
-            writer.add(path.name, *tokenizer.encode(wave, SAMPLE_RATE))
-            for _ in range(cfg.copies):
-                stretch = math.exp(rng.uniform(-1, 1) * math.log(cfg.max_stretch))
-                highest = 4000.0 if rng.random() < cfg.telephone else 8000.0
-                tokenizer.encoder.mel_filters = heard_as(filters, stretch, highest, rng.normal(0, cfg.gain_db, 7))
-                noise = 10 ** (-rng.uniform(*cfg.noise_db) / 20) * wave.std() * rng.standard_normal(len(wave))
-                writer.add(path.name, *tokenizer.encode(wave + noise, SAMPLE_RATE))
-            tokenizer.encoder.mel_filters = filters
-    print(f"{cfg.out}: {len(writer.done)} recordings, {1 + cfg.copies} times each")
-
-
 if __name__ == "__main__":
     command, arguments = "".join(sys.argv[1:2]), sys.argv[2:]
-    commands = {"people": (people, PeopleConfig), "words": (words, WordsConfig), "units": (units, UnitsConfig)}
+    commands = {"people": (people, PeopleConfig), "words": (words, WordsConfig)}
     if command not in commands:
         raise SystemExit(__doc__)
     commands[command][0](load_config(commands[command][1], arguments, __doc__))

@@ -2,10 +2,7 @@
 import shutil
 import sys
 
-import numpy as np
 import pytest
-import soundfile
-import torch
 from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "dev"))
@@ -15,7 +12,6 @@ from slam.audio import SAMPLE_RATE, load_audio
 from slam.metrics import word_error_rate
 from slam.speech import transcribe
 from slam.tokenizer import SpeechTokenizer
-from slam.units import UnitReader
 from slam.vocoder import Vocoder
 
 
@@ -30,24 +26,6 @@ def test_random_words_are_words_and_repeat():
 def test_random_words_are_spoken(tmp_path):
     run("dev/voices.py", "words", f"--out={tmp_path}", "--recordings=2", "--workers=1")
     assert [2 < len(load_audio(tmp_path / f"0000{i}.flac")) / SAMPLE_RATE < 60 for i in (0, 1)] == [True, True]
-
-
-def test_filters_that_hear_another_voice():
-    filters = SpeechTokenizer.load("embedded").encoder.mel_filters  # (201, 80), a row for every 40 Hz
-    torch.testing.assert_close(voices.heard_as(filters, 1.0), filters)
-    torch.testing.assert_close(voices.heard_as(filters, 1.25)[40], filters[50])
-    assert not voices.heard_as(filters, 1.25, highest=4000.0)[81:].any()
-    torch.testing.assert_close(voices.heard_as(filters, 1.0, gains=(0, 10))[100], filters[100] * 10 ** 0.5)
-
-
-def test_units_of_copies(voice, tmp_path):
-    soundfile.write(tmp_path / "a.flac", voice("The dog is sleeping in the garden."), SAMPLE_RATE)
-    for _ in range(2):  # the second time they are there
-        run("dev/voices.py", "units", f"--input={tmp_path}", f"--out={tmp_path}/units", "--copies=2")
-    reader = UnitReader(tmp_path / "units")
-    assert reader.ids() == ["a.flac"] * 3 and len({reader.durations(i).sum() for i in range(3)}) == 1
-    frames = [np.repeat(reader.units(i), reader.durations(i)) for i in range(3)]
-    assert all(0.3 < (frames[0] == other).mean() < 1 for other in frames[1:])
 
 
 def test_people_are_understood_from_their_units(tmp_path):
