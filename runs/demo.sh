@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of Slam in miniature, on real parts, with no GPU and no hub: 8 to 10 minutes on two cores.
+# The whole of Slam in miniature, on real parts, with no GPU and no hub: 8 minutes on two cores, after set-up.
 # Killed or failed, it goes on where it was when started again. OUT is out/demo.
 set -euo pipefail
 started=$SECONDS

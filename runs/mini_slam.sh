@@ -28,7 +28,8 @@ case ${SCALE:-cpu} in
 cpu) budgets="150000 300000 600000 1200000 2400000 4800000 9600000" ;;
 gpu) OUT=${OUT:-out/mini_gpu} DATA=${DATA:-out/mini}
      budgets="300000 600000 1200000 2400000 4800000 9600000 19200000" hours=0.01
-     size="--micro_batch=8 --batch_tokens=8192 --compile=false" few_steps="--compile=false" glimpse= ;;  # to compile takes longer than most runs
+     size="--micro_batch=8 --batch_tokens=8192 --compile=false" few_steps="--compile=false"  # compiling takes longer
+     glimpse= ;;
 tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 16000" middle=8000 scratch="4000 8000"
       rates="0.006 0.012" hours=0.003 depths="1 2" pieces=600 packed=$OUT/slam_mini.safetensors
       size="--n_layers=1 --context=512 --micro_batch=2 --batch_tokens=1024"
