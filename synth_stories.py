@@ -123,7 +123,7 @@ def tidy(text: str, max_sentences: int = 7) -> list[str] | None:
         words = re.findall(r"[a-z']+", " ".join([*kept, sentence]).lower())
         bigrams = list(zip(words, words[1:]))
         if (not 2 <= len(sentence.split()) <= 25 or sentence in kept or len(set(bigrams)) <= 0.75 * len(bigrams)
-                or not re.fullmatch(r"[A-Za-z0-9 ,.!?'\"-]+", sentence)):
+                or not re.fullmatch(r"(?!.*\w{25})[A-Za-z0-9 ,.!?'\"-]+", sentence)):
             break
         kept.append(sentence)
     return kept if len(kept) >= 5 else None

@@ -14,19 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from model import from_config
 from slam.metrics import mean_and_error
 from slam.units import UnitReader
 
 SETS = {"tstorycloze": "tSC-style, %", "sstorycloze": "sSC-style, %", "sblimp": "sBLIMP-style, %"}
-ROWS = {r"twist_\d+": "TWIST", r"scratch_\d+": "from scratch", r"slam_\d+": "TWIST, slam.py's settings",
+ROWS = {r"twist_\d+": "TWIST", r"scratch_\d+": "from scratch", r"whole_\d+": "TWIST, all 30 layers",
+        r"wholescratch_\d+": "from scratch, 30 layers", r"slam_\d+": "TWIST, slam.py's settings",
         r"lr([\d.e-]+)_\d+": r"TWIST, learning rate \1", r"pieces(\d+)_\d+": r"TWIST, \1 pieces",
         r"layers(\d+)_hours": r"TWIST, \1 layers, fixed time",
         r"width(\d+)_hours": r"from scratch, \1 wide, fixed time",
-        r"twist_\d+_\d_dpo": "after DPO"}  # pattern of a run's folder, less its seed: label
+        r"twist_\d+_\d_dpo": "after DPO",
+        r"whole_\d+_\d_dpo": "30 layers, after DPO"}  # pattern of a run's folder, less its seed: label
 
 
 # ---------------------------------------------------------------- fits
@@ -185,10 +188,11 @@ def read_run(folder: Path) -> dict | None:
     slam = json.loads(slam.read_text())
     if not slam["finished"]:
         return None
-    with safe_open(folder / "checkpoint" / "model.safetensors", "np") as f:
-        n_params = sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())
+    with torch.device("meta"):
+        lm = from_config(json.loads((folder / "checkpoint" / "config.json").read_text()))
     return {"row": name[1], "seed": int(name[2]), "stage": slam["stage"], "tokens": slam["tokens"],
-            "hours": slam["seconds"] / 3600, "train": slam["config"].get("train"), "n_params": n_params,
+            "hours": slam["seconds"] / 3600, "train": slam["config"].get("train"),
+            "n_params": sum(p.numel() for p in lm.parameters()),
             "results": json.loads((folder / "results.json").read_text())}
 
 
@@ -376,11 +380,12 @@ def picture(rows: dict[str, list[dict]], path: Path) -> None:
     except ImportError:
         print("for the picture: pip install matplotlib", file=sys.stderr)
         return
-    fitted = fits(rows)
+    fitted = {kind: fits(rows, kind) for kind in ("twist", "whole")}
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, metric in zip(figure.subplots(2, 2).flat, ("val_loss", *SETS)):
         is_loss, shown = metric == "val_loss", []  # what the axis must show: all but the band
         for kind, name, style in (("twist", "TWIST", dict(color="black", marker="o")),
+                                  ("whole", "TWIST, 30 layers", dict(color="C2", marker="^")),
                                   ("scratch", "from scratch", dict(color="C0", marker="s")),
                                   ("slam", "slam.py's settings", dict(color="C1", marker="D"))):
             x, y, seeds, pairs = points(rows, kind, metric).T
@@ -388,15 +393,17 @@ def picture(rows: dict[str, list[dict]], path: Path) -> None:
             if len(x):
                 axes.errorbar(x, y, error, ls="", ms=4, lw=1, capsize=2, label=name, **style)
                 shown += [*(y - error), *(y + error)]
-        if metric in fitted:
-            known, fit = fitted[metric]
+        for kind, shade in (("twist", "0.4"), ("whole", "C2")):
+            if metric not in fitted[kind]:
+                continue
+            known, fit = fitted[kind][metric]
             x = np.geomspace(known[0, 0], 10 * known[-1, 0], 100)
             y, low, high = np.array([fit.interval(tokens) for tokens in x]).T
             name = {"saturating": "$E + A N^{-α}$", "power": "$A N^{-α}$", "logistic": "fit, 10 times on"}[fit.kind]
-            axes.plot(x, y, color="0.4", lw=1, label=name)
+            axes.plot(x, y, color=shade, lw=1, label=name)
             shown += [*y]
             if np.isfinite(low).all():
-                axes.fill_between(x, low, high, color="0.85", zorder=0)
+                axes.fill_between(x, low, high, color=shade, alpha=0.2, lw=0, zorder=0)
         for key, name, line in (("bigram", "bigram", ":"), ("text_lm", "text LM", "--")):
             if found := reference(rows, "bigram_loss" if is_loss and key == "bigram" else f"{metric}_{key}"):
                 axes.axhline(found["value"], color="C3", lw=1, ls=line, label=name)
@@ -435,8 +442,9 @@ def main(out: Path, path: Path) -> None:
         raise SystemExit(f"{out}: no finished run; runs/mini_slam.sh makes them")
     corpus(out)
     all_rows(rows)
-    if lines := [describe(metric, *found) for metric, found in fits(rows).items()]:
-        table(["TWIST over tokens", "fit", "slope", "largest budget N", "predicted at 10 N", "crosses 65 % at"], lines)
+    for kind, name in (("twist", "TWIST over tokens"), ("whole", "TWIST, all 30 layers, over tokens")):
+        if lines := [describe(metric, *found) for metric, found in fits(rows, kind).items()]:
+            table([name, "fit", "slope", "largest budget N", "predicted at 10 N", "crosses 65 % at"], lines)
     generated(rows)
     picture(rows, path)
 

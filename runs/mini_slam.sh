@@ -4,13 +4,14 @@
 #
 #   bash runs/mini_slam.sh              # everything: on two CPU cores 5 h for the data, 8 for the curve, 7 for the rest
 #   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve dpo ship listen scratch slam shape bpe report
-#   SCALE=gpu bash runs/mini_slam.sh    # larger steps and more tokens on out/mini's data, in out/mini_gpu: half an hour
+#   SCALE=gpu bash runs/mini_slam.sh    # more tokens, and the whole base too, on out/mini's data, in out/mini_gpu
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
 # The order is that of importance. Killed, it goes on; what is there is not made again. PARTS=7: parts of 2,500 training
 # stories beside part0. OUT=FOLDER for the runs, DATA=FOLDER if the parts are elsewhere. RATES="0.01 0.02": learning
-# rates to choose from; LR=0.006: no choice. SHIP=RUN: the run to pack. NO_EVAL=1: only train, where there are no wav
-# files; the same command without it evaluates later.
+# rates to choose from; LR=0.006: no choice. SHIP=RUN: the run to pack. JOBS=8: so many runs at once, on a GPU, which one
+# small model does not fill. NO_EVAL=1: only train, where there are no wav files; the same command without it evaluates
+# later.
 # What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
 set -euo pipefail
 steps="data lr curve dpo ship listen scratch slam shape bpe report" only=${*:-${ONLY:-}}
@@ -20,17 +21,19 @@ done
 
 # ---------------------------------------------------------------- settings of a scale
 # size: flags of every run; middle: the budget of single comparisons; rates: learning rates to choose from at `middle`;
-# hours: of each run in `shape`; glimpse: train.py's one file of validation units (eval.py takes all); few_*: flags that
-# make the last steps small
-stories= size= glimpse=/00000.safetensors few_texts= few_pairs= few_steps= packed=assets/slam_mini.safetensors
+# hours: of each run in `shape`; whole: budgets of runs with all 30 layers of the base; glimpse: train.py's one file of
+# validation units (eval.py takes all); few_*: flags that make the last steps small
+stories= whole= size= glimpse=/00000.safetensors few_texts= few_pairs= few_steps= packed=assets/slam_mini.safetensors
 middle=1200000 scratch="300000 1200000 4800000" rates="0.003 0.006 0.012" hours=0.25 depths="2 4 8" pieces=2000
 case ${SCALE:-cpu} in
 cpu) budgets="150000 300000 600000 1200000 2400000 4800000 9600000" ;;
 gpu) OUT=${OUT:-out/mini_gpu} DATA=${DATA:-out/mini}
-     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000" hours=0.01
-     size="--micro_batch=8 --batch_tokens=8192 --compile=false" few_steps="--compile=false"  # compiling takes longer
-     glimpse= ;;
+     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000 26400000" hours=0.01
+     whole="1200000 4800000 19200000 26400000" stories="--batch=2048 --workers=$(nproc)"
+     size="--save_every=10000 --compile=false" few_texts="--compile=false --batch=100"  # compiling takes longer
+     few_pairs="--batch=125" few_steps="--micro_batch=8 --compile=false" glimpse= ;;
 tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 16000" middle=8000 scratch="4000 8000"
+      JOBS=${JOBS:-2}
       rates="0.006 0.012" hours=0.003 depths="1 2" pieces=600 packed=$OUT/slam_mini.safetensors
       size="--n_layers=1 --context=512 --micro_batch=2 --batch_tokens=1024"
       stories="--n_train=40 --n_val=8 --n_pairs=4 --n_sblimp=8 --max_sentences=6 --max_new_tokens=80 --batch=64"
@@ -42,6 +45,7 @@ source "$(dirname "$0")/setup.sh"
 out=${OUT:-out/mini} parts=${PARTS:-7} rates=${RATES:-$rates}
 data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
+whole_base="$fast --n_layers=none --lr=0.003 --micro_batch=16 --batch_tokens=16384 --compile=true"
 pairs=$part0/tstorycloze,$part0/sstorycloze,$part0/sblimp
 speech=$(seq -s, -f "$out/part%g/units/train" 0 "$parts") held_out=$part0/units/val tokenizer=
 mkdir -p "$out" "$data"
@@ -63,6 +67,17 @@ train() {  # train NAME CONFIG... FLAG...: a run, unless it is there, and its ev
     finished "$run" && has "$run" val_loss || python train.py $size "$@" --train="$speech" \
         --val="$held_out$glimpse" --out="$run" --resume
     evaluate "$run"
+}
+
+beside() {  # beside COMMAND...: in the background, where JOBS are allowed; `finish` waits for all
+    [ "${JOBS:-1}" -gt 1 ] || { "$@"; return; }
+    [ "$(jobs -rp | wc -l)" -lt "$JOBS" ] || wait -n
+    "$@" &
+}
+
+finish() {  # wait for all that runs in the background; fails if one of it failed
+    local job
+    for job in $(jobs -p); do wait "$job"; done
 }
 
 evaluate() {  # evaluate RUN: validation loss and accuracies, unless they are there
@@ -88,8 +103,8 @@ need_rate() {  # the chosen learning rate
     [ -n "$rate" ] || lr
 }
 
-best_run() {  # the best of the curve's runs
-    python dev/mini_report.py best "$out"/twist_*
+best_run() {  # best_run twist: the best of the curve's runs; of `whole`, the best with all layers
+    python dev/mini_report.py best "$out/$1"_*
 }
 
 # ---------------------------------------------------------------- the steps
@@ -108,7 +123,8 @@ data() {  # part0 with validation stories and pairs; the others with as few of t
 lr() {  # the learning rate of all runs but slam.py's: the best at the middle budget
     local chosen
     [ -z "${LR:-}" ] || return 0
-    for rate in $rates; do train lr${rate}_${middle}_0 $fast --lr=$rate --tokens=$middle; done
+    for rate in $rates; do beside train lr${rate}_${middle}_0 $fast --lr=$rate --tokens=$middle; done
+    finish
     chosen=$(python dev/mini_report.py best "$out"/lr*_${middle}_0)
     rate=${chosen##*/lr} rate=${rate%%_*}
     case $rate in ${rates%% *} | ${rates##* }) echo "the best rate, $rate, is at the border of $rates" ;; esac
@@ -121,46 +137,60 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
     if [ -e "$out/lr${rate}_${middle}_0" ] && [ ! -e "$out/twist_${middle}_0" ]; then
         ln -s lr${rate}_${middle}_0 "$out/twist_${middle}_0"  # the run by which the rate was chosen
     fi
+    for tokens in $(tac -s' ' <<< "$whole "); do  # the longest first
+        affordable $tokens || continue
+        beside train whole_${tokens}_0 $whole_base --tokens=$tokens --init=first_rows
+    done
     for seed in 0 1 2; do
-        for tokens in $list; do
+        for tokens in $(tac -s' ' <<< "$list "); do
             affordable $tokens || continue
-            train twist_${tokens}_$seed $fast --lr=$rate --tokens=$tokens --seed=$seed
+            beside train twist_${tokens}_$seed $fast --lr=$rate --tokens=$tokens --seed=$seed
         done
         list=${budgets% * *}
     done
+    finish
     for tokens in $budgets; do [ ! -e "$out/twist_${tokens}_0" ] || largest="${largest##* } $tokens"; done
-    for tokens in $largest; do generate "$out/twist_${tokens}_0"; done
+    for tokens in $largest; do beside generate "$out/twist_${tokens}_0"; done
     # Once: unigrams and bigrams of the units, and a text LM on the transcripts.
     run=$out/twist_${budgets%% *}_0
     [ -n "${NO_EVAL:-}" ] || has "$run" sblimp_text_lm || python eval.py config/mini_eval.py --checkpoint="$run" \
         --val="$held_out" --manifest="$pairs" --train="$speech" --text_judge=embedded:smollm2-135m
+    finish
 }
 
-dpo() {  # on the best run's own continuations
-    local best run seed
-    best=$(best_run)
+dpo() {  # on the best run's own continuations, and on those of the best with all layers
+    beside dpo_of "$(best_run twist)"
+    [ -z "$whole" ] || beside dpo_of "$(best_run whole)"
+    finish
+}
+
+dpo_of() {  # dpo_of RUN
+    local best=$1 seed
     generate "$best"
     [ -e "${best}_own/pairs_train.jsonl" ] || python dpo.py pairs config/mini_pairs.py --checkpoint="$best" \
         --prompts="$part0/units/train" --out="${best}_own" $few_pairs
-    for seed in 0 1 2; do
-        run=${best}_dpo_$seed
-        finished "$run" || python dpo.py config/mini_dpo.py --checkpoint="$best" --out="$run" --seed=$seed $few_steps \
-            --pairs="${best}_own/pairs_train.jsonl" --val_pairs="${best}_own/pairs_val.jsonl" --resume
-        evaluate "$run"
-        generate "$run"
-    done
+    for seed in 0 1 2; do beside dpo_run "$best" $seed; done
+    finish
+}
+
+dpo_run() {  # dpo_run RUN SEED
+    local run=$1_dpo_$2
+    finished "$run" || python dpo.py config/mini_dpo.py --checkpoint="$1" --out="$run" --seed=$2 $few_steps \
+        --pairs="$1_own/pairs_train.jsonl" --val_pairs="$1_own/pairs_val.jsonl" --resume
+    evaluate "$run"
+    generate "$run"
 }
 
 ship() {  # the model that the repository carries
     local run=${SHIP:-}
-    [ -n "$run" ] || run=$(best_run)_dpo_0
+    [ -n "$run" ] || run=$(best_run twist)_dpo_0
     python dev/pack.py "$run" "$packed"
     ls -l "$packed"
 }
 
 listen() {  # ten prompts, in people's voices and the TTS', continued before and after DPO: a page and its transcripts
     local best prompts
-    best=$(best_run)
+    best=$(best_run twist)
     [ -d out/people ] || python dev/voices.py people || echo "without people's voices"
     prompts=$({ find out/people/audiobook -name '*.wav' 2> /dev/null | sort | awk 'NR <= 3'
                 find out/people/telephone -name '*.wav' 2> /dev/null | sort | awk 'NR % 40 == 20 && NR < 140'
@@ -172,10 +202,15 @@ listen() {  # ten prompts, in people's voices and the TTS', continued before and
 
 scratch() {
     need_rate
+    for tokens in ${whole##* }; do
+        affordable $tokens || continue
+        beside train wholescratch_${tokens}_0 $whole_base --tokens=$tokens --init=none
+    done
     for tokens in $scratch; do
         affordable $tokens || continue
-        train scratch_${tokens}_0 $fast --lr=$rate --tokens=$tokens --init=none
+        beside train scratch_${tokens}_0 $fast --lr=$rate --tokens=$tokens --init=none
     done
+    finish
 }
 
 slam() {  # the settings of the paper, with its learning rate

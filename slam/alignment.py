@@ -84,9 +84,11 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     word_times([wave of "Hi there."], ["Hi there."], "embedded:whisper-tiny.en") -> [[0.0, 0.38]]
     """
     model, extractor, tokenizer = load_asr(asr)
-    if not getattr(model.generation_config, "alignment_heads", None):
+    config = model.generation_config
+    if not getattr(config, "alignment_heads", None):
         raise SystemExit(f"{asr}: does not say which heads follow the audio (alignment_heads); take one of OpenAI's")
-    heads, start = model.generation_config.alignment_heads, decoder_start(model, tokenizer)
+    task = [config.lang_to_id["<|en|>"], config.task_to_id["transcribe"]] if config.is_multilingual else []
+    start = [config.decoder_start_token_id, *task, config.no_timestamps_token_id]  # read before a text
     words = [whisper_words(text, asr) for text in texts]
     rows = [[*start, *(t for word in row for t in word), tokenizer.eos_token_id] for row in words]
     tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.eos_token_id)
@@ -99,7 +101,7 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     attention = model(encoder_outputs=encoded, decoder_input_ids=tokens.to(model.device),
                       output_attentions=True).cross_attentions
     model.set_attn_implementation(fast)
-    attention = torch.stack([attention[layer][:, head] for layer, head in heads], 1).float()  # (B, heads, N, frames)
+    attention = torch.stack([attention[i][:, j] for i, j in config.alignment_heads], 1).float()  # (B, heads, N, frames)
     found = []
     for b, (wave, row) in enumerate(zip(waves, words)):
         n_frames = min(attention.shape[-1], -(-len(wave) * FRAMES_PER_SECOND // SAMPLE_RATE))
@@ -123,13 +125,6 @@ def token_costs(attention: Tensor) -> Tensor:
     if normal.shape[-1] > 3:  # the median of 7 frames, 140 ms
         normal = F.pad(normal, (3, 3), mode="reflect").unfold(-1, 7, 1).median(-1).values
     return -normal.mean(0)
-
-
-def decoder_start(model, tokenizer) -> list[int]:
-    """What Whisper's decoder reads before a text: start, language and task (if it has several), no timestamps."""
-    config = model.generation_config
-    languages = [config.lang_to_id["<|en|>"], config.task_to_id["transcribe"]] if config.is_multilingual else []
-    return [config.decoder_start_token_id, *languages, config.no_timestamps_token_id]
 
 
 # ---------------------------------------------------------------- a corpus

@@ -75,7 +75,10 @@ def speak(job: tuple[str, list[str], int, str]) -> list[np.ndarray]:
     tts, sentences, seed, voice = job
     waves = []
     for i, sentence in enumerate(sentences):
-        wave = resample(*load(tts)(sentence, seed + i, voice), SAMPLE_RATE)
+        try:
+            wave = resample(*load(tts)(sentence, seed + i, voice), SAMPLE_RATE)
+        except Exception as e:  # whatever it is that this TTS raises
+            raise ValueError(f"{tts} can't speak {sentence!r} ({e!r})") from None
         waves.append(np.pad(wave, (0, -len(wave) % 640)).astype(np.float32))
     return waves
 
@@ -83,8 +86,7 @@ def speak(job: tuple[str, list[str], int, str]) -> list[np.ndarray]:
 def speakers(tts: str, workers: int):
     """A pool of processes that speak, a context manager. SystemExit if the TTS can't be loaded."""
     load(tts)  # so that one process says what is missing, and not each worker
-    # spawn, not fork: a forked child of a process that has run torch's threads may hang
-    return multiprocessing.get_context("spawn").Pool(workers)
+    return multiprocessing.get_context("spawn").Pool(workers)  # a fork of a process with torch's threads may hang
 
 
 def spoken(cfg, pool, texts: dict[str, list[str]], desc: str,
@@ -99,7 +101,10 @@ def spoken(cfg, pool, texts: dict[str, list[str]], desc: str,
     # By 512: imap speaks all its jobs at once, and the waves of a large set don't fit into memory.
     waves = (wave for at in range(0, len(jobs), 512) for wave in pool.imap(speak, jobs[at:at + 512], chunksize=2))
     bar = tqdm(waves, total=len(jobs), disable=None, desc=desc, unit="text")
-    yield from ((id, wave) for wave, id in zip(bar, texts))  # zip asks the bar first, so that it reaches its end
+    try:
+        yield from ((id, wave) for wave, id in zip(bar, texts))  # zip asks the bar first, so that it reaches its end
+    except ValueError as e:
+        raise SystemExit(f"{e}; all before it is kept: take it out of the texts and start again") from None
 
 
 def write_audio(path: Path, wave: np.ndarray) -> None:

@@ -59,8 +59,8 @@ def test_every_function_is_chosen():
 
 
 def test_the_report():
-    measured = {"tokens_per_s": 90_000.0, "matrix_share": 0.75, "compile_s": 41.2, "graphs": 1, "peak_gb": 20.1,
-                "mfu_needed": 0.301, "mfu_palm": 0.334, "kernels": [[40.5, "gemm"], [9.0, "copy"]]}
+    measured = {"tokens_per_s": 90_000.0, "matrix_share": 0.75, "busy": 1.0, "compile_s": 41.2, "graphs": 1,
+                "peak_gb": 20.1, "mfu_needed": 0.301, "mfu_palm": 0.334, "kernels": [[40.5, "gemm"], [9.0, "copy"]]}
     lines = [{"matmul_tflops": 4 * A5000["matmul_tflops"], "copy_gb_per_s": 6 * A5000["copy_gb_per_s"]}, measured,
              {"error": "exit code 1: x"}, {"ok": False, "mixed": 0.5}, {"not_run": "needs soundfile"}]
     names = ["ceilings", "training way=auto", "training way=mask", "attention_errors", "vocoder_training"]
@@ -78,8 +78,7 @@ def test_the_plan_is_slams_shape_and_fits_its_time():
     block = sum(p.numel() for p in lm.model.layers[0].parameters())
     assert lm.n_params() + 23 * block == 358_347_904  # the paper's table 6
     assert list(dict.fromkeys(c.group for c in plan())) == list(gpu_check.SECONDS)
-    assert sum(gpu_check.SECONDS[x] for x in ("env", "correct", "first")) <= 360
-    assert gpu_check.SECONDS["mfu"] <= 570 and gpu_check.SECONDS["stages"] <= 480
+    assert sum(gpu_check.SECONDS.values()) <= 1500  # 25 minutes
 
 
 def test_made_up_data_has_structure(size):
@@ -124,8 +123,8 @@ def test_what_fails_or_hangs_costs_its_line(tmp_path, monkeypatch, capsys):
 
 def test_the_prediction_by_hand():
     here = {"matmul_tflops": 4 * A5000["matmul_tflops"], "copy_gb_per_s": 6 * A5000["copy_gb_per_s"]}
-    assert predicted({"tokens_per_s": 90_000, "matrix_share": 0.75}, here) == pytest.approx(90_000 / (3 + 1.5))
-    assert predicted({"tokens_per_s": 9.0, "matrix_share": 0.2}, A5000) == pytest.approx(9.0)
+    assert predicted({"tokens_per_s": 90_000, "matrix_share": 0.75, "busy": 0.8}, here) == pytest.approx(25_000)
+    assert predicted({"tokens_per_s": 9.0, "matrix_share": 0.2, "busy": 1}, A5000) == pytest.approx(9.0)
 
 
 def test_flex_attention_sees_what_the_mask_shows():

@@ -21,6 +21,7 @@ def test_split_and_tidy():
     assert tidy("Too short. Only two.") is None
     assert tidy(story.replace("Five woke up.", "Four slept well.")) is None  # repeats itself
     assert tidy(story.replace("apple", "apple 🍎")) is None
+    assert tidy(story.replace("apple", f"{10 ** 30} apples")) is None  # a TTS has no name for such numbers
     story = story.replace("And six", "Four slept well. Seven left.")
     assert tidy(story) == split_sentences(story)[:5]  # it ends before the repetition
 

@@ -32,6 +32,13 @@ def test_texts_come_in_order_and_a_wave_does_not_depend_on_the_others():
     assert np.array_equal(waves["t3"][0], alone["t3"][0]) and not np.array_equal(waves["t3"][0], reseeded["t3"][0])
 
 
+def test_a_sentence_that_cannot_be_spoken():
+    number = f"{10 ** 90}."  # hibari has no name for it
+    with ThreadPool(1) as pool:
+        with pytest.raises(SystemExit, match="hibari can't speak '10000.*all before it is kept"):
+            list(spoken(Config(), pool, {"a": ["Hello."], "b": [number]}, "speaking"))
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
 def test_audio_is_written_whole(tmp_path, suffix):
     wave = np.sin(np.arange(8000) / 20).astype(np.float32) / 2
