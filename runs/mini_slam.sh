@@ -45,7 +45,7 @@ source "$(dirname "$0")/setup.sh"
 out=${OUT:-out/mini} parts=${PARTS:-7} rates=${RATES:-$rates}
 data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
-whole_base="$fast --n_layers=none --lr=0.003 --micro_batch=16 --batch_tokens=16384 --compile=true"
+whole_base="$fast --n_layers=none --lr=0.003 --micro_batch=8 --batch_tokens=16384 --compile=true"
 pairs=$part0/tstorycloze,$part0/sstorycloze,$part0/sblimp
 speech=$(seq -s, -f "$out/part%g/units/train" 0 "$parts") held_out=$part0/units/val tokenizer=
 mkdir -p "$out" "$data"
