@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Slam in miniature: what a model of 14.5M parameters learns from some 140 h of synthesised stories, and what each part
+# Slam in miniature: what a model of 14.5M parameters learns from some 180 h of synthesised stories, and what each part
 # of the recipe does there. docs/mini.md has the results, and says how to read them.
 #
-#   bash runs/mini_slam.sh              # everything: on two CPU cores 5 h for the data, 8 for the curve, 7 for the rest
+#   bash runs/mini_slam.sh              # everything: on two CPU cores 6 h for the data, 8 for the curve, 7 for the rest
 #   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve dpo ship listen scratch slam shape bpe report
 #   SCALE=gpu bash runs/mini_slam.sh    # more tokens, and the whole base too, on out/mini's data, in out/mini_gpu
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
-# The order is that of importance. Killed, it goes on; what is there is not made again. PARTS=7: parts of 2,500 training
+# The order is that of importance. Killed, it goes on; what is there is not made again. PARTS=9: parts of 2,500 training
 # stories beside part0. OUT=FOLDER for the runs, DATA=FOLDER if the parts are elsewhere. RATES="0.01 0.02": learning
 # rates to choose from; LR=0.006: no choice. SHIP=RUN: the run to pack. JOBS=8: so many runs at once, on a GPU, which one
 # small model does not fill. NO_EVAL=1: only train, where there are no wav files; the same command without it evaluates
@@ -42,7 +42,7 @@ tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 
 *) echo "SCALE=$SCALE: cpu, gpu or tiny" >&2; exit 2 ;;
 esac
 source "$(dirname "$0")/setup.sh"
-out=${OUT:-out/mini} parts=${PARTS:-7} rates=${RATES:-$rates}
+out=${OUT:-out/mini} parts=${PARTS:-9} rates=${RATES:-$rates}
 data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
 whole_base="$fast --n_layers=none --lr=0.003 --micro_batch=8 --batch_tokens=16384 --compile=true"
