@@ -107,9 +107,10 @@ def packs(device: torch.device, dtype: str) -> bool:
 def peer_model(lm: UnitLM, attention: str = "sdpa") -> torch.nn.Module:
     """transformers' own model with the same shape and weights."""
     config = transformers.AutoConfig.for_model(**lm.hf_config())
-    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with pick_device():  # else half a minute goes into initial weights, which are replaced
+        hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     hf.load_state_dict(lm.state_dict(), strict=False)  # not strict: a tied head is in it twice
-    return hf
+    return hf.to(next(lm.parameters()).device)
 
 
 # ---------------------------------------------------------------- training

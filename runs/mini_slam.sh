@@ -8,10 +8,10 @@
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
 # The order is that of importance. Killed, it goes on; what is there is not made again. PARTS=9: parts of 2,500 training
-# stories beside part0. OUT=FOLDER for the runs, DATA=FOLDER if the parts are elsewhere. RATES="0.01 0.02": learning
-# rates to choose from; LR=0.006: no choice. SHIP=RUN: the run to pack. JOBS=8: so many runs at once, on a GPU, which one
-# small model does not fill. NO_EVAL=1: only train, where there are no wav files; the same command without it evaluates
-# later.
+# stories beside part0. OUT=FOLDER for the runs, DATA=FOLDER if the parts are elsewhere. BUDGETS="300000 600000": tokens
+# of the curve's runs; WHOLE="4800000": of those with all 30 layers. RATES="0.01 0.02": learning rates to choose from;
+# LR=0.006, WHOLE_LR=0.003: no choice. SHIP=RUN: the run to pack. JOBS=8: so many runs at once, on a GPU, which one small
+# model does not fill. NO_EVAL=1: only train, where there are no wav files; the same command without it evaluates later.
 # What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
 set -euo pipefail
 steps="data lr curve dpo ship listen scratch slam shape bpe report" only=${*:-${ONLY:-}}
@@ -21,16 +21,17 @@ done
 
 # ---------------------------------------------------------------- settings of a scale
 # size: flags of every run; middle: the budget of single comparisons; rates: learning rates to choose from at `middle`;
-# hours: of each run in `shape`; whole: budgets of runs with all 30 layers of the base; glimpse: train.py's one file of
-# validation units (eval.py takes all); few_*: flags that make the last steps small
-stories= whole= size= glimpse=/00000.safetensors few_texts= few_pairs= few_steps= packed=assets/slam_mini.safetensors
+# hours: of each run in `shape`; whole: budgets of runs with all 30 layers of the base; long: flags of runs of 9M tokens
+# and more; glimpse: train.py's one file of validation units (eval.py takes all); few_*: flags that make the last steps
+# small
+stories= whole= size= long= glimpse=/00000.safetensors few_texts= few_pairs= few_steps= packed=assets/slam_mini.safetensors
 middle=1200000 scratch="300000 1200000 4800000" rates="0.003 0.006 0.012" hours=0.25 depths="2 4 8" pieces=2000
 case ${SCALE:-cpu} in
 cpu) budgets="150000 300000 600000 1200000 2400000 4800000 9600000" ;;
 gpu) OUT=${OUT:-out/mini_gpu} DATA=${DATA:-out/mini}
-     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000 26400000" hours=0.01
-     whole="1200000 4800000 19200000 26400000" stories="--batch=2048 --workers=$(nproc)"
-     size="--save_every=10000 --compile=false" few_texts="--compile=false --batch=100"  # compiling takes longer
+     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000 38400000"
+     whole="1200000 4800000 19200000 38400000" stories="--batch=2048 --workers=$(nproc)" hours=0.01
+     size="--micro_batch=8 --batch_tokens=8192 --save_every=10000 --compile=false" long=--compile=true few_texts="--compile=false --batch=100"  # compiling takes longer
      few_pairs="--batch=125" few_steps="--micro_batch=8 --compile=false" glimpse= ;;
 tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 16000" middle=8000 scratch="4000 8000"
       JOBS=${JOBS:-2}
@@ -42,10 +43,10 @@ tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 
 *) echo "SCALE=$SCALE: cpu, gpu or tiny" >&2; exit 2 ;;
 esac
 source "$(dirname "$0")/setup.sh"
-out=${OUT:-out/mini} parts=${PARTS:-9} rates=${RATES:-$rates}
+out=${OUT:-out/mini} parts=${PARTS:-9} rates=${RATES:-$rates} budgets=${BUDGETS:-$budgets} whole=${WHOLE-$whole}
 data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
-whole_base="$fast --n_layers=none --lr=0.003 --micro_batch=8 --batch_tokens=16384 --compile=true"
+whole_base="$fast --n_layers=none --lr=${WHOLE_LR:-0.003} --micro_batch=8 --batch_tokens=16384 --compile=true"
 pairs=$part0/tstorycloze,$part0/sstorycloze,$part0/sblimp
 speech=$(seq -s, -f "$out/part%g/units/train" 0 "$parts") held_out=$part0/units/val tokenizer=
 mkdir -p "$out" "$data"
@@ -144,7 +145,8 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
     for seed in 0 1 2; do
         for tokens in $(tac -s' ' <<< "$list "); do
             affordable $tokens || continue
-            beside train twist_${tokens}_$seed $fast --lr=$rate --tokens=$tokens --seed=$seed
+            beside train twist_${tokens}_$seed $fast --lr=$rate --tokens=$tokens --seed=$seed \
+                $([ $tokens -lt 9000000 ] || echo "$long")
         done
         list=${budgets% * *}
     done

@@ -49,7 +49,8 @@ def test_every_case_runs(size, as_before, group):
         found = json.loads(json.dumps(rounded(measure(case, size))))
         assert found.get("ok", True), (case.name, found)
         if case.run is gpu_cases.training:
-            assert found["tokens_per_s"] > 0 and len(found["kernels"]) == 15 and 0 < found["matrix_share"] < 1
+            assert found["tokens_per_s"] > 0
+            assert "peer" in case.settings or len(found["kernels"]) == 15 and 0 < found["matrix_share"] < 1
         if case.run is gpu_cases.one_graph:
             assert found["graphs"] == 3
 
