@@ -4,6 +4,7 @@
     python dev/mini_report.py out/mini other.png
     python dev/mini_report.py best RUN RUN ...        # for the script: the run with the lowest validation loss
     python dev/mini_report.py listen out/mini/listen  # what sample.py's page says, as a table
+    python dev/mini_report.py paired RUN RUN          # GenPPL before and after, prompt by prompt
 """
 import json
 import math
@@ -19,7 +20,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from model import from_config
-from slam.metrics import mean_and_error
+from slam.metrics import mean_and_error, standard_error
 from slam.units import UnitReader
 
 SETS = {"tstorycloze": "tSC-style, %", "sstorycloze": "sSC-style, %", "sblimp": "sBLIMP-style, %"}
@@ -351,7 +352,7 @@ def fits(rows: dict[str, list[dict]], kind: str = "twist") -> dict[str, tuple[np
     for metric in ("val_loss", *SETS):
         known = points(rows, kind, metric)
         fit = fit_loss(*known.T[:2]) if metric == "val_loss" else fit_accuracy(*known.T[[0, 1, 3]])
-        if fit:
+        if fit and len(known) > 2:
             found[metric] = known, fit
     return found
 
@@ -436,6 +437,25 @@ def transcripts(folder: Path) -> None:
     table(["prompt", "heard", *(Path(name).name for name in names)], list(heard.values()))
 
 
+def paired(before: Path, after: Path, judge: str = "embedded:smollm2-135m") -> dict[str, tuple[float, float]]:
+    """GenPPL of a run over that of another, less 1, in %, and its standard error over prompts (delta method).
+
+    Both have continued the same prompts with the same sampling seeds (generated.jsonl), and how hard a prompt is drops
+    out of their difference. {"text": of prompt and continuation, "continuation_text": of the continuation}.
+    """
+    from slam.speech import text_losses
+    runs = [[json.loads(x) for x in (run / "generated.jsonl").read_text().splitlines()] for run in (before, after)]
+    if len({tuple((x["prompt"], x["seed"]) for x in run) for run in runs}) > 1:
+        raise SystemExit(f"{before} and {after}: their prompts or seeds differ")
+    found = {}
+    for key in ("text", "continuation_text"):
+        a, b = (np.array([math.nan if x is None else x for x in text_losses([y[key] for y in run], judge)])
+                for run in runs)
+        ratio = math.exp(np.nanmean(b - a))
+        found[key] = 100 * (ratio - 1), 100 * ratio * standard_error(b - a, len({x["seed"] for x in runs[0]}))
+    return found
+
+
 def main(out: Path, path: Path) -> None:
     rows = read_runs(out)
     if not rows:
@@ -454,5 +474,8 @@ if __name__ == "__main__":
         print(best(list(map(Path, sys.argv[2:]))))
     elif sys.argv[1:2] == ["listen"]:
         transcripts(Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["paired"]:
+        for name, (change, error) in paired(*map(Path, sys.argv[2:4])).items():
+            print(f"GenPPL of {name}: {change:+.1f} ± {error:.1f} %")
     else:
         main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "docs" / "mini.png")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Slam in miniature: what a model of 14.5M parameters learns from some 180 h of synthesised stories, and what each part
+# Slam in miniature: what a model of 14.5M parameters learns from some 210 h of synthesised stories, and what each part
 # of the recipe does there. docs/mini.md has the results, and says how to read them.
 #
 #   bash runs/mini_slam.sh              # everything: on two CPU cores 6 h for the data, 8 for the curve, 7 for the rest
@@ -7,11 +7,15 @@
 #   SCALE=gpu bash runs/mini_slam.sh    # more tokens, and the whole base too, on out/mini's data, in out/mini_gpu
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
-# The order is that of importance. Killed, it goes on; what is there is not made again. PARTS=9: parts of 2,500 training
-# stories beside part0. OUT=FOLDER for the runs, DATA=FOLDER if the parts are elsewhere. BUDGETS="300000 600000": tokens
-# of the curve's runs; WHOLE="4800000": of those with all 30 layers. RATES="0.01 0.02": learning rates to choose from;
-# LR=0.006, WHOLE_LR=0.003: no choice. SHIP=RUN: the run to pack. JOBS=8: so many runs at once, on a GPU, which one small
-# model does not fill. NO_EVAL=1: only train, where there are no wav files; the same command without it evaluates later.
+# The order is that of importance. Killed, it goes on; what is there is not made again. Also from the environment:
+#   OUT=FOLDER  DATA=FOLDER    of the runs; of the parts, if they are elsewhere
+#   PARTS=11                   parts of 2,500 training stories beside part0
+#   BUDGETS="300000 600000"    tokens of the curve's runs; WHOLE="4800000": of those with all 30 layers
+#   RATES="0.01 0.02"          learning rates to choose from; LR=0.006: no choice; WHOLE_LR=0.003: with all 30 layers
+#   SHIP=RUN                   the run to pack
+#   JOBS=8                     so many runs at once, on a GPU, which one small model does not fill
+#   NO_EVAL=1                  only train, where there are no wav files; the same command without it evaluates later
+#
 # What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
 set -euo pipefail
 steps="data lr curve dpo ship listen scratch slam shape bpe report" only=${*:-${ONLY:-}}
@@ -29,8 +33,8 @@ middle=1200000 scratch="300000 1200000 4800000" rates="0.003 0.006 0.012" hours=
 case ${SCALE:-cpu} in
 cpu) budgets="150000 300000 600000 1200000 2400000 4800000 9600000" ;;
 gpu) OUT=${OUT:-out/mini_gpu} DATA=${DATA:-out/mini}
-     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000 38400000"
-     whole="1200000 4800000 19200000 38400000" stories="--batch=2048 --workers=$(nproc)" hours=0.01
+     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000 32000000"
+     whole="1200000 4800000 19200000" stories="--batch=2048 --workers=$(nproc)" hours=0.01
      size="--micro_batch=8 --batch_tokens=8192 --save_every=10000 --compile=false" long=--compile=true few_texts="--compile=false --batch=100"  # compiling takes longer
      few_pairs="--batch=125" few_steps="--micro_batch=8 --compile=false" glimpse= ;;
 tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 16000" middle=8000 scratch="4000 8000"
@@ -43,10 +47,10 @@ tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 
 *) echo "SCALE=$SCALE: cpu, gpu or tiny" >&2; exit 2 ;;
 esac
 source "$(dirname "$0")/setup.sh"
-out=${OUT:-out/mini} parts=${PARTS:-9} rates=${RATES:-$rates} budgets=${BUDGETS:-$budgets} whole=${WHOLE-$whole}
+out=${OUT:-out/mini} parts=${PARTS:-11} rates=${RATES:-$rates} budgets=${BUDGETS:-$budgets} whole=${WHOLE-$whole}
 data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
-whole_base="$fast --n_layers=none --lr=${WHOLE_LR:-0.003} --micro_batch=8 --batch_tokens=16384 --compile=true"
+whole_base="$fast --n_layers=none --lr=${WHOLE_LR:-0.006} --micro_batch=8 --batch_tokens=16384 --compile=true"
 pairs=$part0/tstorycloze,$part0/sstorycloze,$part0/sblimp
 speech=$(seq -s, -f "$out/part%g/units/train" 0 "$parts") held_out=$part0/units/val tokenizer=
 mkdir -p "$out" "$data"
@@ -148,7 +152,7 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
             beside train twist_${tokens}_$seed $fast --lr=$rate --tokens=$tokens --seed=$seed \
                 $([ $tokens -lt 9000000 ] || echo "$long")
         done
-        list=${budgets% * *}
+        list="  $budgets" list=${list% * *}  # the spaces: one budget or two leave none
     done
     finish
     for tokens in $budgets; do [ ! -e "$out/twist_${tokens}_0" ] || largest="${largest##* } $tokens"; done

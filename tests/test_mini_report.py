@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import Process, refused, run
 
-from dev.mini_report import best, cell, crossing, fit_accuracy, fit_loss, overlap, points, read_runs, short
+from dev.mini_report import best, cell, crossing, fit_accuracy, fit_loss, overlap, paired, points, read_runs, short
+from slam.speech import text_losses
 
 BUDGETS = np.array([150e3, 300e3, 600e3, 1.2e6, 2.4e6, 4.8e6, 9.6e6])
 
@@ -118,6 +119,23 @@ def test_seeds_are_averaged(study):
     report = run("dev/mini_report.py", study, study / "mini.png").stdout
     assert "| 1.600 ± 0.100 |" in report and "| 53.0 ± 1.0 |" in report and "| 58.0 ± 2.0 |" in report
     assert "| *bigrams of the units* |" in report and "2.500" in report
+
+
+def test_prompts_are_compared_one_by_one(tmp_path):
+    """Two prompts, two seeds: the second run's text of one prompt is a likelier one, the other's is the same."""
+    texts = {"before": ["The dog was happy.", "Happy zinc the of was."] * 2, "after": ["The dog was happy."] * 4}
+    for name, said in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "generated.jsonl").write_text("".join(json.dumps(
+            {"prompt": f"{i % 2}.wav", "seed": i // 2, "text": x, "continuation_text": x}) + "\n"
+            for i, x in enumerate(said)))
+    likely, unlikely = text_losses(texts["before"][:2], "embedded:smollm2-135m")
+    change, error = paired(tmp_path / "before", tmp_path / "after")["text"]
+    assert change == pytest.approx(100 * (math.exp((likely - unlikely) / 2) - 1), abs=1e-3)
+    assert error == pytest.approx((100 + change) * (unlikely - likely) / 2, rel=1e-4)  # of 0 and the difference
+    (tmp_path / "after" / "generated.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="prompts or seeds differ"):
+        paired(tmp_path / "before", tmp_path / "after")
 
 
 def test_the_script_names_its_steps():
