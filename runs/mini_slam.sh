@@ -33,9 +33,9 @@ middle=1200000 scratch="300000 1200000 4800000" rates="0.003 0.006 0.012" hours=
 case ${SCALE:-cpu} in
 cpu) budgets="150000 300000 600000 1200000 2400000 4800000 9600000" ;;
 gpu) OUT=${OUT:-out/mini_gpu} DATA=${DATA:-out/mini}
-     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000 32000000"
-     whole="1200000 4800000 19200000" stories="--batch=2048 --workers=$(nproc)" hours=0.01
-     size="--micro_batch=8 --batch_tokens=8192 --save_every=10000 --compile=false" long=--compile=true few_texts="--compile=false --batch=100"  # compiling takes longer
+     budgets="300000 600000 1200000 2400000 4800000 9600000 19200000 32000000" whole="1200000 4800000 19200000"
+     size="--micro_batch=8 --batch_tokens=8192 --save_every=10000 --compile=false" long=--compile=true hours=0.01
+     stories="--batch=2048 --workers=$(nproc)" few_texts="--compile=false --batch=100"  # compiling takes longer
      few_pairs="--batch=125" few_steps="--micro_batch=8 --compile=false" glimpse= ;;
 tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 16000" middle=8000 scratch="4000 8000"
       JOBS=${JOBS:-2}
@@ -48,6 +48,7 @@ tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 
 esac
 source "$(dirname "$0")/setup.sh"
 out=${OUT:-out/mini} parts=${PARTS:-11} rates=${RATES:-$rates} budgets=${BUDGETS:-$budgets} whole=${WHOLE-$whole}
+failed=
 data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
 whole_base="$fast --n_layers=none --lr=${WHOLE_LR:-0.006} --micro_batch=8 --batch_tokens=16384 --compile=true"
@@ -76,13 +77,14 @@ train() {  # train NAME CONFIG... FLAG...: a run, unless it is there, and its ev
 
 beside() {  # beside COMMAND...: in the background, where JOBS are allowed; `finish` waits for all
     [ "${JOBS:-1}" -gt 1 ] || { "$@"; return; }
-    [ "$(jobs -rp | wc -l)" -lt "$JOBS" ] || wait -n
+    [ "$(jobs -rp | wc -l)" -lt "$JOBS" ] || wait -n || failed=1
     "$@" &
 }
 
-finish() {  # wait for all that runs in the background; fails if one of it failed
+finish() {  # wait for all that runs in the background; ends the script if one of it failed, after the others' end
     local job
-    for job in $(jobs -p); do wait "$job"; done
+    for job in $(jobs -p); do wait "$job" || failed=1; done
+    [ -z "$failed" ] || { echo "a run failed (above); the others have ended, and the same command goes on" >&2; exit 1; }
 }
 
 evaluate() {  # evaluate RUN: validation loss and accuracies, unless they are there
