@@ -13,7 +13,7 @@
 #   BUDGETS="300000 600000"    tokens of the curve's runs; WHOLE="4800000": of those with all 30 layers
 #   RATES="0.01 0.02"          learning rates to choose from; LR=0.006: no choice; WHOLE_LR=0.003: with all 30 layers
 #   SHIP=RUN                   the run to pack
-#   JOBS=8                     so many runs at once, on a GPU, which one small model does not fill
+#   JOBS=3                     so many runs at once (of DPO twice), on a GPU, which one small model does not fill
 #   NO_EVAL=1                  only train, where there are no wav files; the same command without it evaluates later
 #
 # What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
@@ -28,7 +28,7 @@ done
 # hours: of each run in `shape`; whole: budgets of runs with all 30 layers of the base; long: flags of runs of 9M tokens
 # and more; glimpse: train.py's one file of validation units (eval.py takes all); few_*: flags that make the last steps
 # small
-stories= whole= size= long= glimpse=/00000.safetensors few_texts= few_pairs= few_steps= packed=assets/slam_mini.safetensors
+stories= whole= size= long= glimpse=/00000.safetensors few_texts= few_pairs= few_steps=
 middle=1200000 scratch="300000 1200000 4800000" rates="0.003 0.006 0.012" hours=0.25 depths="2 4 8" pieces=2000
 case ${SCALE:-cpu} in
 cpu) budgets="150000 300000 600000 1200000 2400000 4800000 9600000" ;;
@@ -39,7 +39,7 @@ gpu) OUT=${OUT:-out/mini_gpu} DATA=${DATA:-out/mini}
      few_pairs="--batch=125" few_steps="--micro_batch=8 --compile=false" glimpse= ;;
 tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 16000" middle=8000 scratch="4000 8000"
       JOBS=${JOBS:-2}
-      rates="0.006 0.012" hours=0.003 depths="1 2" pieces=600 packed=$OUT/slam_mini.safetensors
+      rates="0.006 0.012" hours=0.003 depths="1 2" pieces=600
       size="--n_layers=1 --context=512 --micro_batch=2 --batch_tokens=1024"
       stories="--n_train=40 --n_val=8 --n_pairs=4 --n_sblimp=8 --max_sentences=6 --max_new_tokens=80 --batch=64"
       few_texts="--n_generate=2 --n_seeds=2" few_pairs="--n_prompts=8 --n=2 --n_val=1 --min_gap=0.01 --min_words=1"
@@ -48,7 +48,7 @@ tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 
 esac
 source "$(dirname "$0")/setup.sh"
 out=${OUT:-out/mini} parts=${PARTS:-11} rates=${RATES:-$rates} budgets=${BUDGETS:-$budgets} whole=${WHOLE-$whole}
-failed=
+failed= pids=
 data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
 whole_base="$fast --n_layers=none --lr=${WHOLE_LR:-0.006} --micro_batch=8 --batch_tokens=16384 --compile=true"
@@ -78,12 +78,13 @@ train() {  # train NAME CONFIG... FLAG...: a run, unless it is there, and its ev
 beside() {  # beside COMMAND...: in the background, where JOBS are allowed; `finish` waits for all
     [ "${JOBS:-1}" -gt 1 ] || { "$@"; return; }
     [ "$(jobs -rp | wc -l)" -lt "$JOBS" ] || wait -n || failed=1
-    "$@" &
+    "$@" & pids="$pids $!"
 }
 
 finish() {  # wait for all that runs in the background; ends the script if one of it failed, after the others' end
-    local job
-    for job in $(jobs -p); do wait "$job" || failed=1; done
+    local pid
+    for pid in $pids; do wait "$pid" || failed=1; done
+    pids=
     [ -z "$failed" ] || { echo "a run failed (above); the others have ended, and the same command goes on" >&2; exit 1; }
 }
 
@@ -110,8 +111,10 @@ need_rate() {  # the chosen learning rate
     [ -n "$rate" ] || lr
 }
 
-best_run() {  # best_run twist: the best of the curve's runs; of `whole`, the best with all layers
-    python dev/mini_report.py best "$out/$1"_*
+best_run() {  # best_run twist: the best of the curve's budgets; of `whole`, the best with all layers
+    local tokens list=$budgets
+    [ "$1" = twist ] || list=$whole
+    python dev/mini_report.py best $(for tokens in $list; do echo "$out/$1_${tokens}"_[0-9]; done)
 }
 
 # ---------------------------------------------------------------- the steps
@@ -159,6 +162,7 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
     finish
     for tokens in $budgets; do [ ! -e "$out/twist_${tokens}_0" ] || largest="${largest##* } $tokens"; done
     for tokens in $largest; do beside generate "$out/twist_${tokens}_0"; done
+    finish
     # Once: unigrams and bigrams of the units, and a text LM on the transcripts.
     run=$out/twist_${budgets%% *}_0
     [ -n "${NO_EVAL:-}" ] || has "$run" sblimp_text_lm || python eval.py config/mini_eval.py --checkpoint="$run" \
@@ -167,13 +171,18 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
 }
 
 dpo() {  # on the best run's own continuations, and on those of the best with all layers
-    beside dpo_of "$(best_run twist)"
-    [ -z "$whole" ] || beside dpo_of "$(best_run whole)"
+    local best
+    best=$(best_run twist)
+    beside dpo_of "$best"
+    if [ -n "$whole" ]; then
+        best=$(best_run whole)
+        beside dpo_of "$best"
+    fi
     finish
 }
 
 dpo_of() {  # dpo_of RUN
-    local best=$1 seed
+    local best=$1 seed pids=
     generate "$best"
     [ -e "${best}_own/pairs_train.jsonl" ] || python dpo.py pairs config/mini_pairs.py --checkpoint="$best" \
         --prompts="$part0/units/train" --out="${best}_own" $few_pairs
@@ -189,11 +198,11 @@ dpo_run() {  # dpo_run RUN SEED
     generate "$run"
 }
 
-ship() {  # the model that the repository carries
+ship() {  # a file of the size that the repository carries
     local run=${SHIP:-}
     [ -n "$run" ] || run=$(best_run twist)_dpo_0
-    python dev/pack.py "$run" "$packed"
-    ls -l "$packed"
+    python dev/pack.py "$run" "$out/slam_mini.safetensors"
+    ls -l "$out/slam_mini.safetensors"
 }
 
 listen() {  # ten prompts, in people's voices and the TTS', continued before and after DPO: a page and its transcripts
