@@ -174,7 +174,7 @@ def perplexity(texts: list[str], cfg: Config) -> dict:
     texts: of all prompts, seed after seed. Texts of fewer than two tokens are left out and counted as empty.
     """
     from slam.speech import text_losses
-    losses = np.array([math.nan if x is None else x for x in text_losses(texts, cfg.judge)])
+    losses = np.array(text_losses(texts, cfg.judge), float)  # None becomes nan
 
     def ppl(x: np.ndarray) -> float | None:
         return math.exp(np.nanmean(x)) if np.isfinite(x).any() else None

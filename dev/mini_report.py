@@ -449,8 +449,7 @@ def paired(before: Path, after: Path, judge: str = "embedded:smollm2-135m") -> d
         raise SystemExit(f"{before} and {after}: their prompts or seeds differ")
     found = {}
     for key in ("text", "continuation_text"):
-        a, b = (np.array([math.nan if x is None else x for x in text_losses([y[key] for y in run], judge)])
-                for run in runs)
+        a, b = (np.array(text_losses([x[key] for x in run], judge), float) for run in runs)  # None becomes nan
         ratio = math.exp(np.nanmean(b - a))
         found[key] = 100 * (ratio - 1), 100 * ratio * standard_error(b - a, len({x["seed"] for x in runs[0]}))
     return found
