@@ -237,8 +237,8 @@ class UnitLM(nn.Module):
         generate([[1, 17]], 3, temperature=0) -> [[44, 9, 300]]
         """
         assert all(prompts) and temperature >= 0, "a prompt needs at least one token (BOS), a temperature 0 or more"
-        if not prompts:
-            return []
+        if not prompts or not max_new_tokens:
+            return [[] for _ in prompts]
         device, B, width = self.device, len(prompts), max(map(len, prompts))
 
         # All prompts at once, padded on the right by their own last token. A row's new tokens overwrite its padding in

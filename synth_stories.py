@@ -52,7 +52,7 @@ class Config:
     hard_negatives: bool = False  # also make an sStoryCloze-style set, with close wrong endings; 2 CPU seconds each
     openings: str = "assets/openings.json"  # word lists and sentence shapes of the openings that the LM continues
     max_sentences: int = 7  # of a story, its opening included; 5 at least
-    max_new_tokens: int = 80  # text tokens that the LM adds to a story's opening
+    max_new_tokens: int = 80  # text tokens that the LM adds to a story's opening; 0: a story is its opening
     temperature: float = 0.6  # of the text LM
     top_k: int = 40  # of the text LM
     batch: int = 128  # stories written together
@@ -82,8 +82,8 @@ class Config:
 # ---------------------------------------------------------------- stories
 # A story begins with an opening, and the text LM continues it: an opening keeps a small LM on topic. Its shape and
 # its words are drawn from lists with so many combinations that openings seldom repeat.
-def opening(lists: dict[str, list[str]], rng: np.random.Generator) -> str:
-    """The first sentences of a story: a shape, filled with words of `lists` (assets/openings.json).
+def opening(lists: dict[str, list[str]], rng: np.random.Generator, key: str = "shape") -> str:
+    """The first sentences of a story: a shape, filled with words of `lists` (assets/openings.json), or other shapes.
 
     "{name} was {a_trait} {hero}. The {hero} met {hero2}." -> "Lily was an old fox. The fox met bear."
     """
@@ -91,10 +91,10 @@ def opening(lists: dict[str, list[str]], rng: np.random.Generator) -> str:
 
     def fill(field: re.Match) -> str:
         article, key = field.groups()
-        word = words.setdefault(key, str(rng.choice(lists[key.rstrip("2")])))
+        word = words.setdefault(key, opening(lists, rng, key.rstrip("0123456789")))
         return word if not article else f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
-    return re.sub(r"\{(a_)?(\w+)\}", fill, str(rng.choice(lists["shape"])))
+    return re.sub(r"\{(a_)?(\w+)\}", fill, str(rng.choice(lists[key])))
 
 
 def read_openings(path: str, *needed: str) -> dict[str, list[str]]:
@@ -104,7 +104,8 @@ def read_openings(path: str, *needed: str) -> dict[str, list[str]]:
         lists = {key: list(map(str, words)) for key, words in content.items()}
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise SystemExit(f"--openings={path}: not a JSON file of lists ({e})") from None
-    used = {key.rstrip("2") for shape in lists.get("shape", []) for key in re.findall(r"\{(?:a_)?(\w+)\}", shape)}
+    used = {key.rstrip("0123456789") for shapes in lists.values() for shape in shapes
+            for key in re.findall(r"\{(?:a_)?(\w+)\}", shape)}
     if missing := sorted(key for key in used | {"shape", *needed} if not lists.get(key)):
         raise SystemExit(f"--openings={path}: the list {missing[0]!r} is missing or empty")
     return lists

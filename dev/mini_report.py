@@ -29,7 +29,8 @@ ROWS = {r"twist_\d+": "TWIST", r"scratch_\d+": "from scratch", r"whole_\d+": "TW
         r"lr([\d.e-]+)_\d+": r"TWIST, learning rate \1", r"pieces(\d+)_\d+": r"TWIST, \1 pieces",
         r"layers(\d+)_hours": r"TWIST, \1 layers, fixed time",
         r"width(\d+)_hours": r"from scratch, \1 wide, fixed time",
-        r"twist_\d+_\d_dpo": "after DPO",
+        r"twist_\d+_\d_sentences": "more stories and sentences",
+        r"twist_\d+_\d(_sentences_\d)?_dpo": "after DPO",
         r"whole_\d+_\d_dpo": "30 layers, after DPO"}  # pattern of a run's folder, less its seed: label
 
 

@@ -3,7 +3,8 @@
 # of the recipe does there. docs/mini.md has the results, and says how to read them.
 #
 #   bash runs/mini_slam.sh              # everything: on two CPU cores 6 h for the data, 8 for the curve, 7 for the rest
-#   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve dpo ship listen scratch slam shape bpe report
+#   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve sentences dpo ship listen scratch slam shape
+#                                       bpe report
 #   SCALE=gpu bash runs/mini_slam.sh    # more tokens, and the whole base too, on out/mini's data, in out/mini_gpu
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
@@ -18,7 +19,7 @@
 #
 # What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
 set -euo pipefail
-steps="data lr curve dpo ship listen scratch slam shape bpe report" only=${*:-${ONLY:-}}
+steps="data lr curve sentences dpo ship listen scratch slam shape bpe report" only=${*:-${ONLY:-}}
 for name in $only; do
     [[ " $steps " == *" $name "* ]] || { echo "$name: no such step; there are: $steps" >&2; exit 2; }
 done
@@ -98,9 +99,12 @@ generate() {  # generate RUN: GenPPL and auto-BLEU, unless they are there
         --manifest= --generate_from="$part0/tstorycloze" $few_texts
 }
 
+n_tokens() {  # n_tokens FOLDER,FOLDER...: how many there are
+    python -c "from slam.units import UnitReader; print(UnitReader(*'$1'.split(',')).n_tokens)"
+}
+
 affordable() {  # affordable TOKENS: whether they are at most two epochs
-    [ -n "${unique:-}" ] || unique=$(python -c "from slam.units import UnitReader
-print(UnitReader(*'$speech'.split(',')).n_tokens)") || exit 1
+    [ -n "${unique:-}" ] || unique=$(n_tokens "$speech") || exit 1
     [ "$1" -gt $((2 * unique)) ] || return 0
     echo "$1 tokens: skipped, as they are more than two epochs of the $unique there are"
     return 1
@@ -111,23 +115,28 @@ need_rate() {  # the chosen learning rate
     [ -n "$rate" ] || lr
 }
 
-best_run() {  # best_run twist: the best of the curve's budgets; of `whole`, the best with all layers
-    local tokens list=$budgets
+best_run() {  # best_run twist: the best of the curve's budgets, with sentences if there; of `whole`, with all layers
+    local tokens run list=$budgets
     [ "$1" = twist ] || list=$whole
-    python dev/mini_report.py best $(for tokens in $list; do echo "$out/$1_${tokens}"_[0-9]; done)
+    run=$(python dev/mini_report.py best $(for tokens in $list; do echo "$out/$1_${tokens}"_[0-9]; done))
+    ! finished "${run}_sentences_0" || run=${run}_sentences_0
+    echo "$run"
 }
 
 # ---------------------------------------------------------------- the steps
-data() {  # part0 with validation stories and pairs; the others with as few of these as synth_stories.py makes
-    for k in $(seq 0 "$parts"); do
-        grep -qs '"done": true' "$data/part$k/synth.json" && continue
-        if [ "$k" = 0 ]; then
-            python synth_stories.py config/mini_stories.py --out="$data/part0" $stories
-        else
-            python synth_stories.py config/mini_stories.py --out="$data/part$k" --seed=300$k --n_train=2500 \
-                --n_val=4 --n_sblimp=4 --n_pairs=4 $stories --hard_negatives=false
-        fi
-    done
+synth() {  # synth NAME CONFIG FLAG...: a folder of speech, unless it is there
+    local made=$data/$1; shift
+    grep -qs '"done": true' "$made/synth.json" || python synth_stories.py "$@" --out="$made"
+}
+
+part() {  # part K: part0 with validation stories and pairs; the others with as few of these as synth_stories.py makes
+    [ "$1" != 0 ] || { synth part0 config/mini_stories.py $stories; return; }
+    synth part$1 config/mini_stories.py --seed=300$1 --n_train=2500 --n_val=4 --n_sblimp=4 --n_pairs=4 $stories \
+        --hard_negatives=false
+}
+
+data() {
+    for k in $(seq 0 "$parts"); do part "$k"; done
 }
 
 lr() {  # the learning rate of all runs but slam.py's: the best at the middle budget
@@ -168,6 +177,18 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
     [ -n "${NO_EVAL:-}" ] || has "$run" sblimp_text_lm || python eval.py config/mini_eval.py --checkpoint="$run" \
         --val="$held_out" --manifest="$pairs" --train="$speech" --text_judge=embedded:smollm2-135m
     finish
+}
+
+sentences() {  # the best run goes on: once through sentences of the grammar that is tested, and one part more of stories
+    local best more
+    need_rate
+    best=$(best_run twist) best=${best%_sentences_0}
+    part $((parts + 1))
+    synth sentences config/mini_sentences.py $stories --max_new_tokens=0
+    more=$data/sentences/units/train,$data/part$((parts + 1))/units/train
+    speech=$more train "${best#"$out"/}_sentences_0" $fast --base="$best/checkpoint" --n_layers=none --init=first_rows \
+        --lr=$(python -c "print($rate / 2)") --tokens="$(n_tokens "$more")"
+    generate "${best}_sentences_0"
 }
 
 dpo() {  # on the best run's own continuations, and on those of the best with all layers

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from conftest import SYNTH, refused, run, start
 
-from slam.spoken_pairs import GRAMMAR
+from slam.spoken_pairs import GRAMMAR, grammar_pair
 from slam.units import UnitReader, read_pairs
 from synth_stories import opening, read_openings, split_sentences, tidy
 
@@ -36,11 +36,23 @@ def test_openings_differ():
         f"Mia met an {a} and an {b}. The {a} ran." for a in ("ant", "owl") for b in ("ant", "owl")}
 
 
+def test_sentences_are_not_those_of_the_test():
+    """assets/sentences.json gives eight sentences a story, whole and different, and none of an sBLIMP-style pair."""
+    rng, lists = np.random.default_rng(0), read_openings("assets/sentences.json")
+    stories = [tidy(opening(lists, rng), max_sentences=8) for _ in range(1000)]
+    made = {sentence for story in stories if story for sentence in story}
+    assert sum(story is not None and len(story) == 8 for story in stories) > 980 and len(made) > 6000
+    assert not any(re.search(r"[{}_]|\ba [aeiou]|\ban [^aeiouh]", sentence) for sentence in made)
+    asked = {sentence for kind in GRAMMAR for i in range(500) for sentence in grammar_pair(kind, i, rng)}
+    assert len(asked) > 2500 and not made & asked
+
+
 def test_openings_that_are_not(tmp_path):
     path = tmp_path / "openings.json"
     for text, message in (("{", "not a JSON file of lists"), ("[]", "not a JSON file of lists"),
                           ('{"name": ["Mia"]}', "'shape' is missing"),
-                          ('{"shape": ["{name} saw {a_hero2}."], "name": ["Mia"]}', "'hero' is missing")):
+                          ('{"shape": ["{name} saw {a_hero2}."], "name": ["Mia"]}', "'hero' is missing"),
+                          ('{"shape": ["{event}"], "event": ["{name} ran."]}', "'name' is missing")):
         path.write_text(text)
         with pytest.raises(SystemExit, match=message):
             read_openings(str(path))
