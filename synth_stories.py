@@ -104,8 +104,7 @@ def read_openings(path: str, *needed: str) -> dict[str, list[str]]:
         lists = {key: list(map(str, words)) for key, words in content.items()}
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise SystemExit(f"--openings={path}: not a JSON file of lists ({e})") from None
-    used = {key.rstrip("0123456789") for shapes in lists.values() for shape in shapes
-            for key in re.findall(r"\{(?:a_)?(\w+)\}", shape)}
+    used = {key for shapes in lists.values() for x in shapes for key in re.findall(r"\{(?:a_)?(\w+?)\d*\}", x)}
     if missing := sorted(key for key in used | {"shape", *needed} if not lists.get(key)):
         raise SystemExit(f"--openings={path}: the list {missing[0]!r} is missing or empty")
     return lists

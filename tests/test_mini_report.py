@@ -140,4 +140,4 @@ def test_prompts_are_compared_one_by_one(tmp_path):
 
 def test_the_script_names_its_steps():
     done = Process(["bash", "runs/mini_slam.sh", "curves"]).end()
-    assert done.returncode == 2 and b"no such step; there are: data lr curve dpo" in done.stderr
+    assert done.returncode == 2 and b"no such step; there are: data lr curve sentences dpo" in done.stderr

@@ -98,7 +98,7 @@ def test_every_config_file_is_a_whole_config():
                **dict.fromkeys(("slam_dpo", "slam_scaled_dpo", "demo_dpo", "mini_dpo"), ("dpo.py", "")),
                **dict.fromkeys(("demo_eval", "eval_slam", "mini_eval"), ("eval.py", "")),
                **dict.fromkeys(("study_stories", "demo_stories", "corpus_stories", "spoken_swag",
-                               "mini_stories"),
+                               "mini_stories", "mini_sentences"),
                                ("synth_stories.py", ""))}
     assert set(scripts) == {p.stem for p in (ROOT / "config").glob("*.py")} - {"__init__"}
     for name, (script, command) in scripts.items():
