@@ -29,8 +29,8 @@ ROWS = {r"twist_\d+": "TWIST", r"scratch_\d+": "from scratch", r"whole_\d+": "TW
         r"lr([\d.e-]+)_\d+": r"TWIST, learning rate \1", r"pieces(\d+)_\d+": r"TWIST, \1 pieces",
         r"layers(\d+)_hours": r"TWIST, \1 layers, fixed time",
         r"width(\d+)_hours": r"from scratch, \1 wide, fixed time",
-        r"twist_\d+_\d_sentences": "more stories and sentences",
-        r"twist_\d+_\d(_sentences_\d)?_dpo": "after DPO",
+        r"sentences_\d+": "best TWIST, then sentences",
+        r"twist_\d+_\d_dpo": "after DPO",
         r"whole_\d+_\d_dpo": "30 layers, after DPO"}  # pattern of a run's folder, less its seed: label
 
 
@@ -462,8 +462,10 @@ def main(out: Path, path: Path) -> None:
         raise SystemExit(f"{out}: no finished run; runs/mini_slam.sh makes them")
     corpus(out)
     all_rows(rows)
-    for kind, name in (("twist", "TWIST over tokens"), ("whole", "TWIST, all 30 layers, over tokens")):
-        if lines := [describe(metric, *found) for metric, found in fits(rows, kind).items()]:
+    for kind, name, shown in (("twist", "TWIST over tokens", ("val_loss", *SETS)),
+                              ("whole", "TWIST, all 30 layers, over tokens", ("val_loss", *SETS)),
+                              ("sentences", "best TWIST, then sentences, over their tokens", SETS)):
+        if lines := [describe(metric, *found) for metric, found in fits(rows, kind).items() if metric in shown]:
             table([name, "fit", "slope", "largest budget N", "predicted at 10 N", "crosses 65 % at"], lines)
     generated(rows)
     picture(rows, path)

@@ -115,12 +115,10 @@ need_rate() {  # the chosen learning rate
     [ -n "$rate" ] || lr
 }
 
-best_run() {  # best_run twist: the best of the curve's budgets, with sentences if there; of `whole`, with all layers
-    local tokens run list=$budgets
+best_run() {  # best_run twist: the best of the curve's budgets; of `whole`, the best with all layers
+    local tokens list=$budgets
     [ "$1" = twist ] || list=$whole
-    run=$(python dev/mini_report.py best $(for tokens in $list; do echo "$out/$1_${tokens}"_[0-9]; done))
-    ! finished "${run}_sentences_0" || run=${run}_sentences_0
-    echo "$run"
+    python dev/mini_report.py best $(for tokens in $list; do echo "$out/$1_${tokens}"_[0-9]; done)
 }
 
 # ---------------------------------------------------------------- the steps
@@ -179,16 +177,18 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
     finish
 }
 
-sentences() {  # the best run goes on: once through sentences of the grammar that is tested, and one part more of stories
-    local best more
+sentences() {  # the best run goes on, on sentences of the grammar that is tested and one part more of stories
+    local best share speech n
     need_rate
-    best=$(best_run twist) best=${best%_sentences_0}
+    best=$(best_run twist)
     part $((parts + 1))
     synth sentences config/mini_sentences.py $stories --max_new_tokens=0
-    more=$data/sentences/units/train,$data/part$((parts + 1))/units/train
-    speech=$more train "${best#"$out"/}_sentences_0" $fast --base="$best/checkpoint" --n_layers=none --init=first_rows \
-        --lr=$(python -c "print($rate / 2)") --tokens="$(n_tokens "$more")"
-    generate "${best}_sentences_0"
+    speech=$data/sentences/units/train,$data/part$((parts + 1))/units/train
+    n=$(n_tokens "$speech")
+    for share in 1 4 8; do
+        train sentences_$((n / share))_0 $fast --base="$best/checkpoint" --n_layers=none --init=first_rows \
+            --lr="$(python -c "print($rate / 2)")" --tokens=$((n / share))
+    done
 }
 
 dpo() {  # on the best run's own continuations, and on those of the best with all layers
