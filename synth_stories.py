@@ -80,8 +80,8 @@ class Config:
 
 
 # ---------------------------------------------------------------- stories
-# A story begins with an opening, and the text LM continues it: an opening keeps a small LM on topic. Its shape and
-# its words are drawn from lists with so many combinations that openings seldom repeat.
+# The text LM continues an opening, which keeps a small LM on topic; there are so many that they seldom repeat.
+FIELD = re.compile(r"\{(a_)?((\w+?)\d*)\}")  # {hero}: of the list "hero"; {a_hero2}: another of it, with its article
 def opening(lists: dict[str, list[str]], rng: np.random.Generator, key: str = "shape") -> str:
     """The first sentences of a story: a shape, filled with words of `lists` (assets/openings.json), or other shapes.
 
@@ -90,11 +90,11 @@ def opening(lists: dict[str, list[str]], rng: np.random.Generator, key: str = "s
     words = {}
 
     def fill(field: re.Match) -> str:
-        article, key = field.groups()
-        word = words.setdefault(key, opening(lists, rng, key.rstrip("0123456789")))
+        article, word_name, list_name = field.groups()
+        word = words.setdefault(word_name, opening(lists, rng, list_name))
         return word if not article else f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
-    return re.sub(r"\{(a_)?(\w+)\}", fill, str(rng.choice(lists[key])))
+    return FIELD.sub(fill, str(rng.choice(lists[key])))
 
 
 def read_openings(path: str, *needed: str) -> dict[str, list[str]]:
@@ -104,7 +104,7 @@ def read_openings(path: str, *needed: str) -> dict[str, list[str]]:
         lists = {key: list(map(str, words)) for key, words in content.items()}
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise SystemExit(f"--openings={path}: not a JSON file of lists ({e})") from None
-    used = {key for shapes in lists.values() for x in shapes for key in re.findall(r"\{(?:a_)?(\w+?)\d*\}", x)}
+    used = {list_name for shapes in lists.values() for x in shapes for _, _, list_name in FIELD.findall(x)}
     if missing := sorted(key for key in used | {"shape", *needed} if not lists.get(key)):
         raise SystemExit(f"--openings={path}: the list {missing[0]!r} is missing or empty")
     return lists

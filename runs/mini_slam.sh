@@ -2,7 +2,7 @@
 # Slam in miniature: what a model of 14.5M parameters learns from some 210 h of synthesised stories, and what each part
 # of the recipe does there. docs/mini.md has the results, and says how to read them.
 #
-#   bash runs/mini_slam.sh              # everything: on two CPU cores 6 h for the data, 8 for the curve, 7 for the rest
+#   bash runs/mini_slam.sh              # everything: on two CPU cores 6 h for the data, 8 for the curve, 9 for the rest
 #   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve sentences dpo ship listen scratch slam shape
 #                                       bpe report
 #   SCALE=gpu bash runs/mini_slam.sh    # more tokens, and the whole base too, on out/mini's data, in out/mini_gpu
@@ -178,16 +178,17 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
 }
 
 sentences() {  # the best run goes on, on sentences of the grammar that is tested and one part more of stories
-    local best share speech n
+    local best half share speech n
     need_rate
     best=$(best_run twist)
     part $((parts + 1))
     synth sentences config/mini_sentences.py $stories --max_new_tokens=0
     speech=$data/sentences/units/train,$data/part$((parts + 1))/units/train
     n=$(n_tokens "$speech")
+    half=$(python -c "print($rate / 2)")
     for share in 1 4 8; do
         train sentences_$((n / share))_0 $fast --base="$best/checkpoint" --n_layers=none --init=first_rows \
-            --lr="$(python -c "print($rate / 2)")" --tokens=$((n / share))
+            --lr="$half" --tokens=$((n / share))
     done
 }
 
