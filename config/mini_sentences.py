@@ -1,7 +1,7 @@
 """Sentences beside the stories (runs/mini_slam.sh), from templates: the grammar that stories hardly use.
 
-Agreement of subject and verb, of determiner and noun, reflexives, word order: what the sBLIMP-style pairs test, in other
-sentences. None of their sentences can be made of assets/sentences.json.
+Agreement of subject and verb, of determiner and noun, reflexives, word order: what the sBLIMP-style pairs test, in
+other sentences. None of their sentences can be made of assets/sentences.json.
 """
 out = "out/mini/sentences"
 openings = "assets/sentences.json"  # a story is eight of its sentences
