@@ -178,18 +178,22 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
 }
 
 sentences() {  # the best run goes on, on sentences of the grammar that is tested and one part more of stories
-    local best half share speech n
+    local best more more_twice share n
     need_rate
     best=$(best_run twist)
     part $((parts + 1))
     synth sentences config/mini_sentences.py $stories --max_new_tokens=0
-    speech=$data/sentences/units/train,$data/part$((parts + 1))/units/train
-    n=$(n_tokens "$speech")
-    half=$(python -c "print($rate / 2)")
-    for share in 1 4 8; do
-        train sentences_$((n / share))_0 $fast --base="$best/checkpoint" --n_layers=none --init=first_rows \
-            --lr="$half" --tokens=$((n / share))
-    done
+    synth sentences2 config/mini_sentences.py $stories --max_new_tokens=0 --seed=3200
+    more=$data/sentences/units/train,$data/part$((parts + 1))/units/train
+    more_twice=$more,$data/sentences2/units/train,$data/part$((parts + 1))/units/train
+    speech=$more_twice sentences_run "$best" $(n_tokens "$more_twice")
+    n=$(n_tokens "$more")
+    for share in 1 4 8; do speech=$more sentences_run "$best" $((n / share)); done
+}
+
+sentences_run() {  # sentences_run RUN TOKENS: RUN goes on, on $speech
+    train sentences_$2_0 $fast --base="$1/checkpoint" --n_layers=none --init=first_rows --tokens=$2 \
+        --lr="$(python -c "print($rate / 2)")"
 }
 
 dpo() {  # on the best run's own continuations, and on those of the best with all layers
