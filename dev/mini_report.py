@@ -30,6 +30,8 @@ ROWS = {r"twist_\d+": "TWIST", r"scratch_\d+": "from scratch", r"whole_\d+": "TW
         r"layers(\d+)_hours": r"TWIST, \1 layers, fixed time",
         r"width(\d+)_hours": r"from scratch, \1 wide, fixed time",
         r"sentences_\d+": "best TWIST, then sentences",
+        r"average_(\d+)": r"\1 % of these weights, the rest of best TWIST's",
+        r"average_(\d+)_\d_dpo": r"\1 % of these weights, after DPO",
         r"twist_\d+_\d_dpo": "after DPO",
         r"whole_\d+_\d_dpo": "30 layers, after DPO"}  # pattern of a run's folder, less its seed: label
 

@@ -3,8 +3,8 @@
 # of the recipe does there. docs/mini.md has the results, and says how to read them.
 #
 #   bash runs/mini_slam.sh              # everything: on two CPU cores 6 h for the data, 8 for the curve, 9 for the rest
-#   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve sentences dpo ship listen scratch slam shape
-#                                       bpe report
+#   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve sentences dpo average ship listen scratch slam
+#                                       shape bpe report
 #   SCALE=gpu bash runs/mini_slam.sh    # more tokens, and the whole base too, on out/mini's data, in out/mini_gpu
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
@@ -19,7 +19,7 @@
 #
 # What is chosen (learning rate, the run that DPO starts from) is chosen by validation loss, nothing by pairs.
 set -euo pipefail
-steps="data lr curve sentences dpo ship listen scratch slam shape bpe report" only=${*:-${ONLY:-}}
+steps="data lr curve sentences dpo average ship listen scratch slam shape bpe report" only=${*:-${ONLY:-}}
 for name in $only; do
     [[ " $steps " == *" $name "* ]] || { echo "$name: no such step; there are: $steps" >&2; exit 2; }
 done
@@ -207,38 +207,44 @@ dpo() {  # on the best run's own continuations, and on those of the best with al
     finish
 }
 
-dpo_of() {  # dpo_of RUN
-    local best=$1 seed pids=
+dpo_of() {  # dpo_of RUN [PAIRS]: with pairs of its own continuations, or with those that are there
+    local best=$1 own=${2:-$1_own} seed pids=
     generate "$best"
-    [ -e "${best}_own/pairs_train.jsonl" ] || python dpo.py pairs config/mini_pairs.py --checkpoint="$best" \
-        --prompts="$part0/units/train" --out="${best}_own" $few_pairs
-    for seed in 0 1 2; do beside dpo_run "$best" $seed; done
+    [ -e "$own/pairs_train.jsonl" ] || python dpo.py pairs config/mini_pairs.py --checkpoint="$best" \
+        --prompts="$part0/units/train" --out="$own" $few_pairs
+    for seed in 0 1 2; do beside dpo_run "$best" $seed "$own"; done
     finish
 }
 
-dpo_run() {  # dpo_run RUN SEED
+dpo_run() {  # dpo_run RUN SEED PAIRS
     local run=$1_dpo_$2
     finished "$run" || python dpo.py config/mini_dpo.py --checkpoint="$1" --out="$run" --seed=$2 $few_steps \
-        --pairs="$1_own/pairs_train.jsonl" --val_pairs="$1_own/pairs_val.jsonl" --resume
+        --pairs="$3/pairs_train.jsonl" --val_pairs="$3/pairs_val.jsonl" --resume
     evaluate "$run"
     generate "$run"
 }
 
+average() {  # half of the best run's weights, half of those it had after most sentences; DPO with the best run's pairs
+    local best run=$out/average_50_0
+    best=$(best_run twist)
+    finished "$run" || python dev/average.py "$best" "$(ls -dv "$out"/sentences_*_0 | tail -1)" "$run" --share=0.5
+    evaluate "$run"
+    dpo_of "$run" "${best}_own"
+}
+
 ship() {  # a file of the size that the repository carries
-    local run=${SHIP:-}
-    [ -n "$run" ] || run=$(best_run twist)_dpo_0
+    local run=${SHIP:-$out/average_50_0_dpo_0}
     python dev/pack.py "$run" "$out/slam_mini.safetensors"
     ls -l "$out/slam_mini.safetensors"
 }
 
 listen() {  # ten prompts, in people's voices and the TTS', continued before and after DPO: a page and its transcripts
-    local best prompts
-    best=$(best_run twist)
+    local prompts run=${SHIP:-$out/average_50_0_dpo_0}
     [ -d out/people ] || python dev/voices.py people || echo "without people's voices"
     prompts=$({ find out/people/audiobook -name '*.wav' 2> /dev/null | sort | awk 'NR <= 3'
                 find out/people/telephone -name '*.wav' 2> /dev/null | sort | awk 'NR % 40 == 20 && NR < 140'
                 find "$part0/tstorycloze" -name '*_positive.wav' | sort | awk 'NR <= 4'; } | paste -sd,)
-    python sample.py --prompt="$prompts" --checkpoint="$best,${best}_dpo_0" --out="$out/listen" --prompt_seconds=3 \
+    python sample.py --prompt="$prompts" --checkpoint="${run%_dpo_*},$run" --out="$out/listen" --prompt_seconds=3 \
         --from_start --overwrite
     python dev/mini_report.py listen "$out/listen" | tee "$out/listen.md"
 }

@@ -5,7 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import Process, refused, run
+from safetensors.torch import load_file
 
 from dev.mini_report import best, cell, crossing, fit_accuracy, fit_loss, overlap, paired, points, read_runs, short
 from slam.speech import text_losses
@@ -141,3 +143,16 @@ def test_prompts_are_compared_one_by_one(tmp_path):
 def test_the_script_names_its_steps():
     done = Process(["bash", "runs/mini_slam.sh", "curves"]).end()
     assert done.returncode == 2 and b"no such step; there are: data lr curve sentences dpo" in done.stderr
+
+
+def test_the_average_of_two_runs_weights(runs, tmp_path, monkeypatch):
+    run("dev/average.py", runs / "lm", runs / "dpo", tmp_path / "average", "--share=0.25")
+    before, after, average = (load_file(folder / "checkpoint" / "model.safetensors")
+                              for folder in (runs / "lm", runs / "dpo", tmp_path / "average"))
+    assert any((before[name] != after[name]).any() for name in after)
+    for name, weight in average.items():
+        torch.testing.assert_close(weight, 0.75 * before[name] + 0.25 * after[name])
+    slam = json.loads((tmp_path / "average" / "checkpoint" / "slam.json").read_text())
+    assert slam["average"] == {str(runs / "lm"): 0.75, str(runs / "dpo"): 0.25} and slam["stage"] == "dpo"
+    with pytest.raises(SystemExit, match="their config.json differ"):
+        run("dev/average.py", "embedded:slam-mini", runs / "lm", tmp_path / "other")
