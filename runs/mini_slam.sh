@@ -225,9 +225,10 @@ dpo_run() {  # dpo_run RUN SEED PAIRS
 }
 
 average() {  # half of the best run's weights, half of those it had after most sentences; DPO with the best run's pairs
-    local best run=$out/average_50_0
+    local best after run=$out/average_50_0
     best=$(best_run twist)
-    finished "$run" || python dev/average.py "$best" "$(ls -dv "$out"/sentences_*_0 | tail -1)" "$run" --share=0.5
+    after=$(ls -dv "$out"/sentences_*_0 | tail -1)
+    finished "$run" || python dev/average.py "$best" "$after" "$run" --share=0.5
     evaluate "$run"
     dpo_of "$run" "${best}_own"
 }
