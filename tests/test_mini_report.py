@@ -154,4 +154,4 @@ def test_the_average_of_two_runs_weights(runs, tmp_path, monkeypatch):
         torch.testing.assert_close(weight, 0.75 * before[name] + 0.25 * after[name])
     slam = json.loads((tmp_path / "average" / "checkpoint" / "slam.json").read_text())
     assert slam["average"] == {str(runs / "lm"): 0.75, str(runs / "dpo"): 0.25} and slam["stage"] == "dpo"
-    assert "their config.json differ" in refused("dev/average.py", "embedded:slam-mini", runs / "lm", tmp_path / "other")
+    assert "their config.json differ" in refused("dev/average.py", "embedded:slam-mini", runs / "lm", tmp_path / "no")
