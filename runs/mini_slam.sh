@@ -2,7 +2,7 @@
 # Slam in miniature: what a model of 14.5M parameters learns from some 210 h of synthesised stories, and what each part
 # of the recipe does there. docs/mini.md has the results, and says how to read them.
 #
-#   bash runs/mini_slam.sh              # everything: on two CPU cores 6 h for the data, 8 for the curve, 9 for the rest
+#   bash runs/mini_slam.sh              # everything: on two CPU cores 6 h for data, 8 for the curve, 12 for the rest
 #   bash runs/mini_slam.sh curve dpo    # only these steps: data lr curve sentences dpo average ship listen scratch slam
 #                                       shape bpe report
 #   SCALE=gpu bash runs/mini_slam.sh    # more tokens, and the whole base too, on out/mini's data, in out/mini_gpu
@@ -207,10 +207,10 @@ dpo() {  # on the best run's own continuations, and on those of the best with al
     finish
 }
 
-dpo_of() {  # dpo_of RUN [PAIRS]: with pairs of its own continuations, or with those that are there
+dpo_of() {  # dpo_of RUN [OTHER_own]: with pairs of its own continuations, or of another run's
     local best=$1 own=${2:-$1_own} seed pids=
     generate "$best"
-    [ -e "$own/pairs_train.jsonl" ] || python dpo.py pairs config/mini_pairs.py --checkpoint="$best" \
+    [ -e "$own/pairs_train.jsonl" ] || python dpo.py pairs config/mini_pairs.py --checkpoint="${own%_own}" \
         --prompts="$part0/units/train" --out="$own" $few_pairs
     for seed in 0 1 2; do beside dpo_run "$best" $seed "$own"; done
     finish

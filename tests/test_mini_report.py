@@ -145,7 +145,7 @@ def test_the_script_names_its_steps():
     assert done.returncode == 2 and b"no such step; there are: data lr curve sentences dpo" in done.stderr
 
 
-def test_the_average_of_two_runs_weights(runs, tmp_path, monkeypatch):
+def test_the_average_of_two_runs_weights(runs, tmp_path):
     run("dev/average.py", runs / "lm", runs / "dpo", tmp_path / "average", "--share=0.25")
     before, after, average = (load_file(folder / "checkpoint" / "model.safetensors")
                               for folder in (runs / "lm", runs / "dpo", tmp_path / "average"))
