@@ -14,6 +14,7 @@
 #   BUDGETS="300000 600000"    tokens of the curve's runs; WHOLE="4800000": of those with all 30 layers
 #   RATES="0.01 0.02"          learning rates to choose from; LR=0.006: no choice; WHOLE_LR=0.003: with all 30 layers
 #   SHIP=RUN                   the run to pack
+#   HOURS=0.1                  of each run of `shape`
 #   JOBS=3                     so many runs at once (of DPO twice), on a GPU, which one small model does not fill
 #   NO_EVAL=1                  only train, where there are no wav files; the same command without it evaluates later
 #
@@ -49,7 +50,7 @@ tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 
 esac
 source "$(dirname "$0")/setup.sh"
 out=${OUT:-out/mini} parts=${PARTS:-11} rates=${RATES:-$rates} budgets=${BUDGETS:-$budgets} whole=${WHOLE-$whole}
-failed= pids=
+hours=${HOURS:-$hours} failed= pids=
 data=${DATA:-$out}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
 whole_base="$fast --n_layers=none --lr=${WHOLE_LR:-0.006} --micro_batch=8 --batch_tokens=16384 --compile=true"
