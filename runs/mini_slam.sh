@@ -50,8 +50,8 @@ tiny) OUT=${OUT:-out/mini_tiny} PARTS=${PARTS:-1} budgets="2000 4000 8000 12000 
 esac
 source "$(dirname "$0")/setup.sh"
 out=${OUT:-out/mini} parts=${PARTS:-11} rates=${RATES:-$rates} budgets=${BUDGETS:-$budgets} whole=${WHOLE-$whole}
-hours=${HOURS:-$hours} failed= pids=
-data=${DATA:-$out}
+failed= pids=
+data=${DATA:-$out} hours=${HOURS:-$hours}
 part0=$out/part0 fast="config/slam_fast.py config/mini.py --dtype=auto"
 whole_base="$fast --n_layers=none --lr=${WHOLE_LR:-0.006} --micro_batch=8 --batch_tokens=16384 --compile=true"
 pairs=$part0/tstorycloze,$part0/sstorycloze,$part0/sblimp
