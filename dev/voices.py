@@ -1,10 +1,13 @@
-"""Speech unlike the stories: people's, to measure the embedded parts on, and random words, to train the vocoder on.
+"""Speech unlike the stories: people's, random words to train the vocoder on, other voices to train the unit LM on.
 
     python dev/voices.py people                             # out/people/telephone, out/people/audiobook: from Debian
     python eval.py --resynth_from out/people/telephone
     python dev/voices.py words                              # out/words/audio: 2 h in the TTS' voice; one minute
+    python dev/voices.py others --stories=out/mini/part0    # units of stories that other voices begin; 20 minutes
+    python dev/voices.py flite --set=out/mini/part0/tstorycloze    # out/people/slt: the pairs in a voice of flite
 
-No word predicts the next, so a vocoder learns to trust the units and not what stories tend to say.
+No random word predicts the next, so a vocoder learns to trust the units and not what stories tend to say. Stories that
+another voice begins and the TTS' goes on with teach the unit LM to understand a person's prompt.
 """
 import sys
 from pathlib import Path
@@ -16,15 +19,21 @@ import re
 import shutil
 import subprocess
 import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from config import load_config
-from slam.audio import SAMPLE_RATE, load_audio
+from slam.audio import SAMPLE_RATE, load_audio, resample
+from slam.device import pick_device
 from slam.embedded import resolve
+from slam.tokenizer import SpeechTokenizer
 from slam.tts import speakers, spoken, write_audio
+from slam.units import UnitReader, UnitWriter
 
 PEOPLE = {"telephone": ("asterisk-core-sounds-en-wav", "usr/share/asterisk/sounds"),  # a woman's prompts, 8 kHz
           "audiobook": ("pocketsphinx-testdata", "usr/share/pocketsphinx/test/data/librivox")}  # five sentences
@@ -47,6 +56,28 @@ class WordsConfig:
     voices: tuple[str, ...] = ()  # of the TTS; the first one speaks
     workers: int = 2  # processes that speak
     seed: int = 0
+
+
+@dataclass
+class OthersConfig:
+    """Units of stories that another voice begins and the TTS' goes on with; a killed run goes on."""
+    stories: str = "out/mini/part0"  # folder of synth_stories.py, whose training stories are spoken again
+    out: str = "out/mini/others/units"  # folder to write
+    copies: int = 2  # of each story, each begun in another voice
+    all: float = 0.3  # share of the copies that the other voice speaks to their end
+    tts: str = "hibari"  # a name in slam/tts.py, which spoke the stories
+    voices: tuple[str, ...] = ()  # of the TTS; the first one speaks
+    workers: int = 2  # processes that speak
+    seed: int = 3000  # of the stories, so that they sound as they did
+
+
+@dataclass
+class FliteConfig:
+    """Speak a set of pairs in a voice of flite (Debian), which no part was fitted on."""
+    set: str = "out/mini/part0/tstorycloze"  # folder with a manifest.jsonl that has the pairs' texts
+    voice: Literal["slt", "rms", "awb"] = "slt"  # of flite: a woman, two men
+    out: str = "out/people"  # folder to write OUT/VOICE
+    workers: int = 2  # processes that speak
 
 
 def unpack(package: str, folder: Path) -> None:
@@ -99,9 +130,77 @@ def words(cfg: WordsConfig) -> None:
     print(f"{out}: {cfg.recordings} recordings")
 
 
+def another_voice(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A wave (T,) at 16 kHz as if another speaker had recorded it elsewhere: (T / r,), r between 0.75 and 1.33.
+
+    Its speed, pitch and formants are multiplied by r; then a microphone, half the time a telephone, a room, noise.
+    """
+    wave = resample(wave, round(160 * np.exp(rng.uniform(np.log(0.75), np.log(4 / 3)))), 160)
+    spectrum, hz = np.fft.rfft(wave), np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)
+    gain = np.interp(hz, np.linspace(0, 8000, 9), rng.normal(0, 3, 9).cumsum().clip(-15, 15))  # dB
+    if rng.random() < 0.5:
+        gain -= 60 * ((hz < rng.uniform(60, 300)) | (hz > rng.uniform(3300, 3900)))
+    if rng.random() < 0.3:
+        t = np.arange(int(rng.uniform(0.05, 0.4) * SAMPLE_RATE))
+        echo = rng.normal(size=len(t)) * 10 ** (-3 * t / len(t))  # 60 dB down at its end
+        echo *= 0.3 * rng.random() / np.linalg.norm(echo)
+        spectrum *= 1 + np.fft.rfft(echo, len(wave))
+    wave = np.fft.irfft(spectrum * 10 ** (gain / 20), len(wave))
+    wave += rng.normal(size=len(wave)) * wave.std() * 10 ** (-rng.uniform(15, 45) / 20)
+    return (wave * rng.uniform(0.1, 0.9) / np.abs(wave).max()).astype(np.float32)
+
+
+def others(cfg: OthersConfig) -> None:
+    """Write OUT/*.safetensors: `copies` of each training story, with another voice up to a random frame."""
+    reader, tokenizer = UnitReader(Path(cfg.stories, "units/train")), SpeechTokenizer.load(device=pick_device().type)
+    own = {id: np.repeat(reader.units(i), reader.durations(i)) for i, id in enumerate(reader.ids())}  # frames
+    writer = UnitWriter(cfg.out, tokenizer.fingerprint, cfg.stories, durations=True, shard_tokens=20_000)
+    stories = map(json.loads, Path(cfg.stories, "stories.jsonl").read_text(encoding="utf-8").splitlines())
+    texts = {story["id"]: story["sentences"] for story in stories
+             if story["id"] in own and f"{story['id']}_{cfg.copies - 1}" not in writer.done}
+    with writer, speakers(cfg.tts, cfg.workers) as pool:
+        for id, waves in spoken(cfg, pool, texts, "speaking"):
+            wave, rng = np.concatenate(waves), np.random.default_rng((cfg.seed, zlib.crc32(id.encode())))
+            n = len(own[id])
+            ends = [n if rng.random() < cfg.all else int(rng.integers(n // 10, n)) for _ in range(cfg.copies)]
+            begun = tokenizer.frames([another_voice(wave[:end * SAMPLE_RATE // 25], rng) for end in ends])
+            for k, (end, frames) in enumerate(zip(ends, begun)):
+                if f"{id}_{k}" not in writer.done:
+                    units = tokenizer.finish(np.concatenate([frames, own[id][end:]]))
+                    writer.add(f"{id}_{k}", *units, text=" ".join(texts[id]))
+    reader = UnitReader(cfg.out)
+    print(f"{cfg.out}: {len(reader)} stories, {reader.hours:.2f} h, {reader.n_tokens:,} tokens")
+
+
+def flite(cfg: FliteConfig) -> None:
+    """Write OUT/VOICE/*.wav and its manifest.jsonl; what is there is not spoken again."""
+    source, out = Path(cfg.set, "manifest.jsonl"), Path(cfg.out, cfg.voice)
+    out.mkdir(parents=True, exist_ok=True)
+    pairs = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    texts = {pair[side]: pair[f"{side}_text"] for pair in pairs for side in ("positive", "negative")}
+    todo = [name for name in texts if not (out / name).exists()]
+    with tempfile.TemporaryDirectory() as temporary:
+        for package in ("flite", "libflite1") if todo else ():
+            unpack(package, Path(temporary))
+        library = next(Path(temporary).rglob("libflite.so.1"), Path()).parent
+
+        def say(name: str) -> None:
+            file = Path(temporary, name)
+            subprocess.run([Path(temporary, "usr/bin/flite"), "-voice", cfg.voice, "-t", texts[name], "-o", file],
+                           env={"LD_LIBRARY_PATH": str(library)}, check=True, timeout=60)
+            shutil.move(file, out / name)
+
+        with ThreadPoolExecutor(cfg.workers) as pool:
+            for _ in tqdm(pool.map(say, todo), total=len(todo), disable=None, desc="speaking", unit="text"):
+                pass
+    shutil.copy(source, out)
+    print(f"{out}: {len(pairs)} pairs")
+
+
 if __name__ == "__main__":
     command, arguments = "".join(sys.argv[1:2]), sys.argv[2:]
-    commands = {"people": (people, PeopleConfig), "words": (words, WordsConfig)}
+    commands = {"people": (people, PeopleConfig), "words": (words, WordsConfig),
+                "others": (others, OthersConfig), "flite": (flite, FliteConfig)}
     if command not in commands:
         raise SystemExit(__doc__)
     commands[command][0](load_config(commands[command][1], arguments, __doc__))

@@ -1,7 +1,8 @@
-"""Speech unlike the stories (dev/voices.py): random words, and people, who are understood from their units."""
+"""Speech unlike the stories (dev/voices.py): random words, other voices, and people, who are understood from units."""
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, run
 
@@ -12,6 +13,7 @@ from slam.audio import SAMPLE_RATE, load_audio
 from slam.metrics import word_error_rate
 from slam.speech import transcribe
 from slam.tokenizer import SpeechTokenizer
+from slam.units import UnitReader
 from slam.vocoder import Vocoder
 
 
@@ -26,6 +28,34 @@ def test_random_words_are_words_and_repeat():
 def test_random_words_are_spoken(tmp_path):
     run("dev/voices.py", "words", f"--out={tmp_path}", "--recordings=2", "--workers=1")
     assert [2 < len(load_audio(tmp_path / f"0000{i}.flac")) / SAMPLE_RATE < 60 for i in (0, 1)] == [True, True]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_another_voice_scales_speed_and_pitch(seed):
+    tone = np.sin(2 * np.pi * 1000 * np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE).astype(np.float32)
+    copy = voices.another_voice(tone, np.random.default_rng(seed))
+    loudest = np.abs(np.fft.rfft(copy * np.hanning(len(copy)))).argmax() * SAMPLE_RATE / len(copy)
+    assert 0.74 < len(tone) / len(copy) < 1.35 and loudest == pytest.approx(1000 * len(tone) / len(copy), rel=0.01)
+    assert copy.dtype == np.float32 and 0.09 < np.abs(copy).max() < 0.91
+
+
+def test_other_voices_begin_stories_and_the_tts_goes_on(stories, tmp_path):
+    """Two copies of each training story: most end in its own frames, begin in others, and none is made twice."""
+    def others() -> str:
+        return run("dev/voices.py", "others", f"--stories={stories}", f"--out={tmp_path}", "--seed=0").stdout
+
+    said, own, new = others(), UnitReader(stories / "units/train"), UnitReader(tmp_path)
+    assert others() == said and len(UnitReader(tmp_path)) == len(new) == 2 * len(own)
+    ids, texts = own.ids(), [record["text"] for record in own.records()]
+    shared = []
+    for i, record in enumerate(new.records()):
+        story = ids.index(record["id"][:-2])
+        assert record["text"] == texts[story]
+        a, b = (np.repeat(r.units(j), r.durations(j)) for r, j in ((own, story), (new, i)))
+        n = min(len(a), len(b))
+        same = a[::-1][:n] == b[::-1][:n]
+        shared.append((same.argmin() if not same.all() else n) / len(a))
+    assert max(shared) < 0.95 and sum(x > 0.05 for x in shared) >= len(new) / 3
 
 
 def test_people_are_understood_from_their_units(tmp_path):
