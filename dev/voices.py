@@ -3,11 +3,12 @@
     python dev/voices.py people                             # out/people/telephone, out/people/audiobook: from Debian
     python eval.py --resynth_from out/people/telephone
     python dev/voices.py words                              # out/words/audio: 2 h in the TTS' voice; one minute
-    python dev/voices.py others --stories=out/mini/part0    # units of stories that other voices begin; 20 minutes
+    python dev/voices.py others --stories=out/mini/part0    # units of stories that other voices begin; 15 minutes
     python dev/voices.py flite --set=out/mini/part0/tstorycloze    # out/people/slt: the pairs in a voice of flite
 
 No random word predicts the next, so a vocoder learns to trust the units and not what stories tend to say. Stories that
-another voice begins and the TTS' goes on with teach the unit LM to understand a person's prompt.
+another voice begins and the TTS' goes on with were to teach the unit LM to understand a person's prompt; docs/mini.md
+says how far they did.
 """
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -29,6 +31,7 @@ from tqdm import tqdm
 
 from config import load_config
 from slam.audio import SAMPLE_RATE, load_audio, resample
+from slam.benchmarks import SIDES, read_manifest
 from slam.device import pick_device
 from slam.embedded import resolve
 from slam.tokenizer import SpeechTokenizer
@@ -65,10 +68,7 @@ class OthersConfig:
     out: str = "out/mini/others/units"  # folder to write
     copies: int = 2  # of each story, each begun in another voice
     all: float = 0.3  # share of the copies that the other voice speaks to their end
-    tts: str = "hibari"  # a name in slam/tts.py, which spoke the stories
-    voices: tuple[str, ...] = ()  # of the TTS; the first one speaks
     workers: int = 2  # processes that speak
-    seed: int = 3000  # of the stories, so that they sound as they did
 
 
 @dataclass
@@ -154,13 +154,15 @@ def others(cfg: OthersConfig) -> None:
     """Write OUT/*.safetensors: `copies` of each training story, with another voice up to a random frame."""
     reader, tokenizer = UnitReader(Path(cfg.stories, "units/train")), SpeechTokenizer.load(device=pick_device().type)
     own = {id: np.repeat(reader.units(i), reader.durations(i)) for i, id in enumerate(reader.ids())}  # frames
+    # The settings with which they were spoken (tts, voices, seed), so that they sound as they did.
+    spoke = SimpleNamespace(**json.loads(Path(cfg.stories, "synth.json").read_text())["settings"])
     writer = UnitWriter(cfg.out, tokenizer.fingerprint, cfg.stories, durations=True, shard_tokens=20_000)
     stories = map(json.loads, Path(cfg.stories, "stories.jsonl").read_text(encoding="utf-8").splitlines())
     texts = {story["id"]: story["sentences"] for story in stories
              if story["id"] in own and f"{story['id']}_{cfg.copies - 1}" not in writer.done}
-    with writer, speakers(cfg.tts, cfg.workers) as pool:
-        for id, waves in spoken(cfg, pool, texts, "speaking"):
-            wave, rng = np.concatenate(waves), np.random.default_rng((cfg.seed, zlib.crc32(id.encode())))
+    with writer, speakers(spoke.tts, cfg.workers) as pool:
+        for id, waves in spoken(spoke, pool, texts, "speaking"):
+            wave, rng = np.concatenate(waves), np.random.default_rng((spoke.seed, zlib.crc32(id.encode())))
             n = len(own[id])
             ends = [n if rng.random() < cfg.all else int(rng.integers(n // 10, n)) for _ in range(cfg.copies)]
             begun = tokenizer.frames([another_voice(wave[:end * SAMPLE_RATE // 25], rng) for end in ends])
@@ -174,10 +176,9 @@ def others(cfg: OthersConfig) -> None:
 
 def flite(cfg: FliteConfig) -> None:
     """Write OUT/VOICE/*.wav and its manifest.jsonl; what is there is not spoken again."""
-    source, out = Path(cfg.set, "manifest.jsonl"), Path(cfg.out, cfg.voice)
+    pairs, out = read_manifest(cfg.set).pairs, Path(cfg.out, cfg.voice)
     out.mkdir(parents=True, exist_ok=True)
-    pairs = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    texts = {pair[side]: pair[f"{side}_text"] for pair in pairs for side in ("positive", "negative")}
+    texts = {Path(pair[side]).name: pair[f"{side}_text"] for pair in pairs for side in SIDES}
     todo = [name for name in texts if not (out / name).exists()]
     with tempfile.TemporaryDirectory() as temporary:
         for package in ("flite", "libflite1") if todo else ():
@@ -193,7 +194,7 @@ def flite(cfg: FliteConfig) -> None:
         with ThreadPoolExecutor(cfg.workers) as pool:
             for _ in tqdm(pool.map(say, todo), total=len(todo), disable=None, desc="speaking", unit="text"):
                 pass
-    shutil.copy(source, out)
+    shutil.copy(Path(cfg.set, "manifest.jsonl"), out)
     print(f"{out}: {len(pairs)} pairs")
 
 
