@@ -6,14 +6,13 @@
 
 In:  a text LM, a TTS and a speech tokeniser, by name.
 Out: one folder:  stories.jsonl · units/train, units/val (unit files) · pairs_train.jsonl, pairs_val.jsonl ·
-     tstorycloze/, sstorycloze/, sblimp/ (wav files, manifest.jsonl) · audio/ (with --keep_audio) · synth.json (its
+     tstorycloze/, sblimp/ (wav files, manifest.jsonl) · audio/ (with --keep_audio) · synth.json (its
      settings, and whether it is done). With --swag only the two pair files and synth.json.
 
 The same seed on the same machine gives the same files. A killed run continues when it is started again.
 """
 import json
 import re
-import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,10 +26,10 @@ from model import UnitLM
 from slam.audio import SAMPLE_RATE
 from slam.device import fast_bfloat16, pick_device
 from slam.embedded import resolve
-from slam.spoken_pairs import exchange, make_sblimp, make_sstorycloze, make_tstorycloze
+from slam.spoken_pairs import exchange, make_sblimp, make_tstorycloze
 from slam.tokenizer import SpeechTokenizer
 from slam.tts import TTS, speakers, spoken, write_audio
-from slam.units import UnitReader, UnitWriter, write_atomic, write_pairs
+from slam.units import UnitReader, UnitWriter, empty_folder, write_atomic, write_pairs
 
 
 @dataclass
@@ -49,7 +48,6 @@ class Config:
     n_val: int = 40  # stories held out: validation units, validation pairs, tStoryCloze pairs
     n_pairs: int = 200  # preference pairs from the training stories or from SWAG, at most one from each
     n_sblimp: int = 100  # sentence pairs of the sBLIMP-style set
-    hard_negatives: bool = False  # also make an sStoryCloze-style set, with close wrong endings; 2 CPU seconds each
     openings: str = "assets/openings.json"  # word lists and sentence shapes of the openings that the LM continues
     max_sentences: int = 7  # of a story, its opening included; 5 at least
     max_new_tokens: int = 80  # text tokens that the LM adds to a story's opening; 0: a story is its opening
@@ -72,6 +70,8 @@ class Config:
             found.append("swag: pairs are of units, so a tokenizer is needed")
         if self.tokenizer == "none" and not self.keep_audio:
             found.append("tokenizer = none without keep_audio = true would leave nothing")
+        if self.workers < 1:
+            found.append("workers: at least 1 process speaks")
         if self.max_sentences < 5:
             found.append("max_sentences: at least 5; a tStoryCloze pair takes so many")
         if self.n_val < 4 and not self.swag:
@@ -97,15 +97,15 @@ def opening(lists: dict[str, list[str]], rng: np.random.Generator, key: str = "s
     return FIELD.sub(fill, str(rng.choice(lists[key])))
 
 
-def read_openings(path: str, *needed: str) -> dict[str, list[str]]:
-    """The lists of `opening` in a JSON file. SystemExit if it can't be read, or a shape or `needed` a list it lacks."""
+def read_openings(path: str) -> dict[str, list[str]]:
+    """The lists of `opening` in a JSON file. SystemExit if it can't be read, or lacks a list that a shape names."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         lists = {key: list(map(str, words)) for key, words in content.items()}
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise SystemExit(f"--openings={path}: not a JSON file of lists ({e})") from None
     used = {list_name for shapes in lists.values() for x in shapes for _, _, list_name in FIELD.findall(x)}
-    if missing := sorted(key for key in used | {"shape", *needed} if not lists.get(key)):
+    if missing := sorted(key for key in used | {"shape"} if not lists.get(key)):
         raise SystemExit(f"--openings={path}: the list {missing[0]!r} is missing or empty")
     return lists
 
@@ -137,7 +137,7 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
         return stories[:n]
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(resolve(cfg.writer))
-    lists = read_openings(cfg.openings, *["name"] * cfg.hard_negatives)
+    lists = read_openings(cfg.openings)
     lm = UnitLM.from_pretrained(cfg.writer).eval().to(pick_device())
     if lm.device.type == "cuda" or fast_bfloat16(torch.cpu.get_capabilities()):
         lm = lm.bfloat16()
@@ -217,7 +217,7 @@ def main(cfg: Config) -> None:
     if out.exists() and any(out.iterdir()) and not record.exists():
         raise SystemExit(f"{out} exists and was not made by synth_stories.py; choose another --out")
     if cfg.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+        empty_folder(out)
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "workers", "overwrite", "keep_audio")}
     settings = json.loads(json.dumps(settings))  # as the file gives them back: tuples become lists
     before = json.loads(record.read_text())["settings"] if record.exists() else {}
@@ -243,8 +243,6 @@ def main(cfg: Config) -> None:
 
             # ---- benchmark pairs of the held-out stories, and of templates
             make_tstorycloze(cfg, pool, splits["val"])
-            if cfg.hard_negatives:
-                make_sstorycloze(cfg, pool, splits["val"])
             make_sblimp(cfg, pool)
 
     write_atomic(record, json.dumps({"settings": settings, "done": True}, indent=2))

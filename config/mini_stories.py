@@ -7,7 +7,6 @@ n_train = 1500
 n_val = 600
 n_pairs = 100
 n_sblimp = 600
-hard_negatives = True
 max_new_tokens = 120
 max_sentences = 10
 batch = 256

@@ -7,7 +7,7 @@ source "$(dirname "$0")/setup.sh"
 data=out/study/data/units
 for pieces in 1000 2000; do
     [ -e out/study/bpe$pieces/tokenizer.safetensors ] || python prepare_units.py bpe --units=$data/train,$data/val \
-        --out=out/study/bpe$pieces --n_pieces=$pieces
+        --out=out/study/bpe$pieces --n_pieces=$pieces --overwrite
 done
 train_pieces() {  # pieces, tokens, run
     python train.py config/slam_fast.py config/study.py --train=out/study/bpe$1/train --val=out/study/bpe$1/val \

@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 data=out/study/data out=out/study/dpo
-[ -e $data/pairs_val.jsonl ] || python synth_stories.py config/demo_stories.py --out=$data \
+grep -qs '"done": true' $data/synth.json || python synth_stories.py config/demo_stories.py --out=$data \
     --n_train=640 --n_val=60 --n_pairs=4 --n_sblimp=4 --keep_audio
 
 score() {  # score RUN SEED [FLAGS]

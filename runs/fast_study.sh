@@ -3,7 +3,7 @@
 # (config/study.py), three seeds each: half an hour on two CPU cores, the data included. Killed, it goes on.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-[ -e out/study/data/pairs_val.jsonl ] || python synth_stories.py config/demo_stories.py --out=out/study/data \
+grep -qs '"done": true' out/study/data/synth.json || python synth_stories.py config/demo_stories.py --out=out/study/data \
     --n_train=640 --n_val=60 --n_pairs=4 --n_sblimp=4 --keep_audio
 for seed in 0 1 2; do
     python train.py config/slam.py config/study.py --out=out/study/slam_$seed --seed=$seed --resume

@@ -129,9 +129,12 @@ synth() {  # synth NAME CONFIG FLAG...: a folder of speech, unless it is there
 }
 
 part() {  # part K: part0 with validation stories and pairs; the others with as few of these as synth_stories.py makes
-    [ "$1" != 0 ] || { synth part0 config/mini_stories.py $stories; return; }
-    synth part$1 config/mini_stories.py --seed=300$1 --n_train=2500 --n_val=4 --n_sblimp=4 --n_pairs=4 $stories \
-        --hard_negatives=false
+    if [ "$1" = 0 ]; then
+        synth part0 config/mini_stories.py $stories
+        [ -e "$data/part0/sstorycloze/manifest.jsonl" ] || python dev/hard_negatives.py "$data/part0"
+    else
+        synth part$1 config/mini_stories.py --seed=300$1 --n_train=2500 --n_val=4 --n_sblimp=4 --n_pairs=4 $stories
+    fi
 }
 
 data() {
@@ -278,7 +281,7 @@ shape() {  # depth, from the text LM, and width, from scratch in its proportions
         train width${width}_hours_0 $fast --lr=$rate --tokens=none --time_budget_hours=$hours \
             --shape="{\"hidden_size\": $width, \"intermediate_size\": $((width * 8 / 3)), \"num_hidden_layers\": 4,
                 \"num_attention_heads\": $((width / 64)), \"num_key_value_heads\": $((width / 192)),
-                \"attention_bias\": false, \"model_type\": \"llama\"}"
+                \"model_type\": \"llama\"}"
     done
 }
 

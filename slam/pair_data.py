@@ -17,6 +17,7 @@ import numpy as np
 
 from slam.audio import load_audio, parquet_rows
 from slam.benchmarks import disk_cache
+from slam.checkpoint import sha256_of
 from slam.device import pick_device
 from slam.metrics import auto_bleu
 from slam.slamkit import slamkit_tokenizer, slamkit_units
@@ -149,9 +150,6 @@ def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, sa
     say(pairs) yields the waves of prompt, chosen and rejected. Units go to PATH.kept as they come, so a killed run
     continues with the next pair.
     """
-    if path.exists():
-        return 0
-
     def encode(todo: list[int]) -> Iterator[list[list[int]] | None]:
         for waves in say([pairs[i] for i in todo]):
             try:
@@ -160,7 +158,8 @@ def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, sa
                 yield None
 
     kept = path.with_name(path.name + ".kept")
-    found = disk_cache(kept, [pair["id"] for pair in pairs], encode, len(pairs) or 1)
+    made_by = tokenizer.fingerprint.to_dict(), str(tokenizer.encoder.dtype)  # no other's units, nor another text's
+    found = disk_cache(kept, [sha256_of(*made_by, pair) for pair in pairs], encode, len(pairs) or 1)
     whole = [pair | dict(zip(SIDES, units)) for pair, units in zip(pairs, found) if units and all(units)]
     write_pairs(path, tokenizer.fingerprint, whole)
     kept.unlink()
@@ -197,15 +196,18 @@ def make_swag_pairs(cfg) -> None:
             return stored_waves(cfg.swag, part)
         texts = {f"{p['id']} {side}": [p[f"{side}_text"]] for p in part for side in SIDES}
         speaker = {f"{p['id']} {side}": p["speaker"] for p in part for side in SIDES}
-        waves = (wave for _, (wave,) in spoken(cfg, pool, texts, "speaking pairs", speaker))
+        waves = (wave for _, (wave,) in spoken(cfg, pool, texts, "speaking pairs", speaker, strict=False))
         return zip(waves, waves, waves)  # three in a row are a pair
 
     with speakers(cfg.tts, cfg.workers) if tokenizer and not stored else contextlib.nullcontext() as pool:
         for split, part in (("val", val), ("train", train[:cfg.n_pairs])):
             path, part, silent = Path(cfg.out) / f"pairs_{split}.jsonl", [pairs[i] for i in sorted(part)], 0
+            if path.exists():
+                print(f"{path}: is there already")
+                continue
             if tokenizer:
                 silent = tokenize_pairs(part, path, tokenizer, say)
-            elif not path.exists():
+            else:
                 write_pairs(path, fingerprint, part)
             print(f"{path}: {len(part) - silent:,} pairs; {silent} gave no sound")
     print(f"{cfg.swag}: {len(pairs) + skipped.total():,} rows, of which were skipped: "

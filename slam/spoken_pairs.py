@@ -1,13 +1,10 @@
-"""Spoken benchmark pairs in the style of tStoryCloze, sStoryCloze and sBLIMP: folders of wav files and manifest.jsonl.
+"""Spoken benchmark pairs in the style of tStoryCloze and sBLIMP: folders of wav files and manifest.jsonl.
 
     make_sblimp(cfg, pool)    # writes OUT/sblimp; eval.py --manifest=OUT/sblimp scores it
 
 `cfg` is synth_stories.py's Config, `pool` a pool of slam.tts.speakers. A story is {"id", "sentences"}.
 """
 import json
-import math
-import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -50,55 +47,6 @@ def make_tstorycloze(cfg, pool, stories: list[dict]) -> None:
                       "positive": [f"{id} beginning", f"{id} ending"],
                       "negative": [f"{id} beginning", f"{other['id']} ending"]})
     write_benchmark(cfg, pool, "tstorycloze", pairs, texts)
-
-
-def things(text: str, names: list[str]) -> set[str]:
-    """The content words of a text, roughly: those of four letters and more, without names."""
-    return {word.lower() for word in re.findall(r"\w{4,}", text) if word not in names}
-
-
-def pronouns(text: str) -> set[str]:
-    """The grammatical genders of a text's pronouns: {"he|him|his"}, {"she|her|hers"}, both or none."""
-    return {gender for gender in ("he|him|his", "she|her|hers") if re.search(rf"\b({gender})\b", text, re.IGNORECASE)}
-
-
-def make_sstorycloze(cfg, pool, stories: list[dict], n_candidates: int = 6, min_gap: float = 0.3) -> None:
-    """sStoryCloze-style pairs: four sentences and their true fifth, against a close ending that fits less.
-
-    Candidates are the endings of other stories that share the rarest words with this beginning and add no pronoun; this
-    story's name replaces theirs. The first is taken that the writer (a text LM) finds at least `min_gap` nats per token
-    less likely than the true one. No ending is used twice; a story without a candidate is left out.
-    """
-    if (Path(cfg.out) / "sstorycloze" / "manifest.jsonl").exists():
-        return
-    from slam.speech import continuation_scores
-    beginnings, endings = [" ".join(s["sentences"][:4]) for s in stories], [s["sentences"][4] for s in stories]
-    names = json.loads(Path(cfg.openings).read_text(encoding="utf-8"))["name"]
-    about, said = ([things(text, names) for text in texts] for texts in (beginnings, endings))
-    found_in = Counter(word for words in about for word in words)
-    candidates, offered = [], Counter()  # for each story [(index of the other story, its ending)], the closest first
-    for i, beginning in enumerate(beginnings):
-        name = next((word for word in re.findall(r"\w+", beginning) if word in names), None)
-        shared = [sum(math.log(len(stories) / found_in[word]) for word in about[i] & words) for words in said]
-        close = [j for j, ending in enumerate(endings) if name and ending != endings[i] and shared[j] > 0
-                 and offered[j] < n_candidates and pronouns(ending) <= pronouns(f"{beginning} {endings[i]}")]
-        close = sorted(close, key=lambda j: -shared[j])[:n_candidates]
-        offered.update(close)  # an ending that suits many stories is offered to a few, so that each has its own
-        candidates.append([(j, re.sub(r"\w+", lambda m: name if m[0] in names else m[0], endings[j])) for j in close])
-    asked = [(beginnings[i], x) for i, others in enumerate(candidates) for x in (endings[i], *(x for _, x in others))]
-    scores = iter(continuation_scores(*map(list, zip(*asked)), cfg.writer))
-    texts, pairs, used = {}, [], set()
-    for story, beginning, ending, others in zip(stories, beginnings, endings, candidates):
-        true, *theirs = [next(scores) for _ in range(1 + len(others))]
-        fits_less = [x for x, score in zip(others, theirs) if score <= true - min_gap and x[0] not in used]
-        if fits_less:
-            id, (j, worse) = story["id"], fits_less[0]
-            used.add(j)
-            texts |= {f"{id} beginning": story["sentences"][:4], f"{id} positive": [ending], f"{id} negative": [worse]}
-            pairs.append({"id": id, "positive_text": f"{beginning} {ending}", "negative_text": f"{beginning} {worse}",
-                          **{side: [f"{id} beginning", f"{id} {side}"] for side in ("positive", "negative")}})
-    print(f"sstorycloze: {len(pairs)} pairs; {len(stories) - len(pairs)} stories have no close ending that fits less")
-    write_benchmark(cfg, pool, "sstorycloze", pairs, texts)
 
 
 def grammar_pair(kind: str, i: int, rng: np.random.Generator) -> tuple[str, str]:

@@ -9,8 +9,13 @@ Another TTS is a loader here and its line in `TTS`.
 import functools
 import io
 import multiprocessing
+import os
+import threading
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,41 +75,61 @@ def load(tts: str):
     return TTS[tts][0]()
 
 
-def speak(job: tuple[str, list[str], int, str]) -> list[np.ndarray]:
-    """Sentences -> waves (T,) float32 at 16 kHz, each padded to whole frames (40 ms), so borders are frame borders."""
-    tts, sentences, seed, voice = job
+def speak(job: tuple[str, list[str], int, str, bool]) -> list[np.ndarray]:
+    """Sentences -> waves (T,) float32 at 16 kHz, each padded to whole frames (40 ms), so borders are frame borders.
+
+    A sentence that can't be spoken raises ValueError, or with strict False has a wave of no samples.
+    """
+    tts, sentences, seed, voice, strict = job
     waves = []
     for i, sentence in enumerate(sentences):
         try:
             wave = resample(*load(tts)(sentence, seed + i, voice), SAMPLE_RATE)
         except Exception as e:  # whatever it is that this TTS raises
-            raise ValueError(f"{tts} can't speak {sentence!r} ({e!r})") from None
+            if strict:
+                raise ValueError(f"{tts} can't speak {sentence!r} ({e!r})") from None
+            wave = np.zeros(0)
         waves.append(np.pad(wave, (0, -len(wave) % 640)).astype(np.float32))
     return waves
 
 
-def speakers(tts: str, workers: int):
-    """A pool of processes that speak, a context manager. SystemExit if the TTS can't be loaded."""
+def end_with_parent() -> None:
+    """End this process with the one that started it, even if that is killed; an executor's workers would wait on."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def speakers(tts: str, workers: int) -> Iterator[Executor]:
+    """Processes that speak. SystemExit if the TTS can't be loaded."""
     load(tts)  # so that one process says what is missing, and not each worker
-    return multiprocessing.get_context("spawn").Pool(workers)  # a fork of a process with torch's threads may hang
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
+    pool = ProcessPoolExecutor(workers, spawn, end_with_parent)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def spoken(cfg, pool, texts: dict[str, list[str]], desc: str,
-           voices: dict[str, str] | None = None) -> Iterator[tuple[str, list[np.ndarray]]]:
+           voices: dict[str, str] | None = None, strict: bool = True) -> Iterator[tuple[str, list[np.ndarray]]]:
     """Speak {id: sentences} with `cfg.tts`; yields (id, a wave per sentence) in order. Seeded by (cfg.seed, id).
 
-    voices: {id: voice}; without them, all are spoken in the first of `cfg.voices`, or of the TTS.
+    voices: {id: voice}; without them, all are spoken in the first of `cfg.voices`, or of the TTS. strict: SystemExit if
+    a sentence can't be spoken; otherwise it has no samples.
     """
     first = (cfg.voices or TTS[cfg.tts][1])[0]
-    jobs = [(cfg.tts, sentences, zlib.crc32(f"{cfg.seed} {id}".encode()), voices[id] if voices else first)
+    jobs = [(cfg.tts, sentences, zlib.crc32(f"{cfg.seed} {id}".encode()), voices[id] if voices else first, strict)
             for id, sentences in texts.items()]
-    # By 512: imap speaks all its jobs at once, and the waves of a large set don't fit into memory.
-    waves = (wave for at in range(0, len(jobs), 512) for wave in pool.imap(speak, jobs[at:at + 512], chunksize=2))
+    # By 512: map speaks all its jobs at once, and the waves of a large set don't fit into memory.
+    waves = (wave for at in range(0, len(jobs), 512) for wave in pool.map(speak, jobs[at:at + 512], chunksize=2))
     bar = tqdm(waves, total=len(jobs), disable=None, desc=desc, unit="text")
     try:
         yield from ((id, wave) for wave, id in zip(bar, texts))  # zip asks the bar first, so that it reaches its end
     except ValueError as e:
         raise SystemExit(f"{e}; all before it is kept: take it out of the texts and start again") from None
+    except BrokenProcessPool:
+        raise SystemExit(f"a process that speaks was killed, perhaps for want of memory; all before it is kept: start "
+                         f"again, with fewer --workers than {cfg.workers}") from None
 
 
 def write_audio(path: Path, wave: np.ndarray) -> None:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -44,6 +45,12 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove what is in a folder, if there is one. The folder stays, as it may be a link."""
+    for path in folder.iterdir() if folder.exists() else ():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def vocab_size(n_units: int) -> int:

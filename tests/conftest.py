@@ -212,8 +212,7 @@ def corpus(tmp_path_factory, fingerprint):
     return once(tmp_path_factory, "corpus", make)
 
 
-SYNTH = ["--n_train=6", "--n_val=4", "--batch=16", "--n_sblimp=8", "--max_new_tokens=48", "--keep_audio",
-         "--hard_negatives"]
+SYNTH = ["--n_train=6", "--n_val=4", "--batch=16", "--n_sblimp=8", "--max_new_tokens=48", "--keep_audio"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """Preference pairs of SWAG, SpokenSwag and SlamKit: which rows become pairs, and that a killed run loses none."""
+import copy
 import csv
 import json
 
@@ -6,6 +7,7 @@ import pytest
 from conftest import refused, run
 
 from slam.audio import load_audio
+from slam.checkpoint import sha256_of
 from slam.metrics import auto_bleu, word_error_rate
 from slam.pair_data import SIDES, read_swag, usable
 from slam.speech import transcribe
@@ -78,6 +80,12 @@ def test_swag_files_that_are_none(tmp_path):
     assert "row 2: not CSV" in refusal(tmp_path / "quote.csv")
 
 
+def kept_as(pair: dict, tokenizer: SpeechTokenizer) -> str:
+    """Under what name a pair's units are kept: that of its tokeniser and texts."""
+    texts = {k: v for k, v in pair.items() if k not in SIDES}
+    return sha256_of(tokenizer.fingerprint.to_dict(), str(tokenizer.encoder.dtype), texts)
+
+
 def test_swag_is_spoken_and_resumed(tmp_path):
     """Prompt, chosen and rejected are units of what their texts say; a killed run ends as one that was not."""
     swag, out = write_swag(tmp_path / "train.csv", ROWS), tmp_path / "pairs"
@@ -97,11 +105,19 @@ def test_swag_is_spoken_and_resumed(tmp_path):
         assert wrong <= n / 3, (train[0], heard)
     # Killed while it spoke: two pairs are kept, and half of a third one's line.
     whole = (out / "pairs_train.jsonl").read_text()
-    lines = [json.dumps({p["id"]: [p[side] for side in SIDES]}) for p in train]
+    lines = [json.dumps({kept_as(p, tokenizer): [p[side] for side in SIDES]}) for p in train]
     (out / "pairs_train.jsonl").unlink()
     (out / "pairs_train.jsonl.kept").write_text("\n".join(lines)[:-40])
     run(*command)
     assert (out / "pairs_train.jsonl").read_text() == whole and not (out / "pairs_train.jsonl.kept").exists()
+    # Another text under a pair's number, and one that can't be spoken: no kept units are taken for it; it is counted.
+    (out / "pairs_train.jsonl").unlink()
+    (out / "pairs_train.jsonl.kept").write_text("\n".join(lines) + "\n")
+    changed = copy.deepcopy(ROWS)
+    row = changed[int(train[0]["id"].removeprefix("swag"))]
+    row[6 + int(row[-1])] = f"{10 ** 90}."
+    write_swag(swag, changed)
+    assert f"{len(train) - 1} pairs; 1 gave no sound" in run(*command).stdout
     assert "usable rows" in refused(*command[:2], "--n_val=4", f"--out={tmp_path}/few")
 
 
@@ -139,7 +155,7 @@ def test_spoken_swag_of_the_hub(stories, tmp_path):
     whole = (tmp_path / "pairs" / "pairs_train.jsonl").read_text()
     (tmp_path / "pairs" / "pairs_train.jsonl").unlink()
     (tmp_path / "pairs" / "pairs_train.jsonl.kept").write_text(
-        json.dumps({train[1]["id"]: [train[1][side] for side in SIDES]}) + "\n")
+        json.dumps({kept_as(train[1], tokenizer): [train[1][side] for side in SIDES]}) + "\n")
     run(*command)
     assert (tmp_path / "pairs" / "pairs_train.jsonl").read_text() == whole
     (folder / "train-00001-of-00002.parquet").write_bytes(b"PAR1 no")

@@ -23,7 +23,7 @@ SETTINGS = {"prepare_units.py": {"": "Config", "fit": "slam.kmeans.FitConfig", "
             "dev/bench.py": {"train": "BenchTrain", "dpo": "BenchDpo", "generate": "BenchGenerate", "eval": "BenchEval",
                              "memory": "BenchMemory", "units": "BenchUnits", "vocoder": "BenchVocoder"}}
 WITHOUT = {"model.py", "-m slam.embedded", "runs/corpora.py", "dev/gpu_check.py",
-           "dev/pack.py", "dev/average.py"}  # their arguments are argparse's
+           "dev/pack.py", "dev/average.py", "dev/hard_negatives.py"}  # their arguments are argparse's
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 
 

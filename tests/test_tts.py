@@ -1,6 +1,8 @@
 """Text to speech: waves of whole frames, seeded by id; the pool's order; files that are whole."""
 import importlib.util
-from multiprocessing.pool import ThreadPool
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,18 +14,18 @@ from synth_stories import Config
 
 def test_waves_are_whole_frames_and_depend_on_the_seed():
     """40 ms a frame at 16 kHz: sentences joined keep their frames."""
-    one, two = speak(("hibari", ["Hello.", "How are you?"], 0, "american"))
+    one, two = speak(("hibari", ["Hello.", "How are you?"], 0, "american", True))
     for wave in (one, two):
         assert wave.dtype == np.float32 and len(wave) % 640 == 0 and np.abs(wave).max() > 0.05
         assert 0.4 < len(wave) / 16_000 < 5
-    again, = speak(("hibari", ["Hello."], 0, "american"))
-    other, = speak(("hibari", ["Hello."], 1, "american"))
+    again, = speak(("hibari", ["Hello."], 0, "american", True))
+    other, = speak(("hibari", ["Hello."], 1, "american", True))
     assert (again == one).all() and (len(other) != len(one) or (other != one).any())
 
 
 def test_texts_come_in_order_and_a_wave_does_not_depend_on_the_others():
     texts = {f"t{i}": [f"Number {i}."] for i in range(5)}
-    with ThreadPool(2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         waves = dict(spoken(Config(), pool, texts, "speaking"))
         alone = dict(spoken(Config(), pool, {"t3": texts["t3"]}, "speaking"))
         reseeded = dict(spoken(Config(seed=1), pool, {"t3": texts["t3"]}, "speaking"))
@@ -34,9 +36,20 @@ def test_texts_come_in_order_and_a_wave_does_not_depend_on_the_others():
 
 def test_a_sentence_that_cannot_be_spoken():
     number = f"{10 ** 90}."  # hibari has no name for it
-    with ThreadPool(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         with pytest.raises(SystemExit, match="hibari can't speak '10000.*all before it is kept"):
             list(spoken(Config(), pool, {"a": ["Hello."], "b": [number]}, "speaking"))
+        waves = dict(spoken(Config(), pool, {"a": ["Hello."], "b": [number]}, "speaking", strict=False))
+    assert len(waves["a"][0]) and not len(waves["b"][0])
+
+
+def test_a_killed_speaker_ends_the_run_and_does_not_hang_it():
+    with speakers("hibari", 1) as pool:
+        found = spoken(Config(workers=1), pool, {f"{i}": ["Hello."] for i in range(9)}, "speaking")
+        next(found)
+        os.kill(next(iter(pool._processes)), signal.SIGKILL)
+        with pytest.raises(SystemExit, match="was killed.*with fewer --workers than 1"):
+            list(found)
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
@@ -52,4 +65,5 @@ def test_a_tts_that_is_not_there():
     if importlib.util.find_spec("kokoro"):
         pytest.skip("kokoro is installed")
     with pytest.raises(SystemExit, match="pip install kokoro"):
-        speakers("kokoro", 1)
+        with speakers("kokoro", 1):
+            pass
