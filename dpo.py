@@ -223,8 +223,8 @@ def evaluate(run: Run, lm: UnitLM, val: Data, cfg: Config, fingerprint: Fingerpr
     if cfg.n_samples and not run.rank:  # imported here: tokeniser, vocoder and Whisper are needed for nothing else
         from slam.align_pairs import hear_samples
         samples = hear_samples(lm, [pair.prefix for pair in val.pairs[:cfg.n_samples]], fingerprint, cfg.seed)
-    run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found.items()), **found, **samples)
     run.results({k: {"value": v, "n": len(val.pairs), "step": run.step} for k, v in found.items()})
+    run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found.items()), **found, **samples)
     lm.train()
 
 
@@ -246,25 +246,24 @@ def main(cfg: Config) -> None:
     device, sys.stdout = pick_device(), None if rank else sys.stdout  # the first process speaks for all
     torch.set_float32_matmul_precision("high")
     cfg = complete(cfg)
-    start = folders.find_checkpoint(cfg.checkpoint)
 
     # ------------------------------------------------------------ data: pairs, and the reference's log-probabilities
-    fingerprint, pairs = folders.checkpoint_fingerprint(start), {}
+    fingerprint, pairs = folders.checkpoint_fingerprint(cfg.checkpoint), {}
     for name, path in (("train", cfg.pairs), ("val", cfg.val_pairs)):
         theirs, pairs[name] = load_pairs(path, cfg.context)
         require_same(fingerprint, cfg.checkpoint, theirs, path)
         fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's checkpoints do not record it
-    run = Run(cfg, "dpo", rank, reads=(start, cfg.pairs, cfg.val_pairs))
-    weights = folders.weights_sha256(start)
+    run = Run(cfg, "dpo", rank, reads=(cfg.checkpoint, cfg.pairs, cfg.val_pairs))
+    weights = folders.weights_sha256(cfg.checkpoint)
     run.starts_from(checkpoint=weights, **{name: folders.sha256_of(found) for name, found in pairs.items()})
-    if run.trainer and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
+    if run.resumed and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
         return
-    train, val = (Data.of(pairs[name], reference_logps(start, weights, path, pairs[name], cfg, ranks), where)
+    train, val = (Data.of(pairs[name], reference_logps(cfg.checkpoint, weights, path, pairs[name], cfg, ranks), where)
                   for name, path, where in (("train", cfg.pairs, device), ("val", cfg.val_pairs, torch.device("cpu"))))
     order = Epochs(len(train.pairs), cfg.seed)  # the order of the pairs is a pure function of the seed
 
     # ------------------------------------------------------------ model
-    lm = UnitLM.from_pretrained(str(run.checkpoint) if run.trainer else start).to(device).train()
+    lm = UnitLM.from_pretrained(str(run.checkpoint) if run.resumed else cfg.checkpoint).to(device).train()
     lm.set_activation_checkpointing(cfg.activation_checkpointing)
     forward = compiled(lm, cfg.compile)
     width = 0 if forward is lm else cfg.context  # compiled code has one shape
@@ -272,10 +271,8 @@ def main(cfg: Config) -> None:
     # ------------------------------------------------------------ optimiser
     optimizer = make_optimizer(lm, cfg)
     statistics, norm = [], torch.zeros(())  # this rank's, of the steps since the last log line; the last gradient's
-    if run.trainer:
-        optimizer.load_state_dict(run.trainer["optimizer"])
-        statistics = [x.to(device) / world for x in run.trainer["pending"]]
-        run.trainer = None  # frees its memory
+    if run.resumed:
+        statistics = [x.to(device) / world for x in run.restore(optimizer)]
 
     # ------------------------------------------------------------ loop
     run.open()
@@ -286,7 +283,7 @@ def main(cfg: Config) -> None:
             lm.zero_grad()
     first = run.step
     while run.progress() < 1 and not run.stopping:
-        if run.step % cfg.eval_every == 0 and (not run.step or run.step > first or not run.evaluated("val_dpo_loss")):
+        if run.step % cfg.eval_every == 0 and (run.step > first or not run.evaluated("val_dpo_loss")):
             with run.pause():
                 evaluate(run, lm, val, cfg, fingerprint, world)
         # The pairs of this step and of this rank; forward, loss and backward of each micro-batch; the update.

@@ -25,10 +25,9 @@ from tqdm import tqdm
 from config import load_config
 from model import UnitLM
 from slam.benchmarks import SIDES, Benchmark, read_benchmark, read_manifest, tokenize_pairs
-from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, run_folder, weights_sha256
+from slam.checkpoint import checkpoint_fingerprint, git_commit, merge_results, run_folder, weights_sha256
 from slam.device import pick_device
 from slam.metrics import auto_bleu, pair_accuracy, score_pairs, standard_error, word_error_rate  # noqa: F401
-from slam.run import git_commit, merge_results
 from slam.scoring import ngram_loss, ngram_nlls, ngrams, pair_nlls, validation_loss
 from slam.units import UnitReader, require_same, vocab_size
 
@@ -86,6 +85,8 @@ class Config:
             found.append(f"write_manifest: {self.write_manifest} exists; name another file")
         if min(self.n_seeds, self.batch, self.n_generate, self.context) < 1:
             found.append("n_seeds, batch, n_generate and context must be at least 1")
+        if min(self.temperature, self.top_k) < 0 or self.repetition_penalty <= 0:
+            found.append("temperature and top_k must not be negative, repetition_penalty is positive")
         if not self.checkpoint:
             found.append("checkpoint: name at least one")
         return found
@@ -149,8 +150,8 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
         texts, alone = (transcribe(waves, cfg.asr, strip=False) for waves in (whole, speak(new, tokenizer, vocoder)))
         said += [{"seed": seed, "prompt": path.name, "text": text, "continuation_text": a, "units": units}
                  for path, text, a, units in zip(paths, texts, alone, new)]
-        for path, wave in zip(paths, whole) if cfg.keep_audio else ():
-            soundfile.write(out / f"generated_{path.stem}_{seed}.wav", wave, SAMPLE_RATE)
+        for i, wave in enumerate(whole) if cfg.keep_audio else ():  # the number, as names may repeat
+            soundfile.write(out / f"generated_{i:03d}_{paths[i].stem}_{seed}.wav", wave, SAMPLE_RATE)
     (out / "generated.jsonl").write_text("".join(json.dumps(x) + "\n" for x in said))
     free_memory()
 
@@ -249,8 +250,7 @@ def main(cfg: Config) -> None:
 
     # units: all checkpoints, the tokeniser and the unit files must have the same fingerprint
     device = pick_device()
-    checkpoints = {name: find_checkpoint(name) for name in cfg.checkpoint}
-    fingerprints = {name: checkpoint_fingerprint(folder) for name, folder in checkpoints.items()}
+    fingerprints = {name: checkpoint_fingerprint(name) for name in cfg.checkpoint}
     val = UnitReader(*cfg.val) if cfg.val else None
     train = UnitReader(*cfg.train) if cfg.train else None
     known = {paths[0]: reader.fingerprint for paths, reader in ((cfg.val, val), (cfg.train, train)) if reader}
@@ -283,11 +283,10 @@ def main(cfg: Config) -> None:
 
     # one checkpoint after the other
     rows = {}
-    for name, folder in checkpoints.items():
-        lm = UnitLM.from_pretrained(folder).eval().to(device)
-        out = run_folder(folder)
+    for name in cfg.checkpoint:
+        lm, out = UnitLM.from_pretrained(name).eval().to(device), run_folder(name)
         out.mkdir(parents=True, exist_ok=True)
-        made = {"weights": weights_sha256(folder)[:16], "torch": torch.__version__,
+        made = {"weights": weights_sha256(name)[:16], "torch": torch.__version__,
                 "transformers": version("transformers"), "git": git_commit()}
         results = dict(baselines)
         if val:

@@ -38,11 +38,14 @@ class ModelConfig:
     head_dim: int = 64
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
-    attention_bias: bool = True  # on q, k and v (Qwen2: yes, Llama: no)
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 1024
     first_text_token: int = 0  # of a model of speech and text, before which are units and markers; 0: there is no text
-    model_type: str = "qwen2"  # or llama: the class that transformers builds from our folders
+    model_type: str = "qwen2"  # with biases on q, k and v, or llama, without: what transformers makes of our folders
+
+    def __post_init__(self):
+        if self.model_type not in ("qwen2", "llama") or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("model_type is qwen2 or llama, num_attention_heads a multiple of num_key_value_heads")
 
     @classmethod
     def from_hf(cls, config: dict) -> "ModelConfig":
@@ -64,8 +67,7 @@ class ModelConfig:
         return cls(**same, num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
                    head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
                    rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-                   first_text_token=config.get("first_text_token", 0), attention_bias=kind == "qwen2",
-                   tie_word_embeddings=tied, model_type=kind)
+                   first_text_token=config.get("first_text_token", 0), tie_word_embeddings=tied, model_type=kind)
 
     def to_hf(self) -> dict:
         """The config.json of a Qwen2ForCausalLM or LlamaForCausalLM."""
@@ -107,11 +109,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None,
@@ -310,7 +312,7 @@ class UnitLM(nn.Module):
         rows, keep_text = config["vocab_size"], init.startswith("keep_text")
         if init not in INITS:
             raise ValueError(f"TWIST init {init!r}; expected one of {', '.join(INITS)}")
-        if (n_layers or 0) > config["num_hidden_layers"]:
+        if n_layers is not None and not 1 <= n_layers <= config["num_hidden_layers"]:
             raise ValueError(f"{base_name} has {config['num_hidden_layers']} layers, not {n_layers}")
         if init == "first_rows" and vocab_size > rows:
             raise ValueError(f"{base_name} has {rows} embedding rows, fewer than vocab_size {vocab_size}; use init "

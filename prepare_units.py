@@ -143,7 +143,7 @@ def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
     """Create the folder to write in, or resume in it. SystemExit if it holds what other settings or stages made."""
     out = Path(cfg.out)
     made_by = out / "config.json"
-    if cfg.overwrite and prefix and out.exists():
+    if cfg.overwrite and prefix:
         raise SystemExit(f"{out}: several processes share it, so none may empty it; remove the folder, then start them")
     if cfg.overwrite:  # unit files, by their exact names
         for old in (*out.glob("[0-9]" * 5 + ".safetensors"), *out.glob("part*of*-" + "[0-9]" * 5 + ".safetensors")):
@@ -157,7 +157,10 @@ def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
                              f"--overwrite")
     elif any(out.glob("*.safetensors")):
         raise SystemExit(f"{out} holds files of another stage; choose another --out")
-    (out / f"{prefix}report.json").unlink(missing_ok=True)  # it may say that this run is complete
+    own = f"{prefix}report.json"
+    for old in out.glob("*report.json"):  # what this run's other processes report stays
+        if old.name == own or old.name.partition("of")[2] != own.partition("of")[2]:
+            old.unlink(missing_ok=True)
     write_atomic(made_by, json.dumps(asdict(cfg), indent=2))
     return out
 
@@ -323,8 +326,9 @@ def unfinished(folder: Path) -> Iterator[str]:
         finished = [path.name.removesuffix("report.json") for path in folder.glob("*report.json")
                     if json.loads(path.read_bytes())["complete"]]
         # A corpus begun by one number of processes and finished by another is whole: each skips what any has written.
+        numbers = [match[2] for match in shards] + [prefix.partition("of")[2][:-1] for prefix in finished] or [1]
         pending = min(([prefix for i in range(n) if (prefix := part_prefix(i, n)) not in finished]
-                       for n in {int(match[2] or 1) for match in shards} or {1}), key=len)
+                       for n in {int(n or 1) for n in numbers}), key=len)
         if pending:
             yield f"{folder}: {pending[0].rstrip('-') or 'the run'} is not finished; start it again, and it goes on"
 

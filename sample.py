@@ -29,7 +29,7 @@ import numpy as np
 from config import load_config
 from model import UnitLM
 from slam.audio import SAMPLE_RATE, check_wave, is_audio, load_audio, resample, walk
-from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, newest_checkpoint
+from slam.checkpoint import checkpoint_fingerprint, newest_checkpoint
 from slam.device import pick_device
 from slam.tokenizer import SpeechTokenizer, find_codebook
 from slam.units import require_same, write_atomic
@@ -131,7 +131,7 @@ class Speaker:
 
     def __init__(self, cfg: Config, name: str, label: str):
         device = pick_device()
-        fingerprint = checkpoint_fingerprint(find_checkpoint(name)) if name else None
+        fingerprint = checkpoint_fingerprint(name) if name else None
         tokenizer = cfg.tokenizer or (find_codebook(fingerprint) if name else "embedded")
         self.name, self.label, self.fingerprint = name, label, fingerprint
         self.tokenizer = SpeechTokenizer.load(tokenizer, device.type)
@@ -144,7 +144,7 @@ class Speaker:
         self.made_of = {"checkpoint": name, "tokenizer": tokenizer, "vocoder": vocoder}
         self.about = [label or "from its units", *(f"{k} {v}" for k, v in self.made_of.items() if v)]
         if not cfg.resynth:
-            self.lm = UnitLM.from_pretrained(find_checkpoint(name)).eval().to(device)
+            self.lm = UnitLM.from_pretrained(name).eval().to(device)
             self.about.append(f"{self.lm.n_params() / 1e6:.0f}M parameters")
 
     def draw(self, cfg: Config, prompts: list[list[int]], progress=None) -> list[list[int]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from config import load_config
 from model import ModelConfig, UnitLM
+from slam.checkpoint import checkpoint_fingerprint, fetch
 from slam.costs import explain_out_of_memory, flops_per_token, peak_flops
 from slam.device import autocast, compiled, join_ranks, leave_ranks, n_graphs, pick_device, sum_gradients, world_size
 from slam.interleave import Mixed, MixedRows
@@ -102,11 +103,11 @@ class Config:
 
 # ---------------------------------------------------------------- the model, a step, an evaluation
 def build(cfg: Config, n_tokens: int, first_text: int = 0) -> UnitLM:
-    """A new model: TWIST from `base`, or from scratch by `shape`. SystemExit if the base has no such shape."""
-    if cfg.shape:
-        return UnitLM(ModelConfig(**{"vocab_size": n_tokens, "first_text_token": first_text, "rope_theta":
-                                     cfg.rope_theta or 1e4, "max_position_embeddings": cfg.context} | cfg.shape))
+    """A new model: TWIST from `base`, or from scratch by `shape`. SystemExit for a shape that can't be."""
     try:
+        if cfg.shape:
+            return UnitLM(ModelConfig(**{"vocab_size": n_tokens, "first_text_token": first_text, "rope_theta":
+                                         cfg.rope_theta or 1e4, "max_position_embeddings": cfg.context} | cfg.shape))
         return UnitLM.twist(cfg.base, n_tokens, cfg.init, cfg.n_layers, cfg.rope_theta, cfg.context)
     except ValueError as e:
         raise SystemExit(str(e)) from None
@@ -140,8 +141,8 @@ def evaluate(lm: UnitLM, val: UnitReader | Mixed, cfg: Config, run: Run, world: 
     lm.train()
     values = {name: x["value"] for name, x in found.items()}
     line = " | ".join(f"{name.removeprefix('val_').replace('_', ' ')} {x:.4g}" for name, x in list(values.items())[1:])
-    run.log(f"val loss {loss:.4f} | ppl {math.exp(loss):.2f}{line and ' | '}{line}", **values)
     run.results({name if run.step else f"{name}_before_training": x | {"step": run.step} for name, x in found.items()})
+    run.log(f"val loss {loss:.4f} | ppl {math.exp(loss):.2f}{line and ' | '}{line}", **values)  # last: it is the mark
 
 
 @explain_out_of_memory
@@ -154,25 +155,28 @@ def main(cfg: Config) -> None:
     # ------------------------------------------------ data, and the run's folder
     reader, val = UnitReader(*cfg.train), UnitReader(*cfg.val)
     require_same(reader.fingerprint, cfg.train[0], val.fingerprint, cfg.val[0])
-    run = Run(cfg, "train", rank, reads=(*cfg.train, *cfg.val, cfg.base))  # --resume: at the step of its checkpoint,
-    # with the optimiser's state in `run.trainer`
+    run = Run(cfg, "train", rank, reads=(*cfg.train, *cfg.val, cfg.base))  # --resume: at the step of its checkpoint
     run.starts_from(train=reader.digest(), val=val.digest())  # a resumed run needs the same data
-    if run.trainer and run.progress() >= 1 and run.evaluated():
+    if run.resumed and run.progress() >= 1 and run.evaluated():
         return
     order = cfg.context, cfg.batch_tokens // cfg.context, cfg.seed, rank, world
     if cfg.mix:  # speech and text in one stream
         corpus, val = (Mixed(x, cfg.mix, cfg.seed, cfg.spans, cfg.spoken_share) for x in (reader, val))
-        if not (run.trainer or cfg.shape):
+        if not (run.resumed or cfg.shape):
             corpus.require_text_of(cfg.base)
         fingerprint, rows = reader.fingerprint, MixedRows(corpus, *order)
     else:
         corpus, fingerprint, rows = reader, reader.fingerprint.speech(), Rows(reader.lengths, *order)
+        if not (run.resumed or cfg.shape) and cfg.init == "first_rows" and (fetch(cfg.base) / "slam.json").is_file():
+            require_same(checkpoint_fingerprint(cfg.base), cfg.base, fingerprint, cfg.train[0])  # it has units already
     loader = Loader(corpus, rows, cfg.micro_batch, device)
 
     # ------------------------------------------------ model
-    lm = UnitLM.from_pretrained(str(run.checkpoint)) if run.trainer else build(
+    lm = UnitLM.from_pretrained(str(run.checkpoint)) if run.resumed else build(
         cfg, fingerprint.vocab_size, corpus.vocabulary.first_text if cfg.mix else 0)
-    lm.to(device, torch.bfloat16 if cfg.dtype == "pure_bfloat16" else torch.float32).train()
+    lm.to(device).train()
+    for p in lm.parameters() if cfg.dtype == "pure_bfloat16" else ():
+        p.data = p.data.bfloat16()  # not Pythia's rotary frequencies, which lm.to would round, too
     lm.set_activation_checkpointing(cfg.activation_checkpointing)
     forward = compiled(lm, cfg.compile)
 
@@ -180,10 +184,8 @@ def main(cfg: Config) -> None:
     optimizer = make_optimizer(lm, cfg)
     losses: list[Tensor] = []  # this rank's part, of the steps since the last log line
     norm = torch.zeros(())  # of the last step's gradient
-    if run.trainer:
-        optimizer.load_state_dict(run.trainer["optimizer"])
-        losses = [x.to(device) / world for x in run.trainer["pending"]]
-        run.trainer = None  # free the memory
+    if run.resumed:
+        losses = [x.to(device) / world for x in run.restore(optimizer)]
 
     # ------------------------------------------------ before the first step
     run.open()

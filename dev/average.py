@@ -9,17 +9,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from slam.checkpoint import fetch, find_checkpoint, read_folder, write_folder
+from slam.checkpoint import fetch, read_folder, write_folder
 
 
 def average(before: str, after: str, out: str, share: float) -> None:
     """Write OUT/checkpoint: (1 - share) BEFORE + share AFTER. SystemExit if the two have not the same shape."""
-    folders = [find_checkpoint(name) for name in (before, after)]
-    (config, old), (config_after, new) = map(read_folder, folders)
+    (config, old), (config_after, new) = read_folder(before), read_folder(after)
     if config != config_after:
         raise SystemExit(f"{before} and {after}: their config.json differ")
     weights = {name: ((1 - share) * old[name].double() + share * new[name].double()).float() for name in new}
-    slam = json.loads((fetch(folders[1]) / "slam.json").read_text())
+    slam = json.loads((fetch(after) / "slam.json").read_text())
     write_folder(Path(out, "checkpoint"), config, weights, slam | {"average": {before: 1 - share, after: share}})
 
 

@@ -48,7 +48,7 @@ from prepare_units import Config as UnitsConfig
 from prepare_units import extract
 from slam.audio import SAMPLE_RATE, load_audio
 from slam.benchmarks import read_manifest, tokenize_pairs, units_cache
-from slam.checkpoint import checkpoint_fingerprint, fetch, find_checkpoint
+from slam.checkpoint import checkpoint_fingerprint, fetch
 from slam.costs import flops_per_token, peak_flops
 from slam.device import autocast, compiled, pick_device
 from slam.embedded import resolve
@@ -325,7 +325,7 @@ def dpo_memory(cfg: BenchDpo, side: str) -> float:
 
 
 def dpo_case(cfg: BenchDpo) -> tuple[UnitLM, list[PrefixPair]]:
-    return UnitLM.from_pretrained(find_checkpoint(cfg.checkpoint)), load_pairs(cfg.pairs, cfg.context)[1]
+    return UnitLM.from_pretrained(cfg.checkpoint), load_pairs(cfg.pairs, cfg.context)[1]
 
 
 def bench_dpo(cfg: BenchDpo) -> None:
@@ -368,7 +368,7 @@ def bench_generate(cfg: BenchGenerate) -> None:
     """New tokens per second of both sides, one case a batch size; weights bf16 on a GPU, fp32 on a CPU."""
     device = pick_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lm = UnitLM.from_pretrained(find_checkpoint(cfg.checkpoint)) if cfg.checkpoint else \
+    lm = UnitLM.from_pretrained(cfg.checkpoint) if cfg.checkpoint else \
         UnitLM(ModelConfig(**cfg.shape))
     lm = lm.to(device, dtype).eval()
     hf, n = peer_model(lm).to(device, dtype).eval(), cfg.max_new_tokens
@@ -423,10 +423,11 @@ def peer_scores(lm: UnitLM, utterances: list[list[int]]) -> list[float]:
 
 def bench_eval(cfg: BenchEval) -> None:
     """Pairs per second. Audio: the peer tokenises every time, sorted and in batches of 16, which is its faster way."""
-    device, folder = pick_device(), find_checkpoint(cfg.checkpoint)
-    lm = UnitLM.from_pretrained(folder).eval().to(device)
+    device = pick_device()
+    lm = UnitLM.from_pretrained(cfg.checkpoint).eval().to(device)
     hf = peer_model(lm).to(device, getattr(torch, cfg.dtype)).eval()
-    tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(checkpoint_fingerprint(folder)), device.type)
+    codebook = cfg.tokenizer or find_codebook(checkpoint_fingerprint(cfg.checkpoint))
+    tokenizer = SpeechTokenizer.load(codebook, device.type)
     benchmark = read_manifest(cfg.manifest)
     benchmark.pairs, benchmark.name = benchmark.pairs[:cfg.pairs], "bench"
     remembered = units_cache(tokenizer, benchmark.name)

@@ -27,11 +27,11 @@ from dev import bench
 from dpo import load_pairs
 from model import ModelConfig, UnitLM
 from slam import attention, packing, train_vocoder, varlen
+from slam.checkpoint import git_commit
 from slam.costs import flops_per_token, peak_flops
 from slam.device import autocast, n_graphs, pick_device
 from slam.optim import make_optimizer, update
 from slam.packing import Packed, collate, cut
-from slam.run import git_commit
 from slam.scoring import pack, pair_nlls, row_logps
 from slam.tokenizer import SpeechTokenizer
 from slam.units import Fingerprint, UnitReader, UnitWriter, to_tokens, write_pairs

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from safetensors.torch import save
 
-from slam.checkpoint import checkpoint_fingerprint, find_checkpoint, read_folder
+from slam.checkpoint import checkpoint_fingerprint, read_folder
 from slam.units import write_atomic
 
 
@@ -22,15 +22,14 @@ def pack(checkpoint: str, file: str) -> None:
 
     The largest weight of a row is 127, so that no weight is off by more than 0.4 % of it. Vectors stay float32.
     """
-    folder = find_checkpoint(checkpoint)
-    config, weights = read_folder(folder)
+    config, weights = read_folder(checkpoint)
     tensors = {}
     for name, weight in weights.items():
         tensors[name] = weight = weight.float()
         if weight.ndim == 2:
             tensors[f"{name}.scale"] = scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
             tensors[name] = (weight / scale).round().to(torch.int8)
-    slam = {"stage": "packed", "finished": True, "fingerprint": asdict(checkpoint_fingerprint(folder))}
+    slam = {"stage": "packed", "finished": True, "fingerprint": asdict(checkpoint_fingerprint(checkpoint))}
     write_atomic(Path(file), save(tensors, {"config": json.dumps(config), "slam": json.dumps(slam)}))
 
 

@@ -60,6 +60,8 @@ class PairsConfig:
         found = [] if self.n >= 2 else ["n: a pair needs at least 2 continuations"]
         if min(self.batch, self.new_units, self.prompt_units, self.n_prompts) < 1:
             found.append("batch, new_units, prompt_units and n_prompts must be at least 1")
+        if min(self.temperature, self.top_k) < 0 or self.repetition_penalty <= 0:
+            found.append("temperature and top_k must not be negative, repetition_penalty is positive")
         return found
 
 
@@ -112,8 +114,7 @@ def make_pairs(cfg: PairsConfig) -> None:
     # ------------------------------------------------------------ settings
     checkpoint = cfg.checkpoint or folders.newest_checkpoint("out", "train")
     cfg = replace(cfg, checkpoint=checkpoint, prompts=cfg.prompts or folders.newest_pairs(checkpoint))
-    start, device, out = folders.find_checkpoint(checkpoint), pick_device(), Path(cfg.out)
-    fingerprint = folders.checkpoint_fingerprint(start)
+    fingerprint, device, out = folders.checkpoint_fingerprint(checkpoint), pick_device(), Path(cfg.out)
     tokenizer = SpeechTokenizer.load(cfg.tokenizer or find_codebook(fingerprint), device.type)
     require_same(fingerprint, checkpoint, tokenizer.fingerprint, "tokenizer")
     vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
@@ -122,7 +123,7 @@ def make_pairs(cfg: PairsConfig) -> None:
     # ------------------------------------------------------------ what an earlier run left, in whole batches
     settings = {k: v for k, v in asdict(cfg).items() if k not in (
         "out", "overwrite", "n_val", "max_auto_bleu", "min_words", "min_gap")}  # these only choose among candidates
-    settings |= {"weights": folders.weights_sha256(start), "drawn": folders.sha256_of(prompts)}
+    settings |= {"weights": folders.weights_sha256(checkpoint), "drawn": folders.sha256_of(prompts)}
     path = out / "candidates.jsonl"
     if not path.exists() and any(out.glob("pairs_*.jsonl")):
         raise SystemExit(f"{out} holds pairs that `dpo.py pairs` has not made; choose another --out")
@@ -136,7 +137,7 @@ def make_pairs(cfg: PairsConfig) -> None:
     write_atomic(path, "".join(f"{line}\n" for line in [json.dumps(settings), *done]))
 
     # ------------------------------------------------------------ candidates
-    lm = UnitLM.from_pretrained(start).eval().to(device)
+    lm = UnitLM.from_pretrained(checkpoint).eval().to(device)
     with open(path, "a") as f:
         for at in tqdm(range(len(done), len(prompts), cfg.batch), disable=None, unit="batch"):
             batch = continuations(cfg, lm, tokenizer, vocoder, prompts[at:at + cfg.batch], at // cfg.batch)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slam.embedded import file_digest, resolve
-from slam.units import Fingerprint, newest_first, published_fingerprint, read_pairs, same_units
+from slam.units import Fingerprint, newest_first, published_fingerprint, read_pairs, same_units, write_atomic
 
 SLAMKIT = "speech_language_model"  # model_type of SlamKit's checkpoints
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "decoder.version")  # not weights
@@ -29,7 +30,7 @@ BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "
 def read_folder(name: str) -> tuple[dict, dict[str, Tensor]]:
     """config.json and weights of a model by name; SlamKit's layout and old names are translated.
 
-    name: hub id, local folder or `embedded:NAME`. SystemExit if the folder is missing, partial or damaged.
+    name: hub id, run or model folder, or `embedded:NAME`. SystemExit if the folder is missing, partial or damaged.
     """
     folder = fetch(name)
     try:
@@ -75,10 +76,10 @@ def load_weights(lm: torch.nn.Module, state: dict[str, Tensor], name: str) -> No
 
 
 def fetch(name: str) -> Path:
-    """Local folder of a model by name; a hub id is downloaded into Hugging Face's cache. SystemExit if it can't be."""
+    """Local folder of a model by name, of a run its checkpoint; of a hub id in the hub's cache. SystemExit if none."""
     here = Path(name).resolve()
-    old = here.with_name(here.name + ".old")
-    for folder in (Path(name), old) * 3 if name else ():  # as a save may rename them between two looks
+    places = Path(name, "checkpoint"), Path(name, "checkpoint.old"), Path(name), here.with_name(here.name + ".old")
+    for folder in places * 3 if name else ():  # as a save may rename them between two looks
         if folder.is_dir():
             return folder
     source = resolve(name)
@@ -131,6 +132,21 @@ def recover(folder: Path) -> None:
         old.rename(folder)
 
 
+def merge_results(path: Path, results: dict) -> None:
+    """Merge {metric: {...}} into a results.json; other metrics stay."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    write_atomic(path, json.dumps(old | results, indent=2) + "\n")
+
+
+def git_commit() -> str | None:
+    """Commit of the code, `+` if the working tree differs from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
 # ---------------------------------------------------------------- identify and find
 def weights_sha256(name: str) -> str:
     """sha256 of the weights of a model by name."""
@@ -155,12 +171,6 @@ def checkpoint_fingerprint(name: str) -> Fingerprint:
     if config.get("model_type") == SLAMKIT:
         return published_fingerprint(config["vocab_size"])
     raise SystemExit(f"{folder / 'slam.json'}: missing; {name} is no whole checkpoint of train.py, dpo.py or SlamKit")
-
-
-def find_checkpoint(name: str) -> str:
-    """A run folder -> its checkpoint folder; a checkpoint folder or hub id -> itself."""
-    inner = Path(name) / "checkpoint"
-    return str(inner) if inner.is_dir() or inner.with_name("checkpoint.old").is_dir() else name
 
 
 def run_folder(name: str) -> Path:
@@ -192,7 +202,7 @@ def newest_pairs(checkpoint: str) -> str:
 
     Pairs of a model's own continuations (a candidates.jsonl lies beside them) are used only if named.
     """
-    fingerprint = checkpoint_fingerprint(find_checkpoint(checkpoint))
+    fingerprint = checkpoint_fingerprint(checkpoint)
     for path in newest_first("out", "pairs_train.jsonl"):
         with contextlib.suppress(SystemExit):  # a damaged file of another model
             if not path.with_name("candidates.jsonl").exists() and same_units(read_pairs(path)[0], fingerprint):

@@ -3,6 +3,7 @@
     from_hub("Qwen/Qwen2.5-0.5B", ["*.json", "*.safetensors"])
     published("hifigan_lj_mhubert_base_25hz.pt", "d882…")
 """
+import hashlib
 import http.client
 import sys
 import urllib.request
@@ -21,7 +22,10 @@ def published(name: str, sha256: str) -> Path:
         print(f"fetching {url} into {path.parent}", file=sys.stderr)
         try:
             with urllib.request.urlopen(url, timeout=30) as answer:
-                write_atomic(path, answer.read())
+                content = answer.read()
+            if hashlib.sha256(content).hexdigest() != sha256:  # a network's login page, perhaps
+                raise OSError("what came is not the published file")
+            write_atomic(path, content)
         except (OSError, http.client.HTTPException) as e:
             raise SystemExit(f"{url}: can't be fetched ({e}). Look at the network and the disk, then start again; or "
                              f"put the file at {path} by hand") from None

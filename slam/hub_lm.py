@@ -54,7 +54,10 @@ class HubLM(nn.Module):
         """Logits (B, T, vocab) and, with targets, the cross-entropy, as `UnitLM.forward`; there is no cache.
 
         The mask is always a tensor, which transformers' models take; another one handed in is not looked at.
+        SystemExit for a row longer than OPT's learned positions.
         """
+        if self.config.model_type == "opt" and tokens.shape[1] > (limit := self.config.max_position_embeddings):
+            raise SystemExit(f"a row of {tokens.shape[1]} tokens: OPT has learned positions, {limit} of them")
         mask = None if positions is None else attention_mask(positions)
         logits = self.lm(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
         if last is not None:

@@ -157,8 +157,8 @@ def fit(cfg: FitConfig) -> None:
     for wave in tqdm(waves, disable=None, desc="features"):
         for piece, first, last in windows([wave], encoder):
             features = encoder([piece])[0]
-            x.append((features if mean is None else features - mean[:len(features)])[first:last])
-    x = torch.cat(x)
+            x.append((features if mean is None else features - mean[:len(features)])[first:last].cpu())
+    x = torch.cat(x).to(encoder.device)  # 20 h of a base-sized HuBERT are 5.5 GB, so not twice on a GPU
     if len(x) < 10 * cfg.n_units:
         raise SystemExit(f"{cfg.input}: {len(x)} frames are too few for {cfg.n_units} units")
     centroids, inertia = kmeans(x, cfg.n_units, cfg.iterations, torch.Generator().manual_seed(cfg.seed), cfg.minibatch)

@@ -5,9 +5,7 @@ The folder holds config.json, log.jsonl, results.json and checkpoint/ (weights, 
 import importlib.util
 import json
 import math
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -19,9 +17,9 @@ from pathlib import Path
 import torch
 
 from config import save_config
-from slam.checkpoint import recover
+from slam.checkpoint import git_commit, merge_results, recover
 from slam.device import dist, over_ranks
-from slam.units import Fingerprint, write_atomic
+from slam.units import Fingerprint, empty_folder, write_atomic
 
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "steps", "tokens", "time_budget_hours", "minutes", "lr", "min_lr", "grad_clip",
@@ -34,12 +32,14 @@ def run_problems(cfg) -> list[str]:
     found = []
     if sum(x is not None for x in (cfg.steps, cfg.tokens, cfg.time_budget_hours)) != 1:
         found.append("set exactly one of steps, tokens, time_budget_hours (the others to none)")
-    if min(cfg.steps or 0, cfg.tokens or 0, cfg.time_budget_hours or 0) < 0:
-        found.append("steps, tokens and time_budget_hours must not be negative")
+    if min(cfg.steps or 0, cfg.tokens or 0, cfg.time_budget_hours or 0, cfg.seed, cfg.weight_decay, cfg.eps) < 0:
+        found.append("steps, tokens, time_budget_hours, seed, weight_decay and eps must not be negative")
     if min(cfg.lr, cfg.grad_clip, cfg.log_every, cfg.eval_every, cfg.save_every) <= 0:
         found.append("lr, grad_clip (inf: no clipping), log_every, eval_every and save_every must be positive")
-    if not 0 <= cfg.warmup < 1:
-        found.append(f"warmup {cfg.warmup} is a share of the run: at least 0 and below 1")
+    if not all(0 <= x < 1 for x in (cfg.warmup, cfg.beta1, cfg.beta2)):
+        found.append("warmup, a share of the run, beta1 and beta2 must be at least 0 and below 1")
+    if cfg.min_lr < 0 or cfg.schedule in ("cosine", "wsd") and 0 < cfg.lr < cfg.min_lr:
+        found.append(f"min_lr {cfg.min_lr:g}: between 0 and lr, {cfg.lr:g}")
     if cfg.schedule == "inverse_sqrt" and cfg.warmup == 0:
         found.append("warmup 0: inverse_sqrt falls as sqrt(warmup / progress) and needs one above 0 (the paper's DPO: "
                      "100 / 813); or take another schedule")
@@ -52,15 +52,15 @@ def run_problems(cfg) -> list[str]:
 class Run:
     """`step` counts optimiser steps, `tokens` the targets seen, `seconds` the training time; all survive a resume.
 
-    trainer: what `save` wrote for the resumed run, else None. stopping: the exit code that a signal asks for, else 0.
-    reads: paths that the run needs. SystemExit if one lies in the run's folder, if the folder holds a run and neither
-    resume nor overwrite is set, or if settings have changed.
+    resumed: whether it goes on from a checkpoint. stopping: the exit code that a signal asks for, else 0. reads: paths
+    that the run needs. SystemExit if one lies in the run's folder, if the folder is no run's, if it holds a run and
+    neither resume nor overwrite is set, or if settings have changed.
     """
 
     def __init__(self, cfg, stage: str, rank: int = 0, folder: str = "checkpoint", reads: Iterable[str] = ()):
         self.cfg, self.stage, self.out, self.rank = cfg, stage, Path(cfg.out), rank
         self.checkpoint, self.log_file = self.out / folder, self.out / "log.jsonl"
-        self.step, self.tokens, self.seconds, self.trainer = 0, 0, 0.0, None
+        self.step, self.tokens, self.seconds, self.resumed, self.finished = 0, 0, 0.0, False, None
         self.inputs: dict[str, str] = {}
         self.asked_to_stop = self.stopping = 0  # a signal came to this process; all processes know of it
         for path in reads:
@@ -69,14 +69,17 @@ class Run:
         if not rank:
             recover(self.checkpoint)
         over_ranks([0.0])  # a barrier: the other ranks read the folder after it is mended
-        if cfg.overwrite:
-            if self.out.exists() and any(self.out.iterdir()) and not self.log_file.exists():
-                raise SystemExit(f"{self.out} exists and is not a run's folder, so --overwrite leaves it alone; choose "
-                                 f"another --out")
-        elif (self.checkpoint / "slam.json").exists():
+        saved = (self.checkpoint / "slam.json").exists()
+        if not (saved or self.log_file.exists()) and self.out.exists() and (
+                not self.out.is_dir() or any(self.out.iterdir())):
+            raise SystemExit(f"{self.out} exists and is not a run's folder; choose another --out")
+        if not cfg.overwrite and (saved or any(record["step"] for record in self._records())):
             if not cfg.resume:
                 raise SystemExit(f"{self.out} holds a run already; --resume goes on with it, --overwrite starts anew")
-            self._load()
+            if saved:
+                self._load()
+            elif not rank:
+                print(f"{self.out}: nothing was saved yet, so it starts anew")
 
     def _load(self) -> None:
         slam = json.loads((self.checkpoint / "slam.json").read_text())
@@ -85,12 +88,20 @@ class Run:
                    if k not in MAY_CHANGE and (k in now or v) and now.get(k) != v]  # an empty setting may be gone
         if changed:
             raise SystemExit(f"{self.out}: cannot resume with other settings: {'; '.join(changed)}")
-        self.step, self.tokens, self.seconds = slam["step"], slam["tokens"], slam["seconds"]
-        self.inputs = slam.get("inputs", {})
-        self.trainer = torch.load(self.checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
+        self.step, self.tokens, self.seconds, self.resumed = slam["step"], slam["tokens"], slam["seconds"], True
+        self.inputs, self.finished = slam.get("inputs", {}), self.step if slam.get("finished") else None
         if not self.rank:
             print(f"resuming {self.out} at step {self.step}" if self.progress() < 1 else
                   f"{self.out} is finished already")
+
+    def restore(self, optimizer) -> list[torch.Tensor]:
+        """Give the optimiser its state of the last `save`; returns the `pending` of it. SystemExit if it is missing."""
+        path = self.checkpoint / "trainer.pt"
+        if not path.exists():
+            raise SystemExit(f"{path} is missing: this run can't go on; its model can be evaluated, and be a --base")
+        trainer = torch.load(path, weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(trainer["optimizer"])
+        return trainer["pending"]
 
     def starts_from(self, **digests: str) -> None:
         """Record digests of the data. SystemExit if a resumed run had others; checkpoints of older code have none."""
@@ -109,13 +120,12 @@ class Run:
             return
         with self.writing():
             if self.cfg.overwrite:
-                shutil.rmtree(self.out, ignore_errors=True)
+                empty_folder(self.out)
             self.out.mkdir(parents=True, exist_ok=True)
+            # Steps after the checkpoint are taken again, so their records go. The log comes first: it marks a run.
+            kept = [record for record in self._records() if self.resumed and record["step"] <= self.step]
+            write_atomic(self.log_file, "".join(json.dumps(record) + "\n" for record in kept))
             save_config(replace(self.cfg, resume=False, overwrite=False), self.out / "config.json")
-            # Steps after the checkpoint are taken again, so their records go. A kill may have cut the last record.
-            records = self.log_file.read_text().split("\n")[:-1] if self.step and self.log_file.exists() else []
-            kept = [x + "\n" for x in records if json.loads(x)["step"] <= self.step]
-            write_atomic(self.log_file, "".join(kept))
         self.loggers = [make_logger(name, self) for name in getattr(self.cfg, "loggers", ())]
 
     @contextmanager
@@ -182,10 +192,13 @@ class Run:
             with self.writing():
                 merge_results(self.out / "results.json", results)
 
+    def _records(self) -> list[dict]:
+        """The records of log.jsonl; a kill may have cut the last one, which has no newline then."""
+        return [json.loads(x) for x in self.log_file.read_text().split("\n")[:-1]] if self.log_file.exists() else []
+
     def evaluated(self, metric: str = "val_loss") -> bool:
-        """Whether results.json has the metric of this very step."""
-        path = self.out / "results.json"
-        return path.exists() and json.loads(path.read_text()).get(metric, {}).get("step") == self.step
+        """Whether the log has the metric of this very step. results.json wouldn't do: eval.py, too, writes there."""
+        return any(record["step"] == self.step and metric in record for record in self._records())
 
     def gather(self, measured: list[torch.Tensor], norm: torch.Tensor) -> list[torch.Tensor]:
         """What each step since the last log line measured, () or (k,) with the loss first: summed over ranks, on CPU.
@@ -218,8 +231,9 @@ class Run:
             lm.save_pretrained(self.checkpoint, slam, trainer)
 
     def finish(self, *what) -> None:
-        """The last `save`. If a signal asked to stop, the process exits with the signal's code."""
-        self.save(*what)
+        """The last `save`, unless the run was finished before. If a signal asked to stop, exit with its code."""
+        if self.step != self.finished:
+            self.save(*what)
         self.exit_if_stopping()
 
     def exit_if_stopping(self) -> None:
@@ -230,22 +244,7 @@ class Run:
             raise SystemExit(self.stopping)
 
 
-# ---------------------------------------------------------------- results, other loggers
-def merge_results(path: Path, results: dict) -> None:
-    """Merge {metric: {...}} into a results.json; other metrics stay."""
-    old = json.loads(path.read_text()) if path.exists() else {}
-    write_atomic(path, json.dumps(old | results, indent=2) + "\n")
-
-
-def git_commit() -> str | None:
-    """Commit of the code, `+` if the working tree differs from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty=+"]
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        return None
-
-
+# ---------------------------------------------------------------- other loggers
 def make_logger(name: str, run: Run):
     """A function of (record, step) that hands a log record on to TensorBoard or Weights & Biases."""
     if name == "tensorboard":

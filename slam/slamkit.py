@@ -60,7 +60,7 @@ def export(load: Callable[[str], torch.nn.Module]) -> None:
     """
     import argparse
 
-    from slam.checkpoint import SLAMKIT, fetch, find_checkpoint, write_folder
+    from slam.checkpoint import SLAMKIT, fetch, write_folder
     parser = argparse.ArgumentParser(description="python model.py export out/slam slam_for_slamkit")
     parser.add_argument("command", choices=["export"], help="write a checkpoint in SlamKit's layout")
     parser.add_argument("checkpoint", help="run folder, checkpoint folder or hub id")
@@ -68,8 +68,7 @@ def export(load: Callable[[str], torch.nn.Module]) -> None:
     args = parser.parse_args()
     if Path(args.out).exists():
         raise SystemExit(f"{args.out} exists; choose another folder")
-    name = find_checkpoint(args.checkpoint)
-    lm, slam = load(name), fetch(name) / "slam.json"
+    lm, slam = load(args.checkpoint), fetch(args.checkpoint) / "slam.json"
     base = lm.hf_config()
     # The hub model whose config SlamKit loads first and then overrides with `base_config`: any of the type will do.
     base_names = {"qwen2": "Qwen/Qwen2.5-0.5B", "llama": "HuggingFaceTB/SmolLM2-135M", "opt": "facebook/opt-125m",

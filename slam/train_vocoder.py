@@ -208,8 +208,8 @@ def evaluate(run: Run, average: Vocos, held_out: list[Utterance]) -> None:
               "val_duration_loss": duration_loss(average, held_out[:64], np.random.default_rng(1)).item()}
     with run.writing():
         average.save(run.out / "vocoder.safetensors", config=asdict(run.cfg), report=report | {"step": run.step})
-    run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in report.items()), **report)
     run.results({METRIC: {"value": report[METRIC], "n": len(distances), "step": run.step}})
+    run.log(" | ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in report.items()), **report)
 
 
 def main(cfg: Config) -> None:
@@ -217,25 +217,25 @@ def main(cfg: Config) -> None:
     device = pick_device()
     torch.manual_seed(cfg.seed)
     run = Run(cfg, "vocoder", folder="state", reads=(cfg.units, cfg.audio))
-    if (run.out / "vocoder.safetensors").exists() and not (run.trainer or cfg.overwrite):
+    if (run.out / "vocoder.safetensors").exists() and not (run.resumed or cfg.overwrite):
         raise SystemExit(f"{run.out} holds a vocoder.safetensors but no state/ to --resume from. Choose another --out, "
                          f"with --init {run.out}/vocoder.safetensors to start from its weights, or --overwrite")
 
     # ------------------------------------------------ data
     reader = UnitReader(cfg.units)
     run.starts_from(units=reader.digest())
-    if run.trainer and run.progress() >= 1 and run.evaluated(METRIC):
+    if run.resumed and run.progress() >= 1 and run.evaluated(METRIC):
         return
-    model = Training(new_vocoder(cfg, reader.fingerprint, bool(run.trainer))).to(device)
+    model = Training(new_vocoder(cfg, reader.fingerprint, run.resumed)).to(device)
     corpus = load_corpus(cfg, reader)
     held_out, corpus = corpus[::cfg.val_every], [x for i, x in enumerate(corpus) if i % cfg.val_every]
 
     # ------------------------------------------------ model and optimiser
     vocoder = model.vocoder
     optimizer = torch.optim.AdamW(vocoder.parameters(), betas=(0.8, 0.99), weight_decay=0.01, fused=True)
-    if run.trainer:
+    if run.resumed:
         model.load_state_dict(load_file(run.checkpoint / "model.safetensors"))
-        optimizer.load_state_dict(run.trainer["optimizer"])
+        run.restore(optimizer)
     run.open()
     print(f"{sum(p.numel() for p in vocoder.parameters()) / 1e6:.2f}M parameters; {len(corpus)} utterances to train "
           f"on, {len(held_out)} held out; {device}")

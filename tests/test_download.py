@@ -224,6 +224,8 @@ def test_a_published_file_is_checked_on_every_use(tmp_path, server, monkeypatch)
         server.tricks = [trick]
         with pytest.raises(SystemExit, match=words):
             published("thing.bin", sha256)
+    with pytest.raises(SystemExit, match="can't be fetched .what came is not the published file"):
+        published("page.html", sha256)
     assert not (tmp_path / "cache" / "published").exists()  # nothing has the name of a whole file
     path = published("thing.bin", sha256)
     assert path.read_bytes() == CONTENT and tmp_path / "cache" in path.parents

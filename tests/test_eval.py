@@ -9,7 +9,7 @@ import torch
 
 from eval import Config, baseline_scores, main, perplexity, table
 from slam.benchmarks import Benchmark
-from slam.run import merge_results
+from slam.checkpoint import merge_results
 from slam.speech import load_judge
 
 

@@ -147,6 +147,8 @@ def test_opt_says_so_when_its_positions_run_out(tmp_path):
     hub_model("opt").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="learned positions"):
         UnitLM.from_pretrained(str(tmp_path)).generate([[1] * 200], 100)
+    with pytest.raises(SystemExit, match="a row of 300 tokens: OPT has learned positions"):
+        UnitLM.from_pretrained(str(tmp_path))(torch.ones(1, 300, dtype=torch.long))
 
 
 # ---------------------------------------------------------------- gradient checkpointing, compilation

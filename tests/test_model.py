@@ -105,7 +105,7 @@ def test_sharded_and_bf16_folders_load(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_our_folder_loads_in_transformers_and_comes_back_bit_equal(tmp_path, kind, tied):
-    ours = our_model(model_type=kind, attention_bias=kind == "qwen2", tie_word_embeddings=tied, rope_theta=5e4,
+    ours = our_model(model_type=kind, tie_word_embeddings=tied, rope_theta=5e4,
                      head_dim=16, num_key_value_heads=1)
     ours.save_pretrained(tmp_path / "lm", slam={"step": 3}, trainer={"x": torch.ones(2)})
     hf, info = AutoModelForCausalLM.from_pretrained(tmp_path / "lm", output_loading_info=True)
@@ -204,6 +204,11 @@ def test_twist_refuses_what_it_cannot_do(base):
         UnitLM.twist(base[0], 20, init="zeros")
     with pytest.raises(ValueError, match="has 3 layers, not 4"):
         UnitLM.twist(base[0], 20, n_layers=4)
+    with pytest.raises(ValueError, match="has 3 layers, not -1"):
+        UnitLM.twist(base[0], 20, n_layers=-1)
+    for wrong in ({"model_type": "gpt2"}, {"num_attention_heads": 3}):
+        with pytest.raises(ValueError, match="model_type is qwen2 or llama, num_attention_heads a multiple"):
+            ModelConfig(**wrong)
     with pytest.raises((ValueError, SystemExit), match=str(V)):  # more rows than the text embedding has
         UnitLM.twist(base[0], V + 1)
     assert UnitLM.twist(base[0], V + 1, init="random").config.vocab_size == V + 1

@@ -101,7 +101,7 @@ def test_killed_and_resumed_loses_nothing_and_has_nothing_twice(recordings, whol
 
 
 def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
-    """Three processes without coordination, one of them started twice; then a fourth way of sharing finds nothing."""
+    """Three processes without coordination, one of them started twice; then two, which find nothing new."""
     out = tmp_path / "units"
     cfg = Config(input=str(recordings), out=str(out), batch_seconds=4, shard_tokens=500, durations=True,
                  max_bad_share=0.5)
@@ -118,10 +118,15 @@ def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
     assert sum(len(set(a) ^ set(b)) for a, b in zip(map(one.get, sorted(one)), map(parts.get, sorted(one)))) < 10
     assert all(any(p.startswith(f"part{i:03d}of003") for p in shards(out)) for i in (1, 2, 3))
     main(replace(cfg, shard="2/2"))
+    with pytest.raises(SystemExit, match="is not finished"):  # there may be new files, which the first of two will find
+        verify([out])
+    main(replace(cfg, shard="1/2"))
     assert len(UnitReader(out)) == 31
     verify([out])
     with pytest.raises(SystemExit, match="so none may empty it"):
         main(replace(cfg, shard="1/3", overwrite=True))
+    with pytest.raises(SystemExit, match="so none may empty it"):
+        main(replace(cfg, shard="1/3", overwrite=True, out=f"{tmp_path}/new"))
 
 
 def test_torchrun_shares_the_work(recordings, whole, tmp_path):

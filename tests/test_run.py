@@ -1,6 +1,7 @@
 """slam.run: settings of older checkpoints, the clock, signals, and what stops a run."""
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -55,7 +56,11 @@ def saved(tmp_path):
 def test_a_run_goes_on_where_it_was_saved(saved):
     run = Run(Settings(str(saved), resume=True), "train")
     assert (run.step, run.tokens, run.progress()) == (3, 300, 0.3)
-    assert [x.item() for x in run.trainer["pending"]] == [1.5] and run.trainer["optimizer"]["param_groups"]
+    optimizer = torch.optim.SGD(Weights(2, 2).parameters(), 9.0)
+    assert [x.item() for x in run.restore(optimizer)] == [1.5] and optimizer.param_groups[0]["lr"] == 0.1
+    (saved / "checkpoint" / "trainer.pt").unlink()
+    with pytest.raises(SystemExit, match="trainer.pt is missing: this run can't go on"):
+        run.restore(optimizer)
     run.starts_from(train="a")
     with pytest.raises(SystemExit, match="has changed: train;"):
         run.starts_from(train="b")
@@ -91,7 +96,9 @@ def test_what_a_run_reads_is_not_in_its_folder(tmp_path):
 def test_settings_that_no_run_can_have(tmp_path):
     cfg = Config(out=str(tmp_path), train=("x",), val=("x",), steps=10)
     assert not run_problems(cfg)
-    for wrong, problem in (({"grad_clip": 0.0}, "grad_clip"), ({"steps": -1}, "steps"), ({"lr": -1.0}, "lr")):
+    for wrong, problem in (({"grad_clip": 0.0}, "grad_clip"), ({"steps": -1}, "steps"), ({"lr": -1.0}, "lr"),
+                           ({"lr": 1e-5}, "min_lr 5e-05: between 0 and lr, 1e-05"), ({"seed": -1}, "seed"),
+                           ({"min_lr": -1.0, "schedule": "constant"}, "min_lr"), ({"beta2": 1.0}, "beta2")):
         assert len(found := run_problems(replace(cfg, **wrong))) == 1 and problem in found[0]
     assert "no such field n_layer; there are vocab_size" in replace(cfg, shape={"n_layer": 2}).problems()[0]
     assert not replace(cfg, shape={"num_hidden_layers": 2}, grad_clip=math.inf).problems()
@@ -146,7 +153,55 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("x")
     with pytest.raises(SystemExit, match="not a run's folder"):
         Run(Settings(str(tmp_path), overwrite=True), "train")
+    with pytest.raises(SystemExit, match="not a run's folder"):
+        Run(Settings(str(tmp_path)), "train")
+    with pytest.raises(SystemExit, match="not a run's folder"):
+        Run(Settings(str(tmp_path / "precious.txt")), "train")
     assert (tmp_path / "precious.txt").exists()
+
+
+def test_a_run_that_was_killed_before_it_saved_is_not_replaced_unasked(saved, capsys):
+    shutil.rmtree(saved / "checkpoint")
+    log = saved / "log.jsonl"
+    log.write_text('{"step": 0, "val_loss": 3.0}\n')  # it was only evaluated
+    Run(Settings(str(saved)), "train")
+    log.write_text('{"step": 0}\n{"step": 1}\n')
+    with pytest.raises(SystemExit, match="holds a run already; --resume goes on with it, --overwrite"):
+        Run(Settings(str(saved)), "train")
+    Run(Settings(str(saved), resume=True), "train").open()
+    assert "nothing was saved yet, so it starts anew" in capsys.readouterr().out and not log.read_text()
+
+
+def test_overwrite_empties_the_folder_that_a_link_names(saved, tmp_path):
+    (tmp_path / "link").symlink_to(saved)
+    Run(Settings(str(tmp_path / "link"), overwrite=True), "train").open()
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "log.jsonl"] and (tmp_path / "link").is_symlink()
+
+
+def test_a_finished_run_is_not_saved_again(saved):
+    """Its slam.json would get another time, and it would pass for the newest model."""
+    path, weights = saved / "checkpoint" / "slam.json", Weights(2, 2)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": True}))
+    run = Run(Settings(str(saved), resume=True), "train")
+    what = weights, torch.optim.SGD(weights.parameters(), 0.1), FINGERPRINT, []
+    before = path.stat().st_mtime_ns
+    run.finish(*what)
+    assert path.stat().st_mtime_ns == before
+    run.step += 1
+    run.finish(*what)
+    assert json.loads(path.read_text())["step"] == 4
+
+
+def test_only_the_log_says_what_was_evaluated(saved):
+    """eval.py writes to results.json, too, with other settings."""
+    run = Run(Settings(str(saved), resume=True), "train")
+    run.open()
+    run.results({"val_loss": {"value": 3.0, "step": 3}})
+    assert not run.evaluated()
+    run.log("val loss", val_loss=3.0)
+    run.results({"val_loss": {"value": 4.0, "n": 1}})
+    assert run.evaluated() and not run.evaluated("val_dpo_loss")
+    assert Run(Settings(str(saved), resume=True), "train").evaluated()
 
 
 def test_what_the_steps_measured_is_gathered_and_checked(saved):

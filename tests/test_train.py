@@ -139,11 +139,27 @@ def test_killed_again_and_again_it_is_bit_equal(corpus, tmp_path):
 def test_a_kill_in_the_last_evaluation_loses_nothing(corpus, whole_run, tmp_path):
     """The checkpoint of a finished run without its results: --resume evaluates, and trains no more."""
     shutil.copytree(whole_run, tmp_path / "x")
+    log = (tmp_path / "x" / "log.jsonl").read_text().splitlines(keepends=True)
+    assert "val_loss" in json.loads(log[-1])
+    (tmp_path / "x" / "log.jsonl").write_text("".join(log[:-1]))
     results = json.loads((tmp_path / "x" / "results.json").read_text())
     (tmp_path / "x" / "results.json").write_text(json.dumps({"val_loss_before_training": {"value": 3.0}}))
     run("train.py", *flags(corpus, tmp_path / "x"), "--resume")
     assert json.loads((tmp_path / "x" / "results.json").read_text())["val_loss"] == results["val_loss"]
-    assert weights(tmp_path / "x") == weights(whole_run)
+    assert weights(tmp_path / "x") == weights(whole_run) and (tmp_path / "x" / "log.jsonl").read_text() == "".join(log)
+
+
+def test_a_finished_run_stays_as_it_is(corpus, whole_run, tmp_path):
+    """Also after eval.py has replaced its val_loss; and without trainer.pt, which takes most of the room."""
+    out = tmp_path / "x"
+    shutil.copytree(whole_run, out)
+    (out / "checkpoint" / "trainer.pt").unlink()
+    run("eval.py", f"--checkpoint={out}", f"--val={corpus / 'val'}", "--context=64")
+    before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))}
+    assert "made" in json.loads((out / "results.json").read_text())["val_loss"]
+    assert "is finished already" in run("train.py", *flags(corpus, out), "--resume").stdout
+    assert {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))} == before
+    assert "trainer.pt is missing" in refused("train.py", *flags(corpus, out, steps=14), "--resume")
 
 
 def test_two_processes_do_what_one_does(corpus, whole_run, tmp_path):
@@ -315,8 +331,13 @@ def test_refusals(corpus, whole_run, fingerprint, tmp_path):
                                                                   warmup=0))
     assert "exactly one of" in error and "multiple of context" in error
     assert "no such folder" in refused("train.py", *flags(corpus, tmp_path / "x", shape="{}"), "--base=out/nowhere")
+    assert "model_type is qwen2 or llama" in refused("train.py", *flags(corpus, tmp_path / "x", shape=json.dumps(
+        SHAPE | {"model_type": "gpt2"})))
     with UnitWriter(tmp_path / "other", replace(fingerprint, layer=2)) as writer:
         writer.add("x", np.arange(9), np.ones(9))
+    error = refused("train.py", *flags(corpus, tmp_path / "x", shape="{}", train=tmp_path / "other",
+                                       val=tmp_path / "other"), f"--base={whole_run}")
+    assert f"{whole_run} and {tmp_path / 'other'}" in error or "layer" in error
     error = refused("train.py", *flags(corpus, tmp_path / "x", val=tmp_path / "other"))
     assert "layer 2" in error and "layer 3" in error and str(tmp_path / "other") in error
     assert not (tmp_path / "x").exists()
