@@ -70,10 +70,8 @@ class Config:
             found.append("swag: pairs are of units, so a tokenizer is needed")
         if self.tokenizer == "none" and not self.keep_audio:
             found.append("tokenizer = none without keep_audio = true would leave nothing")
-        if self.workers < 1:
-            found.append("workers: at least 1 process speaks")
-        if self.max_sentences < 5:
-            found.append("max_sentences: at least 5; a tStoryCloze pair takes so many")
+        if self.workers < 1 or self.max_sentences < 5:
+            found.append("workers: at least 1; max_sentences: at least 5, as a tStoryCloze pair takes so many")
         if self.n_val < 4 and not self.swag:
             found.append("n_val: at least 4 stories, so that endings can be exchanged")
         return found

@@ -70,8 +70,7 @@ class Run:
             recover(self.checkpoint)
         over_ranks([0.0])  # a barrier: the other ranks read the folder after it is mended
         saved = (self.checkpoint / "slam.json").exists()
-        if not (saved or self.log_file.exists()) and self.out.exists() and (
-                not self.out.is_dir() or any(self.out.iterdir())):
+        if not (saved or self.log_file.exists()) and (self.out.is_file() or any(self.out.glob("*"))):
             raise SystemExit(f"{self.out} exists and is not a run's folder; choose another --out")
         if not cfg.overwrite and (saved or any(record["step"] for record in self._records())):
             if not cfg.resume:

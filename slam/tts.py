@@ -10,6 +10,7 @@ import functools
 import io
 import multiprocessing
 import os
+import signal
 import threading
 import zlib
 from collections.abc import Iterator
@@ -95,6 +96,7 @@ def speak(job: tuple[str, list[str], int, str, bool]) -> list[np.ndarray]:
 
 def end_with_parent() -> None:
     """End this process with the one that started it, even if that is killed; an executor's workers would wait on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all of them, and is for the first
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
