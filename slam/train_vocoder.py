@@ -216,10 +216,10 @@ def main(cfg: Config) -> None:
     # ------------------------------------------------ hardware, and the run's folder
     device = pick_device()
     torch.manual_seed(cfg.seed)
+    if Path(cfg.out, "vocoder.safetensors").exists() and not (cfg.overwrite or any(Path(cfg.out).glob("state*"))):
+        raise SystemExit(f"{cfg.out} holds a vocoder.safetensors but no state/ to --resume from. Choose another --out, "
+                         f"with --init {cfg.out}/vocoder.safetensors to start from its weights, or --overwrite")
     run = Run(cfg, "vocoder", folder="state", reads=(cfg.units, cfg.audio))
-    if (run.out / "vocoder.safetensors").exists() and not (run.resumed or cfg.overwrite):
-        raise SystemExit(f"{run.out} holds a vocoder.safetensors but no state/ to --resume from. Choose another --out, "
-                         f"with --init {run.out}/vocoder.safetensors to start from its weights, or --overwrite")
 
     # ------------------------------------------------ data
     reader = UnitReader(cfg.units)
