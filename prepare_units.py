@@ -144,7 +144,7 @@ def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
     out = Path(cfg.out)
     made_by = out / "config.json"
     if cfg.overwrite and prefix:
-        raise SystemExit(f"{out}: several processes share it, so none may empty it; remove the folder, then start them")
+        raise SystemExit(f"{out}: several processes share it, so none may empty it; remove it, then start without this")
     if cfg.overwrite:  # unit files, by their exact names
         for old in (*out.glob("[0-9]" * 5 + ".safetensors"), *out.glob("part*of*-" + "[0-9]" * 5 + ".safetensors")):
             old.unlink()
