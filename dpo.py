@@ -48,7 +48,7 @@ class Config:
     nll_weight: float = 0.0  # weight of the chosen completion's negative log-likelihood per token in the loss
     context: int = 1024  # tokens in a row of one or several pairs; longer prompts lose their beginning
     batch_pairs: int = 64  # pairs in an optimiser step, on all GPUs together (the paper: micro-batch 4 x 16)
-    micro_batch: int = 4  # rows in a forward pass: 12.6 GB with 4, 18.9 with 8; the result does not depend on it
+    micro_batch: int = 4  # rows in a forward pass: 12.3 GB with 4, 18.9 with 8; the result does not depend on it
     steps: int | None = 813  # length of the run, by whichever of these is set: optimiser steps,
     tokens: float | None = None  # completion tokens,
     time_budget_hours: float | None = None  # or hours of training

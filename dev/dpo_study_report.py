@@ -19,6 +19,9 @@ def main(folder: Path) -> None:
     print(f"| | {' | '.join(name for name, *_ in COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for label, run in ROWS:
         found = [json.loads(p.read_text()) for p in sorted(folder.glob(f"{run}_[0-9]/results.json"))]
+        if run == "lm":  # the first evaluation of DPO on it
+            begun = map(json.loads, (folder / "own_dpo_0" / "log.jsonl").read_text().splitlines())
+            found[0] |= {k: {"value": v} for k, v in next(begun).items() if k.startswith("val_")}
         cells = []
         for _, metric, key, scale in COLUMNS:
             values = []  # of every seed of DPO; of every seed of sampling, where there is no DPO

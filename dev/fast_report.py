@@ -29,4 +29,4 @@ for slam in sorted(out.glob("slam_[0-9]")):
     needed = np.exp(np.interp(-loss, [-x for x in losses], [np.log(n) for n, _ in runs]))
     ratios.append(needed / tokens)
 print(f"fast needs {', '.join(f'{r:.2f}' for r in ratios)} of slam's tokens: {statistics.mean(ratios):.2f} ± "
-      f"{statistics.stdev(ratios) / len(ratios) ** 0.5:.2f} (standard error over {len(ratios)} seeds)")
+      f"{statistics.stdev(ratios) / len(ratios) ** 0.5:.3f} (standard error over {len(ratios)} seeds)")

@@ -222,11 +222,13 @@ def percent(x: float | None) -> str:
 def report(lines: list[dict]) -> str:
     """Markdown: the cases of training beside an A5000's prediction and the paper; what went wrong; every other case."""
     last = {x["case"]: x for x in lines}  # a case that was run again counts once
-    here, ignored = last.get("ceilings", {}), {"group", "case", "device", "kernels", "seconds"}
+    ceilings = {x["device"]: x for x in lines if x["case"] == "ceilings"}  # of each card
+    ignored = {"group", "case", "device", "kernels", "seconds"}
     table = ["| training | tokens/s | MFU, needed / PaLM, % | peak GB | compile s, graphs | A5000, predicted tok/s |",
              "|---|---|---|---|---|---|"]
     for name in (case.name for case in plan() if case.run is cases.training):
         x = last.get(name, {})
+        here = ceilings.get(x.get("device"), {})
         cells = ["not run yet" if not x else "failed", "", "", "", ""] if "tokens_per_s" not in x else [
             f"{x['tokens_per_s']:,.0f}", f"{percent(x.get('mfu_needed'))} / {percent(x.get('mfu_palm'))}",
             f"{x.get('peak_gb', '')}", f"{x['compile_s']:.0f}, {x['graphs']}",

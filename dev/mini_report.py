@@ -294,9 +294,11 @@ def label(row: str) -> str:
 def corpus(out: Path) -> None:
     """The corpus: stories, hours and tokens, and how many of the held-out 8-grams of words training has seen."""
     lines, held_out, training = [], [], []
+    configs = [json.loads(path.read_text()) for path in out.glob("twist_*/config.json")]
+    trained_on = {Path(units).parent.parent.name for cfg in configs for units in cfg["train"]}
     for part in sorted(out.glob("part[0-9]*"), key=lambda p: int(p.name[4:])):
         for split in ("train", "val"):
-            if (split == "train" or part.name == "part0") and (part / "units" / split).is_dir():
+            if part.name in ({"part0"} if split == "val" else trained_on) and (part / "units" / split).is_dir():
                 reader = UnitReader(part / "units" / split)
                 lines.append((split, len(reader), reader.hours, reader.n_tokens))
                 texts = [record.get("text", "") for record in reader.records()]
@@ -448,8 +450,9 @@ def paired(before: Path, after: Path, judge: str = "embedded:smollm2-135m") -> d
     """
     from slam.speech import text_losses
     runs = [[json.loads(x) for x in (run / "generated.jsonl").read_text().splitlines()] for run in (before, after)]
-    if len({tuple((x["prompt"], x["seed"]) for x in run) for run in runs}) > 1:
-        raise SystemExit(f"{before} and {after}: their prompts or seeds differ")
+    how = [json.loads((run / "results.json").read_text())["gen_ppl"]["settings"] for run in (before, after)]
+    if how[0] != how[1] or len({tuple((x["prompt"], x["seed"]) for x in run) for run in runs}) > 1:
+        raise SystemExit(f"{before} and {after}: their prompts, seeds or settings of GenPPL differ")
     found = {}
     for key in ("text", "continuation_text"):
         a, b = (np.array(text_losses([x[key] for x in run], judge), float) for run in runs)  # None becomes nan

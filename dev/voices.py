@@ -36,7 +36,7 @@ from slam.device import pick_device
 from slam.embedded import resolve
 from slam.tokenizer import SpeechTokenizer
 from slam.tts import speakers, spoken, write_audio
-from slam.units import UnitReader, UnitWriter
+from slam.units import UnitReader, UnitWriter, write_atomic
 
 PEOPLE = {"telephone": ("asterisk-core-sounds-en-wav", "usr/share/asterisk/sounds"),  # a woman's prompts, 8 kHz
           "audiobook": ("pocketsphinx-testdata", "usr/share/pocketsphinx/test/data/librivox")}  # five sentences
@@ -99,9 +99,9 @@ def people(cfg: PeopleConfig) -> None:
     for name in cfg.sets:
         package, folder = PEOPLE[name]
         out = Path(cfg.out, name)
-        out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
             unpack(package, Path(temporary))
+            out.mkdir(parents=True, exist_ok=True)
             found = sorted(Path(temporary, folder).rglob("*.wav"))
             for file in (f for f in found if f.parent.name != "silence"):
                 if cfg.min_seconds <= len(load_audio(file)) / SAMPLE_RATE <= 30:
@@ -153,6 +153,8 @@ def another_voice(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def others(cfg: OthersConfig) -> None:
     """Write OUT/*.safetensors: `copies` of each training story, with another voice up to a random frame."""
     reader, tokenizer = UnitReader(Path(cfg.stories, "units/train")), SpeechTokenizer.load(device=pick_device().type)
+    if any(Path(cfg.out).glob("*.safetensors")) and UnitReader(cfg.out).shards[0].header["source"] != cfg.stories:
+        raise SystemExit(f"{cfg.out} holds other stories than {cfg.stories}; choose another --out")
     own = {id: np.repeat(reader.units(i), reader.durations(i)) for i, id in enumerate(reader.ids())}  # frames
     # The settings with which they were spoken (tts, voices, seed), so that they sound as they did.
     spoke = SimpleNamespace(**json.loads(Path(cfg.stories, "synth.json").read_text())["settings"])
@@ -177,7 +179,10 @@ def others(cfg: OthersConfig) -> None:
 def flite(cfg: FliteConfig) -> None:
     """Write OUT/VOICE/*.wav and its manifest.jsonl; what is there is not spoken again."""
     pairs, out = read_manifest(cfg.set).pairs, Path(cfg.out, cfg.voice)
-    out.mkdir(parents=True, exist_ok=True)
+    manifest = Path(cfg.set, "manifest.jsonl").read_text(encoding="utf-8")
+    if (out / "manifest.jsonl").exists() and (out / "manifest.jsonl").read_text(encoding="utf-8") != manifest:
+        raise SystemExit(f"{out} holds other pairs than {cfg.set}; choose another --out")
+    write_atomic(out / "manifest.jsonl", manifest)
     texts = {Path(pair[side]).name: pair[f"{side}_text"] for pair in pairs for side in SIDES}
     todo = [name for name in texts if not (out / name).exists()]
     with tempfile.TemporaryDirectory() as temporary:
@@ -194,7 +199,6 @@ def flite(cfg: FliteConfig) -> None:
         with ThreadPoolExecutor(cfg.workers) as pool:
             for _ in tqdm(pool.map(say, todo), total=len(todo), disable=None, desc="speaking", unit="text"):
                 pass
-    shutil.copy(Path(cfg.set, "manifest.jsonl"), out)
     print(f"{out}: {len(pairs)} pairs")
 
 

@@ -6,7 +6,7 @@
 #   bash runs/ablations.sh data          # what is trained on
 #   bash runs/ablations.sh batch         # context and batch
 #   bash runs/ablations.sh models --dry  # only print the commands
-#   bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none   # flags for every run
+#   OUT=out/ablations_1h bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none   # flags for all
 #
 # Finished runs are skipped, killed ones go on. Every run has slam.py's 1.4B tokens. Hours on an A5000: the paper's 23.5
 # for Qwen2.5-0.5B, others by their FLOPs. GB: what `python dev/bench.py memory config/slam.py --base=...` counts.
@@ -29,7 +29,7 @@ more=("$@")
 
 run() { # run NAME FLAG...
     local name=$1; shift
-    $dry python train.py config/slam.py --out="out/ablations/$name" "$@" "${more[@]}" --resume
+    $dry python train.py config/slam.py --out="${OUT:-out/ablations}/$name" "$@" "${more[@]}" --resume
 }
 
 case $what in

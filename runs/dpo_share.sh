@@ -4,7 +4,7 @@
 #
 #   bash runs/dpo_share.sh slam --benchmark=tstorycloze --path=tSC   # 24 h a share; what follows are flags for eval.py
 #   bash runs/dpo_share.sh demo                                  # 4 minutes a share, after runs/demo.sh
-#   HOURS=12 MINUTES="0 15 30" bash runs/dpo_share.sh slam       # another budget, other shares of it
+#   HOURS=12 MINUTES="0 15 30" bash runs/dpo_share.sh slam       # another budget, other shares of it; in slam_12h
 #
 # Killed, it goes on. Data, out/spoken_swag or out/demo/data, must be there.
 set -euo pipefail
@@ -15,7 +15,7 @@ slam) hours=24 minutes="0 10 30 60 120" train=config/slam.py dpo=config/slam_dpo
 demo) hours=0.0667 minutes="0 0.25 0.5 1 2" train=config/demo_train.py dpo=config/demo_dpo.py evaluate=config/demo_eval.py ;;
 *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
-hours=${HOURS:-$hours} minutes=${MINUTES:-$minutes} out=out/dpo_share/$scale
+hours=${HOURS:-$hours} minutes=${MINUTES:-$minutes} out=out/dpo_share/$scale${HOURS:+_${HOURS}h}
 for share in $minutes; do
     dpo_hours=$(python -c "print($share / 60)")
     lm_hours=$(python -c "print($hours - $share / 60)")

@@ -70,10 +70,9 @@ finished() {
     grep -qs '"finished": true' "$1/checkpoint/slam.json"
 }
 
-train() {  # train NAME CONFIG... FLAG...: a run, unless it is there, and its evaluation
+train() {  # train NAME CONFIG... FLAG...: a run, and its evaluation; train.py refuses one of other data or settings
     local run=$out/$1; shift
-    finished "$run" && has "$run" val_loss || python train.py $size "$@" --train="$speech" \
-        --val="$held_out$glimpse" --out="$run" --resume
+    python train.py $size "$@" --train="$speech" --val="$held_out$glimpse" --out="$run" --resume
     evaluate "$run"
 }
 
@@ -229,9 +228,12 @@ dpo_run() {  # dpo_run RUN SEED PAIRS
 }
 
 average() {  # half of the best run's weights, half of those it had after most sentences; DPO with the best run's pairs
-    local best after run=$out/average_50_0
+    local best after= other run=$out/average_50_0
     best=$(best_run twist)
-    after=$(ls -dv "$out"/sentences_*_0 | tail -1)
+    for other in $(ls -dv "$out"/sentences_*_0); do  # of those that went on from it to their end the one with most tokens
+        ! finished "$other" || ! grep -qF "\"base\": \"$best/checkpoint\"" "$other/config.json" || after=$other
+    done
+    [ -n "$after" ] || { echo "average: no finished run of \`sentences\` that went on from $best" >&2; exit 1; }
     finished "$run" || python dev/average.py "$best" "$after" "$run" --share=0.5
     evaluate "$run"
     dpo_of "$run" "${best}_own"
@@ -245,7 +247,7 @@ ship() {  # a file of the size that the repository carries
 
 listen() {  # ten prompts, in people's voices and the TTS', continued before and after DPO: a page and its transcripts
     local prompts run=${SHIP:-$out/average_50_0_dpo_0}
-    [ -d out/people ] || python dev/voices.py people || echo "without people's voices"
+    [ -d out/people/audiobook ] && [ -d out/people/telephone ] || python dev/voices.py people || echo "without people's voices"
     prompts=$({ find out/people/audiobook -name '*.wav' 2> /dev/null | sort | awk 'NR <= 3'
                 find out/people/telephone -name '*.wav' 2> /dev/null | sort | awk 'NR % 40 == 20 && NR < 140'
                 find "$part0/tstorycloze" -name '*_positive.wav' | sort | awk 'NR <= 4'; } | paste -sd,)

@@ -176,7 +176,11 @@ dpo() {
 }
 
 evaluate() {
-    [ -n "$dry" ] || [ ! "$out/results.md" -nt "$tuned/checkpoint/slam.json" ] || return 0
+    if [ -z "$dry" ] && [ "$out/results.md" -nt "$tuned/checkpoint/slam.json" ] &&
+            grep -qsF "\`$tuned\`" "$out/results.md" && grep -qsF "judge $judge" "$out/results.md"; then
+        echo "$out/results.md: is there already"
+        return 0
+    fi
     run python eval.py config/eval_slam.py --checkpoint="$lm,$tuned" --tokenizer=$tokenizer --asr=$asr --judge=$judge \
         --path="$bench/sLM21-dataset,$bench/sSC,$bench/tSC" \
         --val="$units/librispeech_dev/dev-clean,$units/librispeech_dev/dev-other" $eval_flags

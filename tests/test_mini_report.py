@@ -131,13 +131,17 @@ def test_prompts_are_compared_one_by_one(tmp_path):
         (tmp_path / name / "generated.jsonl").write_text("".join(json.dumps(
             {"prompt": f"{i % 2}.wav", "seed": i // 2, "text": x, "continuation_text": x}) + "\n"
             for i, x in enumerate(said)))
+        (tmp_path / name / "results.json").write_text('{"gen_ppl": {"settings": {"new_units": 150}}}')
     likely, unlikely = text_losses(texts["before"][:2], "embedded:smollm2-135m")
     change, error = paired(tmp_path / "before", tmp_path / "after")["text"]
     assert change == pytest.approx(100 * (math.exp((likely - unlikely) / 2) - 1), abs=1e-3)
     assert error == pytest.approx((100 + change) * (unlikely - likely) / 2, rel=1e-4)  # of 0 and the difference
-    (tmp_path / "after" / "generated.jsonl").write_text("")
-    with pytest.raises(SystemExit, match="prompts or seeds differ"):
-        paired(tmp_path / "before", tmp_path / "after")
+    for file, text in (("results.json", '{"gen_ppl": {"settings": {"new_units": 99}}}'), ("generated.jsonl", "")):
+        whole = (tmp_path / "after" / file).read_text()
+        (tmp_path / "after" / file).write_text(text)
+        with pytest.raises(SystemExit, match="prompts, seeds or settings of GenPPL differ"):
+            paired(tmp_path / "before", tmp_path / "after")
+        (tmp_path / "after" / file).write_text(whole)
 
 
 def test_the_script_names_its_steps():

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, refused, run
 
 sys.path.insert(0, str(ROOT / "dev"))
 import voices
@@ -56,6 +56,17 @@ def test_other_voices_begin_stories_and_the_tts_goes_on(stories, tmp_path):
         same = a[::-1][:n] == b[::-1][:n]
         shared.append((same.argmin() if not same.all() else n) / len(a))
     assert max(shared) < 0.95 and sum(x > 0.05 for x in shared) >= len(new) / 3
+    shutil.copytree(stories, tmp_path / "stories")
+    error = refused("dev/voices.py", "others", f"--stories={tmp_path / 'stories'}", f"--out={tmp_path}")
+    assert "holds other stories than" in error
+
+
+def test_pairs_in_another_voice_are_not_mixed_with_other_pairs(stories, tmp_path):
+    """The names of their recordings recur in every set."""
+    (tmp_path / "slt").mkdir()
+    shutil.copy(stories / "sblimp" / "manifest.jsonl", tmp_path / "slt")
+    error = refused("dev/voices.py", "flite", f"--set={stories / 'tstorycloze'}", f"--out={tmp_path}")
+    assert "holds other pairs than" in error
 
 
 def test_people_are_understood_from_their_units(tmp_path):
