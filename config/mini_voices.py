@@ -1,9 +1,9 @@
-"""The shipped model, over slam_fast.py and mini.py: the study's best goes on, on other voices and tested grammar.
+"""The shipped model's second step, over slam_fast.py and mini.py: the study's best goes on, on sentences and voices.
 
     python train.py config/slam_fast.py config/mini.py config/mini_voices.py
 
 Stories that another voice begins (dev/voices.py others) and sentences from templates (config/mini_sentences.py), once.
-Half of the weights after it and half of those before it are embedded:slam-mini (docs/mini.md).
+Half of the weights after it and half of those before it are what config/mini_grammar.py goes on from (docs/mini.md).
 """
 train = ("out/mini/sentences/units/train", "out/mini/others/units")
 base = "out/mini_gpu/twist_32000000_0_dpo_0/checkpoint"

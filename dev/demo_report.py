@@ -42,7 +42,7 @@ def main(out: Path, seconds: int) -> None:
         print(f"{label:36}" + "".join(f"{cell:>16}" for cell in (text(floor), *cells)))
     print("-: not better by two standard errors than the floor (a bigram model; of pairs also chance, 50 %; of GenPPL "
           "the\nmodel before DPO). The model was trained on 1 h of stories for two and a half minutes, slam-mini, which"
-          "\ncomes with the code, on 250 h.")
+          "\ncomes with the code, on 290 h.")
 
     print("\na prompt continued aloud (open out/demo/samples/listen.html to compare by ear)")
     for sample in json.loads((out / "samples" / "samples.json").read_text())["samples"]:
