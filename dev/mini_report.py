@@ -295,7 +295,7 @@ def corpus(out: Path) -> None:
     """The corpus: stories, hours and tokens, and how many of the held-out 8-grams of words training has seen."""
     lines, held_out, training = [], [], []
     configs = [json.loads(path.read_text()) for path in out.glob("twist_*/config.json")]
-    trained_on = {Path(units).parent.parent.name for cfg in configs for units in cfg["train"]}
+    trained_on = {Path(units).parent.parent.name for cfg in configs for units in cfg.get("train", ())}  # not after DPO
     for part in sorted(out.glob("part[0-9]*"), key=lambda p: int(p.name[4:])):
         for split in ("train", "val"):
             if part.name in ({"part0"} if split == "val" else trained_on) and (part / "units" / split).is_dir():
