@@ -257,7 +257,7 @@ def test_memory_does_not_grow_with_the_length(recordings, tmp_path):
         soundfile.write(tmp_path / f"{n}.wav", np.tile(wave, n), rate)
     said = run("-c", code, tmp_path / "2.wav", tmp_path / "5.wav").stdout
     short, long = (int(line.split()[1]) / 1e6 for line in said.splitlines() if line.startswith("peak"))
-    assert long - short < 12, (short, long)
+    assert long - short < 8, (short, long)
 
 
 def test_refusals(tmp_path, recordings, corpus):
