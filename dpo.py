@@ -123,17 +123,17 @@ def loss_and_statistics(cfg: Config, logps: Tensor, reference: Tensor, lengths: 
 
 
 # ---------------------------------------------------------------- pairs and their log-probabilities by the reference
-def prefix_pair(pair: dict, context: int) -> PrefixPair | None:
+def prefix_pair(pair: dict, context: int, dedup: bool = True) -> PrefixPair | None:
     """Units of a pair -> tokens `1 prompt`, `chosen 1`, `rejected 1`; None if they leave no room for a prompt.
 
-    A completion that was cut off gets no EOS. A unit that ends the prompt and begins the completion stands once, as
-    after dedup (SlamKit keeps both). A long prompt loses its beginning, for both completions alike.
+    A completion that was cut off gets no EOS. With dedup, a unit that ends the prompt and begins the completion stands
+    once (SlamKit keeps both). A long prompt loses its beginning, for both completions alike.
     prefix_pair({"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}, 1024) -> [1, 7, 8], [11, 1], [6, 1]
     """
     prompt, completions = pair["prompt"], []
     for side in ("chosen", "rejected"):
         units = pair[side]
-        tokens = to_tokens(units[1:] if units[0] == prompt[-1] and len(units) > 1 else units)[1:]
+        tokens = to_tokens(units[1:] if dedup and units[0] == prompt[-1] and len(units) > 1 else units)[1:]
         completions.append(tokens if pair.get(f"{side}_ended", True) else tokens[:-1])
     room = context - sum(map(len, completions))
     return PrefixPair(to_tokens(prompt[-room:])[:-1], *completions) if room > 0 else None
@@ -142,7 +142,7 @@ def prefix_pair(pair: dict, context: int) -> PrefixPair | None:
 def load_pairs(path: str, context: int) -> tuple[Fingerprint, list[PrefixPair]]:
     """Fingerprint and pairs of a pair file, in tokens; prints how many are too long. SystemExit if none is left."""
     fingerprint, found = read_pairs(path)
-    pairs = [pair for x in found if (pair := prefix_pair(x, context))]
+    pairs = [pair for x in found if (pair := prefix_pair(x, context, fingerprint.dedup))]
     if n := len(found) - len(pairs):
         print(f"{path}: {n} of {len(found)} pairs left out: their completions fill a row of {context} tokens")
     if not pairs:

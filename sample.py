@@ -114,9 +114,12 @@ def make_folder(name: str) -> Path:
     """Make the folder for the samples: `name`, or if it is empty the first free one of out/samples, out/samples_2, …"""
     for i in itertools.count(1):
         path = Path(name or ("out/samples" if i == 1 else f"out/samples_{i}"))
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir(parents=True, exist_ok=bool(name))
             return path
+        except OSError as e:
+            if name or not path.exists():
+                raise SystemExit(f"{path}: can't be made a folder ({e.strerror}); name another --out") from None
 
 
 def labels(names: list[str]) -> list[str]:

@@ -187,14 +187,13 @@ def read_benchmark(name: str, path: str, split: str = "dev", max_left_out: float
 def read_manifest(path: str) -> Benchmark:
     """A manifest, or a folder with a manifest.jsonl. SystemExit naming file and line of what is wrong."""
     file = Path(path) / "manifest.jsonl" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise SystemExit(f"{file}: no manifest; synth_stories.py writes folders with one, --write_manifest makes one "
-                         f"of a benchmark")
-    found = Benchmark(file.parent.name if file.name == "manifest.jsonl" else file.stem, path, downloaded=False)
+    name = file.parent.resolve().name if file.name == "manifest.jsonl" else file.stem
+    found = Benchmark(name, path, downloaded=False)
     try:
-        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f"{file}: not a manifest ({e})") from None
+        lines = file.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n").split("\n")
+    except OSError as e:
+        raise SystemExit(f"{file}: no manifest ({e.strerror}); synth_stories.py writes folders with one, "
+                         f"--write_manifest makes one of a benchmark") from None
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         try:
             pair = {k: v if v is None else str(v) for k, v in ({"id": number} | json.loads(line)).items()}

@@ -51,9 +51,8 @@ class TextTokenizer:
         return replace(of_units, text_lm=self.name, text_vocab=self.vocab, text_sha256=digest)
 
     def words(self, text: str, follows: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Text tokens (n,) of a text, and the first token (m,) of each of its words (split at spaces).
+        """Text tokens (n,) of a text (a space before it if it follows another), and each word's first (m,).
 
-        follows: the text follows another, so that it begins with a space.
         words("It was") -> [1589, 436], [0, 1]
         """
         pieces = [self.tokenizer(" " * (follows or i > 0) + word, add_special_tokens=False).input_ids
@@ -117,8 +116,7 @@ class Mixed:
     def __init__(self, reader: UnitReader, shares: tuple[float, float, float], seed: int, spans: str = "poisson",
                  share: float = 0.3):
         if bare := next((shard.path for shard in reader.shards if not shard.fingerprint.text_lm), None):
-            raise SystemExit(f"{bare}: has no words; python -m slam.alignment writes unit files with "
-                             f"them")
+            raise SystemExit(f"{bare}: has no words; python -m slam.alignment writes unit files with them")
         self.reader, self.n, self.seed = reader, len(reader), seed
         self.vocabulary, self.spans, self.share = Vocabulary(reader.fingerprint), spans, share
         some = np.linspace(0, self.n - 1, min(500, self.n)).astype(int).tolist()  # of all sources

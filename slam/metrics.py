@@ -10,8 +10,7 @@ SUBSETS = ("type", "subtype", "part", "frequency", "voice")  # manifest fields w
 
 def mean_and_error(x: np.ndarray) -> tuple[float | None, float | None]:
     """Mean of x (n,) and its standard error; None where there are too few values."""
-    return (float(x.mean()) if len(x) else None,
-            float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None)
+    return float(x.mean()) if len(x) else None, float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
 
 
 def pair_accuracy(positive: np.ndarray, negative: np.ndarray, items: list[str] | None = None) -> dict:
@@ -46,7 +45,7 @@ def score_pairs(nll: np.ndarray, pairs: list[dict]) -> dict:
 
     nll: (n, 2), of each pair's positive and negative.
     """
-    items = [p.get("item") or p["id"] for p in pairs]
+    items = [p.get("item") or f"pair {i}" for i, p in enumerate(pairs)]
     result, by = pair_accuracy(*nll.T, items), {}
     for name in SUBSETS:
         values = [p.get(name) for p in pairs]

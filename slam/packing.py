@@ -68,8 +68,7 @@ def collate(reader: UnitReader, rows: list[np.ndarray], context: int) -> tuple[T
     """Fill rows of chunks with tokens -> tokens, targets, positions (B, context) int64.
 
     Positions restart with every chunk, which sees itself alone, and with the padding, whose targets are IGNORE.
-    Chunks of `1 7 8 1` and `1 9 1` in a row of 7: tokens 1 7 8 1 9 0 0, targets 7 8 1 9 1 -100 -100, positions
-    0 1 2 0 1 0 1.
+    `1 7 8 1`, `1 9 1` in a row of 7: tokens 1 7 8 1 9 0 0, targets 7 8 1 9 1 -100 -100, positions 0 1 2 0 1 0 1.
     """
     tokens = np.full((len(rows), context), PAD, dtype=np.int64)
     targets = np.full((len(rows), context), IGNORE, dtype=np.int64)

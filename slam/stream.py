@@ -75,5 +75,6 @@ def loudspeaker(sample_rate: int) -> Iterator[BinaryIO]:
                                            2 * sample_rate, 2, 16, b"data", length - 36))
             yield player.stdin
             player.stdin.close()
-    if player.returncode:
-        print(f"{command[0]} ended with {player.returncode}: is there a sound device?", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):  # the wave is whole, though the player still holds its end
+            if player.wait():
+                print(f"{command[0]} ended with {player.returncode}: is there a sound device?", file=sys.stderr)

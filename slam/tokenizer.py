@@ -386,7 +386,8 @@ def codebook_fingerprints(tensors: dict[str, Tensor], meta: dict) -> tuple[Finge
         for name in sorted(names):
             x = tensors[name].cpu().contiguous().numpy()
             sha.update(f"{name} {x.dtype} {x.shape}\n".encode() + x.tobytes())
-        return Fingerprint(meta["encoder"], int(meta["layer"]), float(meta["unit_rate_hz"]), n, True, sha.hexdigest())
+        return Fingerprint(meta["encoder"], int(meta["layer"]), float(meta["unit_rate_hz"]), n, "bpe" not in names,
+                           sha.hexdigest())
 
     base, bpe = fingerprint(tensors.keys() & {"centroids", "position_mean"}, len(tensors["centroids"])), Bpe.of(tensors)
     return fingerprint(tensors.keys(), bpe.n_pieces) if bpe else base, base

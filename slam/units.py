@@ -86,7 +86,7 @@ class Fingerprint:
     layer: int  # hidden state, 0 = the input of the first transformer layer
     unit_rate_hz: float  # frames per second
     n_units: int
-    dedup: bool
+    dedup: bool  # no two neighbours are equal; two pieces of a BPE can be
     codebook_sha256: str  # empty: not recorded
     text_lm: str = ""  # the text LM whose tokens stand beside the units, if any,
     text_vocab: int = 0  # the number of these tokens,
@@ -303,7 +303,7 @@ class UnitReader:
         self.sizes = np.diff(self.starts[[0, *n_files]]).tolist()  # utterances of each of `paths`
         self.lengths = np.concatenate([np.diff(s.offsets) for s in self.shards])  # in tokens, BOS and EOS included
         self.n_tokens = int(self.lengths.sum())
-        self.hours = sum(s.hours for s in self.shards)
+        self.hours = sum(s.hours for s in self.shards) * all(s.hours for s in self.shards)  # 0: not known of all
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -370,7 +370,7 @@ def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
     """Read a pair file. SystemExit, naming file and pair, if it is missing or malformed."""
     pairs = []
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8", errors="surrogateescape") as f:
             fingerprint = Fingerprint(**json.loads(f.readline())["fingerprint"])
             for text in f:
                 pair = json.loads(text)

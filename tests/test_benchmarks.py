@@ -1,6 +1,7 @@
 """benchmarks.py: downloads in exactly their layouts, with real speech in them, and what is wrong with some."""
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,17 @@ def test_a_manifest_written_read_and_scored(slm21, runs, tmp_path):
     assert {p: p.stat().st_size for p in (cache_dir() / "units").iterdir()} == kept  # nothing was tokenised again
     results = json.loads((model / "results.json").read_text())
     assert results["sblimp"]["settings"]["score"] == "sum" and results["sblimp"]["n"] == 18
+
+
+def test_a_manifest_in_this_folder_of_files_whose_names_are_not_utf8(tmp_path, monkeypatch):
+    pair = {"id": "0"} | {side: str(tmp_path / os.fsdecode(name)) for side, name in (("positive", b"caf\xe9.wav"),
+                                                                                    ("negative", b"b.wav"))}
+    for side in ("positive", "negative"):
+        Path(pair[side]).touch()
+    Benchmark("x", "here", pairs=[pair]).write(str(tmp_path / "manifest.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    found = [read_manifest(x) for x in (".", "manifest.jsonl")]
+    assert [x.name for x in found] == [tmp_path.name] * 2 and found[0].pairs == [pair]
 
 
 def test_bad_manifests(stories, tmp_path):

@@ -93,6 +93,8 @@ def test_gradient_by_finite_differences(how):
 def test_a_pair_in_tokens():
     pair = prefix_pair({"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}, 1024)
     assert pair == ([1, 7, 8], [11, 1], [6, 1])  # a unit at the joint stands once
+    pieces = prefix_pair({"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}, 1024, dedup=False)
+    assert pieces == ([1, 7, 8], [8, 11, 1], [6, 1])  # two equal pieces may follow each other
     only = {"prompt": [1, 2, 3, 4], "chosen": [9, 8], "rejected": [7]}
     short = prefix_pair(only, 7)
     assert short.prefix == [1, 5, 6] and short.n_inputs == 7  # a long prompt loses its beginning

@@ -43,6 +43,7 @@ def test_results_of_a_benchmark():
     assert {t: (r["value"], r["n"]) for t, r in result["by"]["type"].items()} == {"x": (50, 6), "y": (100, 1)}
     assert result["by"]["voice"]["v1"]["n"] == 2
     assert "by" not in score_pairs(nll[:2], [{"id": "a"}, {"id": "b"}])
+    assert "items" not in score_pairs(nll[:2], [{"id": "a", "type": "x"}, {"id": "a", "type": "y"}])  # only `item` ties
 
 
 def test_auto_bleu():

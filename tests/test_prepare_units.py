@@ -328,7 +328,8 @@ def test_bpe_of_a_corpus(whole, tmp_path, capsys):
     pieces, units = UnitReader(tmp_path / "bpe" / "units"), UnitReader(whole)
     assert report["units_per_token"] == pytest.approx(report["units"] / report["tokens"], abs=1e-3) and \
         report["units_per_token"] > 1.05
-    assert pieces.fingerprint.n_units == 600 and pieces.hours == pytest.approx(units.hours)
+    assert pieces.fingerprint.n_units == 600 and units.fingerprint.dedup and not pieces.fingerprint.dedup
+    assert pieces.hours == pytest.approx(units.hours)
     tokenizer = SpeechTokenizer.load(f"{tmp_path}/bpe/tokenizer.safetensors")
     assert tokenizer.fingerprint == pieces.fingerprint and tokenizer.base_fingerprint == units.fingerprint
     for i in range(len(units)):

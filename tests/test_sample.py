@@ -152,6 +152,10 @@ def test_newest_finished_checkpoint(tmp_path, monkeypatch):
     assert sample.newest_checkpoint() == sample.newest_checkpoint(otherwise="embedded:slam-mini") == "out/b/c"
     assert [str(sample.make_folder("")) for _ in range(2)] == ["out/samples", "out/samples_2"]
     assert sample.make_folder("a/b") == sample.make_folder("a/b")
+    (tmp_path / "file").touch()
+    for taken in ("file", "file/below"):
+        with pytest.raises(SystemExit, match=f"{taken}: can't be made a folder"):
+            sample.make_folder(taken)
 
 
 def test_labels_of_checkpoints_differ():

@@ -1,6 +1,7 @@
 """slam/stream.py: a continuation spoken while it is being generated, by sample.py."""
 import io
 import json
+import os
 import select
 import subprocess
 
@@ -64,6 +65,16 @@ def test_speaks_before_it_knows_the_end(flags, tmp_path, monkeypatch):
     for more, match in (("--n=2", "one continuation"), ("--stdout", "one or the other")):
         with pytest.raises(SystemExit, match=match):
             go(*flags, "--play", more)
+
+
+def test_ctrl_c_while_the_player_has_the_end(tmp_path):
+    """Then all has been written to the player: the program goes on, and keeps it."""
+    player = tmp_path / "aplay"
+    player.write_text("#!/bin/sh\n/bin/cat > /dev/null\nkill -INT $PPID\n/bin/sleep 0.3\nexit 1\n")
+    player.chmod(0o755)
+    done = run("-c", "from slam.stream import loudspeaker\nwith loudspeaker(16000) as sink: sink.write(bytes(2000))\n"
+                     "print('kept')", env={**os.environ, "PATH": str(tmp_path)})
+    assert done.stdout == "kept\n" and not done.stderr
 
 
 def test_a_listener_who_leaves(flags, tmp_path):

@@ -54,6 +54,9 @@ def test_write_read(tmp_path, fingerprint):
     assert reader.n_tokens == sum(len(u) + 2 for u, _ in said) == reader.lengths.sum()
     assert reader.hours == pytest.approx(sum(d.sum() for _, d in said) / 25 / 3600)
     assert len(UnitReader(*sorted(tmp_path.glob("*.safetensors")))) == 4
+    with UnitWriter(tmp_path / "other", fingerprint, "there", durations=False) as writer:
+        writer.add("u", said[0][0], None)
+    assert UnitReader(tmp_path, tmp_path / "other").hours == 0  # not known of all
 
 
 def test_resume_keeps_whole_shards_and_loses_the_rest(tmp_path, fingerprint):
@@ -138,6 +141,7 @@ def test_pairs(tmp_path, fingerprint):
     pairs = [{"id": "a", "prompt": [1, 2], "chosen": [3], "rejected": [4], "prompt_text": "hi"},
              {"id": "b", "prompt": [1, 2], "chosen": [3], "rejected": [4], "chosen_ended": True,
               "rejected_ended": False}]
+    pairs[1]["id"] = os.fsdecode(b"caf\xe9.wav")  # a file's name need not be UTF-8
     assert write_pairs(path, fingerprint, pairs) == 2
     assert read_pairs(path) == (fingerprint, pairs)
     for bad in ({"prompt": [1], "chosen": [], "rejected": [2]}, {"prompt": [1], "chosen": [2]},
