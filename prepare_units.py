@@ -155,8 +155,8 @@ def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
         if other:
             raise SystemExit(f"{out} was made with other settings: {'; '.join(other)}. Choose another --out, or "
                              f"--overwrite")
-    elif any(out.glob("*.safetensors")):
-        raise SystemExit(f"{out} holds files of another stage; choose another --out")
+    elif out.is_file() or any(out.glob("*.safetensors")):
+        raise SystemExit(f"{out} was made by something else; choose another --out")
     own = f"{prefix}report.json"
     for old in out.glob("*report.json"):  # what this run's other processes report stays
         if old.name == own or old.name.partition("of")[2] != own.partition("of")[2]:
@@ -324,7 +324,7 @@ def unfinished(folder: Path) -> Iterator[str]:
     yield from (f"{folder}: {stem}.safetensors is missing" for stem in sorted(before - {match[0] for match in shards}))
     if (folder / "config.json").exists():  # else another stage made it
         finished = [path.name.removesuffix("report.json") for path in folder.glob("*report.json")
-                    if json.loads(path.read_bytes())["complete"]]
+                    if json.loads(path.read_text("utf-8", "surrogateescape"))["complete"]]
         # A corpus begun by one number of processes and finished by another is whole: each skips what any has written.
         numbers = [match[2] for match in shards] + [prefix.partition("of")[2][:-1] for prefix in finished] or [1]
         pending = min(([prefix for i in range(n) if (prefix := part_prefix(i, n)) not in finished]

@@ -212,7 +212,7 @@ def main(cfg: Config) -> None:
     out, record = Path(cfg.out), Path(cfg.out) / "synth.json"
     if cfg.swag and not Path(cfg.swag).exists():
         raise SystemExit(f"--swag={cfg.swag}: not readable (no such file or folder)")
-    if out.exists() and any(out.iterdir()) and not record.exists():
+    if out.is_file() or out.exists() and any(out.iterdir()) and not record.exists():
         raise SystemExit(f"{out} exists and was not made by synth_stories.py; choose another --out")
     if cfg.overwrite:
         empty_folder(out)

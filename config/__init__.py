@@ -62,7 +62,8 @@ def load_config(Config: type, argv: list[str] | None = None, description: str = 
 
 def save_config(cfg: Any, path: str | Path) -> None:
     """Write the resolved settings as JSON; `load_config` reads the file back to an equal config."""
-    Path(path).write_text(json.dumps(asdict(cfg), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(asdict(cfg), indent=2, ensure_ascii=False) + "\n"
+    Path(path).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def split_argv(argv: list[str], kinds: dict[str, Any]) -> tuple[list[str], dict[str, str], list[str]]:
@@ -105,7 +106,7 @@ def read_file(file: str, kinds: dict[str, Any], problems: list[str]) -> list[tup
         return []
     try:
         if file.endswith(".json"):
-            return list(dict(json.loads(Path(file).read_text(encoding="utf-8"))).items())
+            return list(dict(json.loads(Path(file).read_text("utf-8", "surrogateescape"))).items())
         names = runpy.run_path(file)  # `config` is imported by now, so `from config.x import *` works in any folder
     except Exception as error:  # all of them: the file is the user's own code, and may raise anything
         where = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]

@@ -171,13 +171,12 @@ def main(cfg: Config) -> None:
                 id = record["id"]
                 try:
                     wave = load_audio(Path(cfg.audio) / f"{id}{cfg.suffix}")
-                except ValueError as e:
+                    text = record.get("text") or transcript(Path(cfg.audio), id)
+                    if len(wave) > WINDOW_SECONDS * SAMPLE_RATE:
+                        raise ValueError(f"{len(wave) / SAMPLE_RATE:.1f} s; Whisper aligns {WINDOW_SECONDS} s at most")
+                    batch.append((i, id, wave, text))
+                except ValueError as e:  # also of a transcript that is not UTF-8
                     skipped[id] = str(e)
-                    continue
-                if len(wave) > WINDOW_SECONDS * SAMPLE_RATE:
-                    skipped[id] = f"{len(wave) / SAMPLE_RATE:.1f} s; Whisper aligns {WINDOW_SECONDS} s at most"
-                else:
-                    batch.append((i, id, wave, record.get("text") or transcript(Path(cfg.audio), id)))
             heard = iter(transcribe([wave for *_, wave, text in batch if not text], cfg.asr))
             texts = [text or next(heard) for *_, text in batch]
             for (_, id, *_), text in zip(batch, texts):

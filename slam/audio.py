@@ -210,7 +210,7 @@ def read_input(input: str, audio_column: str = "audio",
     if os.path.isdir(input):
         found, listed = [(f, os.path.relpath(f, input)) for f in walk(input)], False
     elif listed:
-        names = Path(input).read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        names = Path(input).read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
         found = [(os.path.join(os.path.dirname(input), name), name) for name in names if name]
     else:
         found = [(input, os.path.basename(input))]

@@ -196,8 +196,8 @@ class Run:
         return [json.loads(x) for x in self.log_file.read_text().split("\n")[:-1]] if self.log_file.exists() else []
 
     def evaluated(self, metric: str = "val_loss") -> bool:
-        """Whether the log has the metric of this very step. results.json wouldn't do: eval.py, too, writes there."""
-        return any(record["step"] == self.step and metric in record for record in self._records())
+        """Whether a resumed run's log has this step's metric. (That of a new run is of no run, or of an older one.)"""
+        return self.resumed and any(record["step"] == self.step and metric in record for record in self._records())
 
     def gather(self, measured: list[torch.Tensor], norm: torch.Tensor) -> list[torch.Tensor]:
         """What each step since the last log line measured, () or (k,) with the loss first: summed over ranks, on CPU.

@@ -48,8 +48,8 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
 
 def empty_folder(folder: Path) -> None:
-    """Remove what is in a folder, if there is one. The folder stays, as it may be a link."""
-    for path in folder.iterdir() if folder.exists() else ():
+    """Remove what is in a folder, if there is one: files, which tell whose it is, last. It stays: it may be a link."""
+    for path in sorted(folder.iterdir(), key=Path.is_file) if folder.exists() else ():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

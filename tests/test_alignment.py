@@ -65,10 +65,15 @@ def test_texts_that_cannot_be_aligned_are_counted(stories, tmp_path):
     with UnitWriter(tmp_path / "units", units.fingerprint, durations=True) as writer:
         for i, (record, text) in enumerate(zip(units.records(), ["word " * 500, "-", "He ran.", " "])):
             writer.add(record["id"], units.units(i), units.durations(i), text=text)
-    done = run("-m", "slam.alignment", f"--units={tmp_path}/units", f"--audio={stories}/audio", "--suffix=.flac",
+            (tmp_path / f"{record['id']}.flac").symlink_to(stories / "audio" / f"{record['id']}.flac")
+        writer.add("latin", units.units(0), units.durations(0))
+    (tmp_path / "latin.flac").symlink_to(stories / "audio" / f"{record['id']}.flac")
+    (tmp_path / "latin.txt").write_bytes(b"The caf\xe9.")
+    done = run("-m", "slam.alignment", f"--units={tmp_path}/units", f"--audio={tmp_path}", "--suffix=.flac",
                "--text_lm=embedded:smollm2-135m", f"--out={tmp_path}/words", "--max_skipped=1")
     assert "500 tokens of text, and Whisper aligns 1 to 440" in done.stderr
-    assert "words of 2 of 4 utterances; 2 skipped" in done.stdout
+    assert "skipped latin: 'utf-8' codec can't decode" in done.stderr
+    assert "words of 2 of 5 utterances; 3 skipped" in done.stdout
 
 
 def test_transcripts_beside_the_audio(tmp_path):

@@ -347,10 +347,10 @@ def test_help_of_inherited_fields_and_without_source(capsys):
 
 def test_saved_settings_can_be_applied_again(tmp_path):
     argv = ["--steps=5", "--lr=1e-5", "--out=a/b", "--betas=0.5,0.6", "--layers=1,2", "--note=Grüße", "--compile",
-            "--names=", "--seed=none"]
+            "--names=caf\udce9", "--seed=none"]  # a file's name need not be UTF-8
     cfg = load_config(Config, argv)
     save_config(cfg, tmp_path / "config.json")
-    text = (tmp_path / "config.json").read_text(encoding="utf-8")
+    text = (tmp_path / "config.json").read_text("utf-8", "surrogateescape")
     saved = json.loads(text)
     assert list(saved) == [f.name for f in dataclasses.fields(Config)]
     assert (saved["out"], saved["betas"], saved["seed"]) == ("a/b", [0.5, 0.6], None) and '"Grüße"' in text

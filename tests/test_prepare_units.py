@@ -239,8 +239,10 @@ def test_names_that_are_not_utf8(tmp_path):
     (tmp_path / "in").mkdir()
     soundfile.write(tmp_path / "in" / "x.wav", tone(16_000), 16_000)
     os.rename(tmp_path / "in" / "x.wav", os.fsencode(tmp_path / "in") + b"/" + name)
-    main(Config(input=str(tmp_path / "in"), out=f"{tmp_path}/u"))
+    Path(tmp_path / "in" / os.fsdecode(b"empty\xff.wav")).touch()
+    main(Config(input=str(tmp_path / "in"), out=f"{tmp_path}/u", max_bad_share=1))
     assert [os.fsencode(id) for id in UnitReader(tmp_path / "u").ids()] == [name]
+    verify([f"{tmp_path}/u"])
 
 
 def test_memory_does_not_grow_with_the_length(recordings, tmp_path):
@@ -270,9 +272,10 @@ def test_refusals(tmp_path, recordings, corpus):
     wrong = message(load_config, Config, ["--shard=0/3", "--dtype=int8", "--max_utterance_seconds=0.1", "--workers=-1"])
     for word in ("'0/3' is not a part", "int8", "at least 1", "not negative"):
         assert word in wrong
-    with pytest.raises(SystemExit, match="of another stage"):
-        main(Config(input=str(recordings), out=str(corpus / "train")))
     (tmp_path / "empty.txt").write_text("")
+    for out in (corpus / "train", tmp_path / "empty.txt"):
+        with pytest.raises(SystemExit, match="made by something else"):
+            main(Config(input=str(recordings), out=str(out)))
     with pytest.raises(SystemExit, match="no recordings in it"):
         main(Config(input=f"{tmp_path}/empty.txt", out=f"{tmp_path}/u"))
     shutil.copy(ROOT / "assets" / "codebook.safetensors", tmp_path / "codebook.safetensors")

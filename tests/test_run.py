@@ -168,6 +168,8 @@ def test_a_run_that_was_killed_before_it_saved_is_not_replaced_unasked(saved, ca
     log.write_text('{"step": 0}\n{"step": 1}\n')
     with pytest.raises(SystemExit, match="holds a run already; --resume goes on with it, --overwrite"):
         Run(Settings(str(saved)), "train")
+    log.write_text('{"step": 0, "val_loss": 3.0}\n{"step": 1}\n')
+    assert not Run(Settings(str(saved), resume=True), "train").evaluated()  # as it starts anew, and evaluates again
     Run(Settings(str(saved), resume=True), "train").open()
     assert "nothing was saved yet, so it starts anew" in capsys.readouterr().out and not log.read_text()
 

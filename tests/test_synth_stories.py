@@ -109,6 +109,7 @@ def test_refusals(stories, tmp_path):
     (tmp_path / "mine" / "precious.txt").write_text("x")
     assert "not made by" in refused("synth_stories.py", f"--out={tmp_path / 'mine'}")
     assert "not made by" in refused("synth_stories.py", f"--out={tmp_path / 'mine'}", "--overwrite")
+    assert "not made by" in refused("synth_stories.py", f"--out={tmp_path / 'mine' / 'precious.txt'}")
     assert (tmp_path / "mine" / "precious.txt").exists()
     assert "did you mean" in refused("synth_stories.py", "config/demo_storys.py")
     assert "n_train" in refused("synth_stories.py", "--n_trian=5")
