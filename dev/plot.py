@@ -74,7 +74,7 @@ def plot(cfg: PlotConfig) -> None:
     if cfg.run and len(runs) < len(folders):
         missing = sorted({str(folder) for folder in folders} - {run["name"] for run in runs})
         raise SystemExit(f"{', '.join(missing)}: no run folder with checkpoint and results.json")
-    scored = [r for r in runs if r["results"].get(cfg.metric, {}).get("value") is not None]
+    scored = [r for r in runs if r["flops"] and r["results"].get(cfg.metric, {}).get("value") is not None]
     # A set of one's own may have the benchmark's name; its results are not to be compared with published ones.
     own = any(not r["results"][cfg.metric].get("settings", {}).get("downloaded", True) for r in scored)
     published = PUBLISHED if cfg.metric == "tstorycloze" and not own else []

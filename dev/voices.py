@@ -194,7 +194,7 @@ def flite(cfg: FliteConfig) -> None:
             file = Path(temporary, name)
             subprocess.run([Path(temporary, "usr/bin/flite"), "-voice", cfg.voice, "-t", texts[name], "-o", file],
                            env={"LD_LIBRARY_PATH": str(library)}, check=True, timeout=60)
-            shutil.move(file, out / name)
+            shutil.move(file, out / f"{name}.part").rename(out / name)  # the folder of `file` may be on another disk
 
         with ThreadPoolExecutor(cfg.workers) as pool:
             for _ in tqdm(pool.map(say, todo), total=len(todo), disable=None, desc="speaking", unit="text"):

@@ -25,6 +25,7 @@ cd "$(dirname "$0")/.."
 what=${1:-}; shift || true
 dry=; [ "${1:-}" = --dry ] && { dry=echo; shift; }
 [ "${1:-}" = -- ] && shift
+[ -z "$what" ] || [ -n "$dry" ] || source runs/setup.sh
 more=("$@")
 
 run() { # run NAME FLAG...

@@ -130,7 +130,7 @@ tokenise() {  # tokenise a piece, then remove it
 }
 
 speech() {  # while a piece is tokenised, the next one is fetched
-    local piece pieces fetching=
+    local piece pieces shard fetching=
     pieces="librispeech_dev/dev-clean librispeech_dev/dev-other $(drawn)"
     set --
     for piece in $pieces; do
@@ -149,6 +149,11 @@ speech() {  # while a piece is tokenised, the next one is fetched
         fi
         tokenise "$1"
         shift
+    done
+    for piece in $pieces; do  # links, so that a corpus' folder has the units of all its pieces: config/slam.py names it
+        [ ! -e "$units/$piece/done" ] || for shard in "$units/$piece"/*.safetensors; do
+            ln -sf "${piece##*/}/${shard##*/}" "$units/${piece%/*}/${piece##*/}-${shard##*/}"
+        done
     done
 }
 

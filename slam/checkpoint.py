@@ -40,7 +40,7 @@ def read_folder(name: str) -> tuple[dict, dict[str, Tensor]]:
             state = {k.removeprefix("lm."): v for k, v in state.items()}
     except (OSError, ValueError, KeyError) as e:
         raise SystemExit(f"{name}: not a whole checkpoint folder: {e}") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as e:  # raised for a truncated file
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as e:  # raised for a truncated file
         raise SystemExit(f"{name}: damaged weights ({e}); copy or train it again") from None
     state = {k: v for k, v in state.items() if not k.endswith(BUFFERS)}
     return config, {f"model.{k}" if k.startswith("decoder.") else k: v for k, v in state.items()}  # OPT's old names

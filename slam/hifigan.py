@@ -128,5 +128,5 @@ class HifiGan(Vocoder):
             vocoder.load_state_dict(state)
         except Exception as e:  # a damaged or foreign file fails in many ways
             raise SystemExit(f"{path}: not a unit HiFi-GAN with {config_path.name} "
-                             f"({type(e).__name__}: {str(e).splitlines()[0]})") from None
+                             f"({type(e).__name__}: {str(e).partition(chr(10))[0]})") from None
         return vocoder

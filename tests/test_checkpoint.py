@@ -48,6 +48,7 @@ def rewrite_config(folder, **changes):
     (lambda f: os.truncate(f / "model.safetensors", 5), "damaged weights"),
     (lambda f: os.truncate(f / "model.safetensors", 700), "damaged weights"),
     (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 1), "damaged weights"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin").write_bytes(b""), "damaged weights"),
     (lambda f: rewrite_weights(f, lambda s: s.pop("model.norm.weight")), "missing.*model.norm.weight"),
     (lambda f: rewrite_weights(f, lambda s: s.update(extra=torch.ones(1))), "unexpected.*extra"),
     (lambda f: rewrite_config(f, vocab_size=V + 2), "embed_tokens"),
@@ -56,7 +57,7 @@ def rewrite_config(folder, **changes):
     (lambda f: (f / "model.safetensors.index.json").write_text(
         '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'), "model-00001-of-00002"),
 ], ids=["no config", "half a config", "no weights", "empty weights", "5 bytes", "700 bytes", "a byte short",
-        "key missing", "key too many", "other vocabulary", "other depth", "other type", "shard missing"])
+        "empty .bin", "key missing", "key too many", "other vocabulary", "other depth", "other type", "shard missing"])
 def test_a_damaged_folder_is_named(checkpoint, damage, word):
     damage(checkpoint)
     with pytest.raises(SystemExit, match=word) as error:

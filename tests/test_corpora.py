@@ -173,4 +173,5 @@ def test_speech_is_fetched_and_tokenised_and_a_killed_run_goes_on(tmp_path, stor
     folders = [out / "units" / name for name in kept]
     assert all((folder / "done").exists() for folder in folders)
     assert len(set(UnitReader(*folders).ids())) == len(UnitReader(*folders)) == 3
+    assert sorted(UnitReader(folders[0].parent).ids()) == sorted(UnitReader(*folders).ids())  # config/slam.py names it
     assert sorted(p.name for p in out.glob("data/**/*") if p.is_file()) == ["fetched.jsonl"]  # archives are gone

@@ -129,3 +129,5 @@ def test_refusals(tmp_path):
     torch.save({"generator": Bomb()}, folder / "vocoder.pt")
     refuses("not a unit HiFi-GAN")
     assert not (tmp_path / "was_run").exists()
+    (folder / "vocoder.pt").write_bytes(b"")
+    refuses("not a unit HiFi-GAN")

@@ -23,7 +23,10 @@ def test_pictures_of_runs(runs, tmp_path):
     assert lm["flops"] == 6 * lm["n_params"] * slam["tokens"] > 0
     tuned = json.loads((tmp_path / "dpo" / "checkpoint" / "slam.json").read_text())["tokens"]
     assert dpo["flops"] == pytest.approx(lm["flops"] + 6 * lm["n_params"] * tuned) and tuned > 0
-    said = run("dev/plot.py", f"--run={tmp_path}/lm", f"--run={tmp_path}/dpo", f"--out={tmp_path}/plots").stdout
+    start = shutil.copytree(tmp_path / "lm", tmp_path / "start") / "checkpoint" / "slam.json"  # a base that is scored
+    start.write_text(json.dumps(json.loads(start.read_text()) | {"tokens": 0}))
+    folders = [f"--run={tmp_path}/{name}" for name in ("lm", "dpo", "start")]
+    said = run("dev/plot.py", *folders, f"--out={tmp_path}/plots").stdout
     assert "tstorycloze.png" in said
     svg = (tmp_path / "plots" / "tstorycloze.svg").read_text()
     assert len(re.findall(r"PathCollection_\d+", svg)) == 12  # ten published, two of ours
