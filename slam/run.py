@@ -196,7 +196,7 @@ class Run:
         return [json.loads(x) for x in self.log_file.read_text().split("\n")[:-1]] if self.log_file.exists() else []
 
     def evaluated(self, metric: str = "val_loss") -> bool:
-        """Whether a resumed run's log has this step's metric. (That of a new run is of no run, or of an older one.)"""
+        """Whether a resumed run's log has this step's metric. (A new run's is empty, or still that of an older run.)"""
         return self.resumed and any(record["step"] == self.step and metric in record for record in self._records())
 
     def gather(self, measured: list[torch.Tensor], norm: torch.Tensor) -> list[torch.Tensor]:
