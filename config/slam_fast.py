@@ -2,8 +2,8 @@
 
 What is different from slam.py: weights and optimiser in fp32 (in pure bf16 most of the small steps at the schedule's
 end are lost), Muon for the blocks' matrices, three times the learning rate, beta2 0.95, and a schedule that stays at
-the peak until its last fifth. Chosen at a small scale (docs/speed.md; runs/fast_study.sh), not yet run at this
-one.
+the peak until its last fifth and ends at 0. Chosen at a small scale (docs/speed.md; runs/fast_study.sh), not yet run at
+this one.
 
 Predicted, not measured: 0.54 of slam.py's tokens reach the same validation loss (the ratio at the small scale), so
 --tokens=0.76e9 reaches the paper's. That is 7.9 h on an A5000 at the 26,600 tokens/s which we expect of our code there,

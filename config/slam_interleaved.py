@@ -8,8 +8,8 @@ The unit files have words (docs/interleaving.md).
 from config.slam import *
 
 out = "out/slam_interleaved"
-train = ("out/words/librispeech",)  # and whatever else alignment can read: plain audio files
-val = ("out/words/librispeech_dev",)
+train = ("out/words/train-clean-360",)  # and whatever else alignment can read: plain audio files
+val = ("out/words/dev-clean",)
 init = "keep_text"
 rope_theta = None
 mix = (0.254, 0.202, 0.543)  # speech only, text only, interleaved

@@ -1,4 +1,4 @@
-"""The embedded vocoder, as shipped in assets/ (docs/embedded.md)."""
+"""The embedded vocoder's first training, on stories; vocoder_words.py goes on from it (docs/embedded.md)."""
 units = "out/corpus_units"
 audio = "out/corpus/audio"
 out = "out/vocoder"

@@ -6,10 +6,11 @@
 #   bash runs/ablations.sh data          # what is trained on
 #   bash runs/ablations.sh batch         # context and batch
 #   bash runs/ablations.sh models --dry  # only print the commands
-#   OUT=out/ablations_1h bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none   # flags for all
+#   OUT=out/ablations_1h bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none --alpha_warmup=454
 #
-# Finished runs are skipped, killed ones go on. Every run has slam.py's 1.4B tokens. Hours on an A5000: the paper's 23.5
-# for Qwen2.5-0.5B, others by their FLOPs. GB: what `python dev/bench.py memory config/slam.py --base=...` counts.
+# Flags after `--` are for all runs. Finished runs are skipped, killed ones go on. Every run has slam.py's 1.4B tokens.
+# Hours on an A5000: the paper's 23.5 for Qwen2.5-0.5B, others by their FLOPs. GB: what `python dev/bench.py memory
+# config/slam.py --base=...` counts.
 #
 #                    parameters  hours    GB                        parameters  hours    GB
 #     Qwen2.5-0.5B         358M   23.5  15.3      SmolLM2-360M            315M   22.1  14.9
@@ -18,8 +19,10 @@
 #     SmolLM2-135M         106M    8.3   7.8      Pythia-160M / 410M  86M/303M  6.1/20.7  3.7/10.1
 #
 # The optimisers are compared with fp32 weights (AdamW: 18.9 GB): AdEMAMix's slow mean moves by 1e-4 of a gradient a
-# step, which bf16 rounds away. Its alpha_warmup, which the others do not read, is the run's length in steps. The paper's
-# third, AdaLomo, is far behind and not here. `data` and `batch` are as slam.py; context 512 halves the memory of a row.
+# step, which bf16 rounds away. Its alpha_warmup, which the others do not read, is the run's length in steps (454 in an
+# hour at the paper's speed). The paper's third, AdaLomo, is far behind and not here; Muon is our addition. `data` needs
+# units of corpora that nothing here fetches (SWC, Tedlium, PeopleSpeech, VoxPopuli). `data` and `batch` are as slam.py;
+# context 512 halves the memory of a row.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-}; shift || true

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of Slam in miniature, on real parts, with no GPU and no hub: 8 minutes on two cores, after set-up.
-# Killed or failed, it goes on where it was when started again. OUT is out/demo.
+# Killed or failed, it goes on where it was when started again. All goes to out/demo.
 set -euo pipefail
 started=$SECONDS
 source "$(dirname "$0")/setup.sh"
