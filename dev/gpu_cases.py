@@ -192,7 +192,7 @@ def attention_errors(size: Size) -> dict:
         mask = attention.packed_mask(positions, device, torch.bfloat16)
         y = attention.attend(*ours, mask)
         y.backward(grad.to(device))
-        expected = attention.segment_attention(*exact, attention.Segments.of(positions).spans)
+        expected = attention.Segments.of(positions).attend(*exact)
         expected.backward(grad.double())
         errors[name] = max(relative(y, expected), *(relative(a.grad, b.grad) for a, b in zip(ours, exact)))
     return {"way": type(mask).__name__} | judged(errors, 1e-2)

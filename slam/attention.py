@@ -71,7 +71,23 @@ class Segments:
         return cls(list(zip(*(x.tolist() for x in segment_table(positions)[1:]))))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return segment_attention(q, k, v, self.spans)
+        """Attention of packed rows, segment by segment: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
+
+        Equals masked attention, without work on hidden pairs: with two utterances of equal length in a row, half of it.
+
+        spans [(2, 0, 0), (1, 0, 1)]: query 0 sees key 0; query 1 keys 0 and 1; query 2 keys 0 and 2.
+        """
+        B, _, T, _ = q.shape
+        lengths, out = [n for n, _, _ in self.spans], []
+        qs, ks, vs = (x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v))  # (n, H, D) each
+        for i, (n, first, shared) in enumerate(self.spans):
+            key, value, mask = ks[i], vs[i], None
+            if shared:
+                key, value = (torch.cat((x[first][:shared], x[i])) for x in (ks, vs))
+                mask = torch.ones(n, shared + n, dtype=torch.bool, device=q.device).tril(shared)
+            out.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (qs[i], key, value)),
+                                                      attn_mask=mask, is_causal=mask is None, enable_gqa=True))
+        return torch.cat(out, 2).transpose(1, 2).view(B, T, *q.shape[1::2]).transpose(1, 2)
 
 
 Mask = Any  # Segments | slam.varlen.VarLen | Tensor | None
@@ -108,33 +124,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=groups > 1)
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: list[tuple[int, int, int]]) -> Tensor:
-    """Attention of packed rows, segment by segment: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
-
-    Equals masked attention, without work on hidden pairs: with two utterances of equal length in a row, half of it.
-
-    layout [(2, 0, 0), (1, 0, 1)]: query 0 sees key 0; query 1 keys 0 and 1; query 2 keys 0 and 2.
-    """
-    B, _, T, _ = q.shape
-    qs, ks, vs = (x.transpose(1, 2).flatten(0, 1).split([n for n, _, _ in layout]) for x in (q, k, v))  # (n, H, D) each
-    out = []
-    for i, (n, first, shared) in enumerate(layout):
-        key, value, mask = ks[i], vs[i], None
-        if shared:
-            key, value = (torch.cat((x[first][:shared], x[i])) for x in (ks, vs))
-            mask = torch.ones(n, shared + n, dtype=torch.bool, device=q.device).tril(shared)
-        out.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (qs[i], key, value)),
-                                                  attn_mask=mask, is_causal=mask is None, enable_gqa=True))
-    return torch.cat(out, 2).transpose(1, 2).view(B, T, *q.shape[1::2]).transpose(1, 2)
-
-
 def compile_around_segments() -> None:
     """Before torch.compile on a CPU: it leaves attention by segments as it is and compiles the rest of each block.
 
     Not by a decorator, since torch.compiler.disable imports all of torch.compile, which every start would wait for.
     """
-    global segment_attention
-    segment_attention = torch.compiler.disable(segment_attention)
+    Segments.attend = torch.compiler.disable(Segments.attend)
 
 
 # ---------------------------------------------------------------- generation

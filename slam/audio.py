@@ -232,9 +232,6 @@ def read_input(input: str, audio_column: str = "audio",
         for f, prefix in archives.items())
 
 
-UNFINISHED = "can't be read to its end"
-
-
 class Header(tarfile.TarInfo):
     """A member's header; EOFError if it is missing or damaged, which tarfile takes for the archive's end."""
 
@@ -266,7 +263,7 @@ def read_tar(path: str, prefix: str, wanted: Callable) -> Iterator[Item]:
             while tar.fileobj.read(1 << 20):  # the rest, so that the checksum of a compressed file is checked
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
-        problem = f"{UNFINISHED} ({str(e).strip() or 'it ends early'}); the rest of {path} is lost"
+        problem = f"can't be read to its end ({str(e).strip() or 'it ends early'}); the rest of {path} is lost"
         yield Item(prefix + name if name else path, problem=problem, fatal=True)
 
 
@@ -302,5 +299,5 @@ def read_parquet(path: str, prefix: str, audio_column: str, wanted: Callable) ->
                 content = audio.get("bytes") or b""
                 yield Item(id, io.BytesIO(content), "" if content else "no audio in this row")
     except (OSError, ValueError) as e:  # pyarrow's own errors are subclasses of these
-        problem = f"{UNFINISHED} ({str(e).splitlines()[0]})"
+        problem = f"can't be read to its end ({str(e).splitlines()[0]})"
         yield Item(prefix.rstrip("/") or path, problem=problem, fatal=True)

@@ -14,7 +14,7 @@ from slam.checkpoint import sha256_of
 from slam.device import autocast
 from slam.embedded import file_digest
 from slam.interleave import KINDS, Mixed, TextTokenizer, Vocabulary
-from slam.packing import Packed, batch, cut, on_device
+from slam.packing import Packed, collate, cut, on_device
 from slam.units import BOS, EOS, OFFSET, PAD, Fingerprint, to_tokens
 
 
@@ -29,7 +29,7 @@ def losses_by_kind(lm: torch.nn.Module, corpus: Mixed, context: int, dtype: str)
     for kind, name in enumerate(KINDS):
         view, sums = corpus.view(kind), torch.zeros(2, 3, dtype=torch.float64)
         for row in Packed(cut(view.lengths, context), context, None):
-            tokens, targets, positions, mask = on_device(batch(view, [row], context, lm.device), lm.device, dtype)
+            tokens, targets, positions, mask = on_device(collate(view, [row], context), lm.device, dtype)
             with autocast(lm.device, dtype):  # row by row, as the logits of a large vocabulary are large
                 logits = lm(tokens, positions=positions, mask=mask)[0][0].float()
             targets = targets[0]

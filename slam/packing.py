@@ -64,11 +64,12 @@ class Packed:
         return self.chunks[self.starts[row]:self.starts[row + 1]]
 
 
-def collate(reader: UnitReader, rows: list[np.ndarray], context: int) -> tuple[Tensor, Tensor, Tensor]:
+def collate(reader: UnitReader, rows: list[np.ndarray], context: int, pin: bool = False) -> tuple[Tensor, ...]:
     """Fill rows of chunks with tokens -> tokens, targets, positions (B, context) int64.
 
     Positions restart with every chunk, which sees itself alone, and with the padding, whose targets are IGNORE.
     `1 7 8 1`, `1 9 1` in a row of 7: tokens 1 7 8 1 9 0 0, targets 7 8 1 9 1 -100 -100, positions 0 1 2 0 1 0 1.
+    pin: into pinned memory, so that the copy to a GPU need not be waited for.
     """
     tokens = np.full((len(rows), context), PAD, dtype=np.int64)
     targets = np.full((len(rows), context), IGNORE, dtype=np.int64)
@@ -80,13 +81,8 @@ def collate(reader: UnitReader, rows: list[np.ndarray], context: int) -> tuple[T
             tokens[b, span], targets[b, span], positions[b, span] = x[:-1], x[1:], np.arange(length)
             at += length
         positions[b, at:] = np.arange(context - at)
-    return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(positions)
-
-
-def batch(reader: UnitReader, rows: list[np.ndarray], context: int, device: torch.device) -> tuple[Tensor, ...]:
-    """`collate` into pinned memory if the device is a GPU, so that the copy to it need not be waited for."""
-    tensors = collate(reader, rows, context)
-    return tuple(x.pin_memory() for x in tensors) if device.type == "cuda" else tensors
+    filled = map(torch.from_numpy, (tokens, targets, positions))
+    return tuple(x.pin_memory() if pin else x for x in filled)
 
 
 def on_device(rows: tuple[Tensor, ...], device: torch.device, dtype: str) -> tuple[Tensor, Tensor, Tensor, Mask]:
@@ -147,13 +143,13 @@ class Loader:
     """The micro-batches of a step, made in a thread while the step before is computed."""
 
     def __init__(self, reader: UnitReader, rows: Rows, micro_batch: int, device: torch.device):
-        self.reader, self.rows, self.micro_batch, self.device = reader, rows, micro_batch, device
+        self.reader, self.rows, self.micro_batch, self.pin = reader, rows, micro_batch, device.type == "cuda"
         self.thread, self.next = ThreadPoolExecutor(1), {}
 
     def _make(self, step: int) -> tuple[list[tuple[Tensor, ...]], int]:
         self.reader.check()
         rows, n_targets = self.rows.step(step)
-        return [batch(self.reader, rows[at:at + self.micro_batch], self.rows.context, self.device)
+        return [collate(self.reader, rows[at:at + self.micro_batch], self.rows.context, self.pin)
                 for at in range(0, len(rows), self.micro_batch)], n_targets
 
     def step(self, step: int) -> tuple[list[tuple[Tensor, ...]], int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slam.device import autocast, over_ranks, put
-from slam.packing import Packed, batch, cut, on_device
+from slam.packing import Packed, collate, cut, on_device
 from slam.units import IGNORE, UnitReader
 
 
@@ -23,7 +23,7 @@ def validation_loss(lm: torch.nn.Module, reader: UnitReader, context: int, micro
     reader.check()
     rows, total, n = list(Packed(cut(reader.lengths, context), context, None))[rank::world], 0.0, 0
     for at in range(0, len(rows), micro_batch):
-        part = batch(reader, rows[at:at + micro_batch], context, lm.device)
+        part = collate(reader, rows[at:at + micro_batch], context, lm.device.type == "cuda")
         n += int((part[1] != IGNORE).sum())
         with autocast(lm.device, dtype):
             total += lm(*on_device(part, lm.device, dtype), reduction="sum")[1].item()

@@ -265,6 +265,7 @@ class SpeechTokenizer:
         self.centroids = tensors["centroids"].float().to(encoder.device)
         mean = tensors.get("position_mean")
         self.position_mean = None if mean is None else mean.float().to(encoder.device)
+        self.batch_seconds = 30.0 if encoder.device.type == "cpu" else 240.0  # of audio in a batch, by default
 
     @classmethod
     def load(cls, name: str = "embedded", device: str = "cpu", dtype: str = "auto") -> "SpeechTokenizer":
@@ -281,11 +282,6 @@ class SpeechTokenizer:
     def base(self) -> "SpeechTokenizer":
         """This tokeniser without BPE; vocoders speak its units."""
         return SpeechTokenizer(self.encoder, {k: x for k, x in self.tensors.items() if k != "bpe"}, self.meta)
-
-    @property
-    def batch_seconds(self) -> float:
-        """Default seconds of audio in a batch."""
-        return 30.0 if self.encoder.device.type == "cpu" else 240.0
 
     def to_units(self, tokens: list[int]) -> list[int]:
         """Units or pieces -> units."""

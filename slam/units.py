@@ -318,29 +318,26 @@ class UnitReader:
             if not shard.path.exists() or shard.path.stat().st_mtime_ns != shard.modified:
                 raise SystemExit(f"{shard.path}: {'changed' if shard.path.exists() else 'gone'} while in use")
 
-    def _shard(self, i: int) -> tuple[Shard, int]:
-        """The shard of utterance i, and its number in there."""
+    def _find(self, i: int) -> tuple[Shard, int, slice]:
+        """The shard of utterance i, its number in there, and the place of its tokens."""
         s = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.shards[s], i - self.starts[s]
-
-    def _find(self, i: int) -> tuple[Shard, slice]:
-        shard, j = self._shard(i)
-        return shard, slice(shard.offsets[j], shard.offsets[j + 1])
+        shard, j = self.shards[s], i - self.starts[s]
+        return shard, j, slice(shard.offsets[j], shard.offsets[j + 1])
 
     def tokens(self, i: int) -> np.ndarray:
-        shard, span = self._find(i)
+        shard, _, span = self._find(i)
         return shard.tokens[span]
 
     def units(self, i: int) -> np.ndarray:
         return self.tokens(i)[1:-1].astype(np.int64) - OFFSET
 
     def durations(self, i: int) -> np.ndarray | None:
-        shard, span = self._find(i)
+        shard, _, span = self._find(i)
         return None if shard.durations is None else shard.durations[span][1:-1].astype(np.int64)
 
     def words(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Text tokens (n,) int64 and words (m, 2) int64 of an utterance; of unit files of slam/alignment.py."""
-        shard, j = self._shard(i)
+        shard, j, _ = self._find(i)
         (text, word), (text_end, word_end) = shard.ends[j - 1] if j else (0, 0), shard.ends[j]
         return (shard.file.get_slice("text")[text:text_end].astype(np.int64),
                 shard.file.get_slice("words")[word:word_end].astype(np.int64))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from slam import attention
-from slam.attention import Segments, attend, attention_mask, packed_mask, segment_attention
+from slam.attention import Segments, attend, attention_mask, packed_mask
 from slam.varlen import VarLen, causal_options
 
 CPU = torch.device("cpu")
@@ -89,12 +89,12 @@ BRANCHES = [[0, 1, 2, 3, 2, 3, 4, 3], [0, 1, 2, 1, 2, 3, 3, 0], [0, 1, 2, 3, 4, 
 @pytest.mark.parametrize("positions", [PACKED, BRANCHES], ids=["packed", "branches"])
 def test_mask_and_segments_say_the_same(positions):
     positions = torch.tensor(positions)
-    mask, layout = attention_mask(positions), Segments.of(positions).spans
-    assert torch.equal(mask[:, 0], mask_of(layout, 8))
+    mask, segments = attention_mask(positions), Segments.of(positions)
+    assert torch.equal(mask[:, 0], mask_of(segments.spans, 8))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, heads, 8, 4, generator=generator) for heads in (4, 2, 2))
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(segment_attention(q, k, v, layout), expected)
+    torch.testing.assert_close(segments.attend(q, k, v), expected)
 
 
 def padded(row: list[int], width: int) -> list[int]:

@@ -55,7 +55,7 @@ def test_a_stage_is_short_and_so_is_its_path(stage):
 
 def test_the_whole_is_small():
     assert all(lines(part) <= 400 for part in PARTS)
-    assert sum(map(lines, [*STAGES, *PARTS, "config"])) <= 8400  # only ever lower this
+    assert sum(map(lines, [*STAGES, *PARTS, "config"])) <= 8381  # only ever lower this
 
 
 @pytest.mark.parametrize("module", [*STAGES, *PARTS])

@@ -224,7 +224,7 @@ def test_compiled_on_a_cpu_attention_still_goes_segment_by_segment(checkpointing
     """The mask is never built, no graph is compiled for another packing, and loss and gradients are the eager ones."""
     monkeypatch.setattr(attention, "attention_mask", None)
     torch._dynamo.reset()
-    monkeypatch.setattr(attention, "segment_attention", attention.segment_attention)  # put back afterwards
+    monkeypatch.setattr(attention.Segments, "attend", attention.Segments.attend)  # put back afterwards
     attention.compile_around_segments()
     lm = our_model().train()
     lm.set_activation_checkpointing(checkpointing)
