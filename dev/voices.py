@@ -3,12 +3,13 @@
     python dev/voices.py people                             # out/people/telephone, out/people/audiobook: from Debian
     python eval.py --resynth_from out/people/telephone
     python dev/voices.py words                              # out/words/audio: 2 h in the TTS' voice; one minute
+    python dev/voices.py examples                           # and 8 h of sentences of WordNet; four minutes
     python dev/voices.py others --stories=out/mini/part0    # units of stories that other voices begin; 15 minutes
     python dev/voices.py flite --set=out/mini/part0/tstorycloze    # out/people/slt: the pairs in a voice of flite
 
-No random word predicts the next, so a vocoder learns to trust the units and not what stories tend to say. Stories that
-another voice begins and the TTS' goes on with were to teach the unit LM to understand a person's prompt; docs/mini.md
-says how far they did.
+No random word predicts the next, so a vocoder learns to trust the units and not what stories tend to say; WordNet's
+sentences, its examples of how a word is used, are about anything. Stories that another voice begins and the TTS' goes
+on with were to teach the unit LM to understand a person's prompt; docs/mini.md says how far they did.
 """
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from types import SimpleNamespace
 from typing import Literal
 
@@ -59,6 +61,12 @@ class WordsConfig:
     voices: tuple[str, ...] = ()  # of the TTS; the first one speaks
     workers: int = 2  # processes that speak
     seed: int = 0
+
+
+@dataclass
+class ExamplesConfig(WordsConfig):
+    """Speak sentences that WordNet has as examples (a Debian package)."""
+    recordings: int = 3600  # of one to four sentences each
 
 
 @dataclass
@@ -119,15 +127,32 @@ def word_texts(n: int, seed: int) -> dict[str, list[str]]:
             for i in range(n)}
 
 
+def example_texts(n: int, seed: int) -> dict[str, list[str]]:
+    """{id: one to four sentences of 5 to 16 words} from WordNet 3.0's glosses, none twice; some 11,000 recordings."""
+    with tempfile.TemporaryDirectory() as folder:
+        unpack("wordnet-base", Path(folder))
+        glosses = [line.partition("| ")[2] for file in sorted(Path(folder, "usr/share/wordnet").glob("data.*"))
+                   for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith(" ")]
+    found = {}
+    for text in (quoted for gloss in glosses for quoted in re.findall(r'"([^"]+)"', gloss)):
+        if re.fullmatch(r"[A-Za-z][A-Za-z ',;-]+[.!?]?", text) and 5 <= len(text.split()) <= 16:
+            found[text[0].upper() + text[1:] + "." * (text[-1] not in ".!?")] = True
+    rng = np.random.default_rng(seed)
+    sentences = iter(rng.permutation(list(found)).tolist())
+    texts = {f"w{i:05d}": list(islice(sentences, int(rng.integers(1, 5)))) for i in range(n)}
+    return {id: text for id, text in texts.items() if text}
+
+
 def words(cfg: WordsConfig) -> None:
-    """Write OUT/NUMBER.flac."""
+    """Write OUT/ID.flac."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    texts = {id: text for id, text in word_texts(cfg.recordings, cfg.seed).items() if not (out / f"{id}.flac").exists()}
+    texts = (example_texts if isinstance(cfg, ExamplesConfig) else word_texts)(cfg.recordings, cfg.seed)
+    todo = {id: text for id, text in texts.items() if not (out / f"{id}.flac").exists()}
     with speakers(cfg.tts, cfg.workers) as pool:
-        for id, waves in spoken(cfg, pool, texts, "speaking"):
+        for id, waves in spoken(cfg, pool, todo, "speaking"):
             write_audio(out / f"{id}.flac", np.concatenate(waves))
-    print(f"{out}: {cfg.recordings} recordings")
+    print(f"{out}: {len(texts)} recordings")
 
 
 def another_voice(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -204,7 +229,7 @@ def flite(cfg: FliteConfig) -> None:
 
 if __name__ == "__main__":
     command, arguments = "".join(sys.argv[1:2]), sys.argv[2:]
-    commands = {"people": (people, PeopleConfig), "words": (words, WordsConfig),
+    commands = {"people": (people, PeopleConfig), "words": (words, WordsConfig), "examples": (words, ExamplesConfig),
                 "others": (others, OthersConfig), "flite": (flite, FliteConfig)}
     if command not in commands:
         raise SystemExit(__doc__)

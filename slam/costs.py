@@ -32,7 +32,7 @@ def explain_out_of_memory(main: Callable) -> Callable:
         except torch.OutOfMemoryError as e:
             less = [f"a smaller micro_batch (now {cfg.micro_batch})"] * (cfg.micro_batch > 1)
             less += ["--activation_checkpointing=true"] * (not cfg.activation_checkpointing)
-            less += ["a preset config/gpu_*.py, or in a new run a smaller context or model"]
+            less += ["a smaller context or model, in a new run"]
             raise SystemExit(f"{'. '.join(str(e).split('. ')[:2])}.\nStopped; checkpoints saved so far are kept, and "
                              f"--resume goes on. It takes less memory with {', '.join(less)}.") from None
     return explained

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dev.mini_report import best, cell, crossing, fit_accuracy, fit_loss, overlap, paired, points, read_runs, short
 from slam.speech import text_losses
+from slam.vocoder import EMBEDDED_VOCODER, Vocos
 
 BUDGETS = np.array([150e3, 300e3, 600e3, 1.2e6, 2.4e6, 4.8e6, 9.6e6])
 
@@ -159,3 +160,17 @@ def test_the_average_of_two_runs_weights(runs, tmp_path):
     slam = json.loads((tmp_path / "average" / "checkpoint" / "slam.json").read_text())
     assert slam["average"] == {str(runs / "lm"): 0.75, str(runs / "dpo"): 0.25} and slam["stage"] == "dpo"
     assert "their config.json differ" in refused("dev/average.py", "embedded:slam-mini", runs / "lm", tmp_path / "no")
+
+
+def test_the_average_of_two_vocoders(tmp_path):
+    """Of the shipped one and a copy whose weights are three times as large: a quarter of the way to the copy."""
+    shipped, other = Vocos.read(EMBEDDED_VOCODER), Vocos.read(EMBEDDED_VOCODER)
+    other.load_state_dict({name: 3 * weight for name, weight in other.state_dict().items()})
+    other.save(tmp_path / "other.safetensors")
+    command = "dev/average.py", EMBEDDED_VOCODER, tmp_path / "other.safetensors", tmp_path / "average.safetensors"
+    run(*command, "--share=0.25")
+    average = Vocos.read(tmp_path / "average.safetensors")
+    for name, weight in average.state_dict().items():
+        torch.testing.assert_close(weight, 1.5 * shipped.state_dict()[name], rtol=2e-3, atol=1e-6)
+    Vocos(shipped.fingerprint, 64, 1).save(tmp_path / "other.safetensors")
+    assert "their shapes differ" in refused(*command)

@@ -18,8 +18,8 @@ SETTINGS = {"prepare_units.py": {"": "Config", "fit": "slam.kmeans.FitConfig", "
             "-m slam.train_vocoder": {"": "Config"}, "-m slam.alignment": {"": "Config"},
             "dev/check_tokenizer.py": {"": "CheckConfig"},
             "dev/plot.py": {"": "PlotConfig"},
-            "dev/voices.py": {"people": "PeopleConfig", "words": "WordsConfig", "others": "OthersConfig",
-                              "flite": "FliteConfig"},
+            "dev/voices.py": {"people": "PeopleConfig", "words": "WordsConfig", "examples": "ExamplesConfig",
+                              "others": "OthersConfig", "flite": "FliteConfig"},
             "dev/bench.py": {"train": "BenchTrain", "dpo": "BenchDpo", "generate": "BenchGenerate", "eval": "BenchEval",
                              "memory": "BenchMemory", "units": "BenchUnits", "vocoder": "BenchVocoder"}}
 WITHOUT = {"model.py", "-m slam.embedded", "runs/corpora.py", "dev/gpu_check.py",

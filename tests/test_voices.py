@@ -30,6 +30,21 @@ def test_random_words_are_spoken(tmp_path):
     assert [2 < len(load_audio(tmp_path / f"0000{i}.flac")) / SAMPLE_RATE < 60 for i in (0, 1)] == [True, True]
 
 
+def test_examples_of_wordnet_are_sentences_and_none_comes_twice():
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        pytest.skip("no apt-get here")
+    try:
+        texts = voices.example_texts(3000, 0)
+    except SystemExit as e:
+        assert "can't be had" in str(e)
+        pytest.skip(str(e))
+    sentences = [sentence for text in texts.values() for sentence in text]
+    assert len(texts) == 3000 and all(1 <= len(text) <= 4 for text in texts.values())
+    assert len(set(sentences)) == len(sentences) > 6000
+    assert all(x[0].isupper() and x[-1] in ".!?" and 5 <= len(x.split()) <= 16 for x in sentences)
+    assert "The more hieratic sculptures leave the viewer curiously unmoved." in sentences
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_another_voice_scales_speed_and_pitch(seed):
     tone = np.sin(2 * np.pi * 1000 * np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE).astype(np.float32)
