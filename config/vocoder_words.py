@@ -1,4 +1,4 @@
-"""The embedded vocoder's second training: random words after the stories of vocoder_embedded.py (docs/embedded.md)."""
+"""Random words after the stories: one of three trainings whose average is the embedded vocoder (docs/embedded.md)."""
 init = "out/vocoder/vocoder.safetensors"
 units = "out/words/units"
 audio = "out/words/audio"
