@@ -3,7 +3,7 @@
     python dev/voices.py people                             # out/people/telephone, out/people/audiobook: from Debian
     python eval.py --resynth_from out/people/telephone
     python dev/voices.py words                              # out/words/audio: 2 h in the TTS' voice; one minute
-    python dev/voices.py examples                           # and 8 h of sentences of WordNet; four minutes
+    python dev/voices.py examples                           # out/examples: 7.5 h of WordNet's sentences; three minutes
     python dev/voices.py others --stories=out/mini/part0    # units of stories that other voices begin; 15 minutes
     python dev/voices.py flite --set=out/mini/part0/tstorycloze    # out/people/slt: the pairs in a voice of flite
 
@@ -66,6 +66,7 @@ class WordsConfig:
 @dataclass
 class ExamplesConfig(WordsConfig):
     """Speak sentences that WordNet has as examples (a Debian package)."""
+    out: str = "out/examples"  # folder to write; what is there is not spoken again
     recordings: int = 3600  # of one to four sentences each
 
 
