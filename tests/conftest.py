@@ -119,13 +119,16 @@ def start(*args, **kwargs) -> Process:
 def in_process(*args) -> subprocess.CompletedProcess:
     """What `python ARGS` does, done here: spared are the start and the imports. stdout and stderr as bytes."""
     out, err, code = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO()), 0
-    argv, environment = sys.argv, dict(os.environ)
+    argv, path, environment = sys.argv, sys.path[:], dict(os.environ)
     handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
-    sys.argv = list(map(str, args))
+    module = args[0] == "-m"
+    sys.argv = list(map(str, args[module:]))
+    if not module:
+        sys.path.insert(0, str((ROOT / sys.argv[0]).parent))
     try:
         with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                runpy.run_path(sys.argv[0], run_name="__main__")
+                (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
             except SystemExit as e:
                 code = e.code if isinstance(e.code, int) else int(e.code is not None)
                 if isinstance(e.code, str):
@@ -134,7 +137,7 @@ def in_process(*args) -> subprocess.CompletedProcess:
                 code = 1
                 traceback.print_exc()
     finally:
-        sys.argv = argv
+        sys.argv, sys.path[:] = argv, path
         os.environ.clear()
         os.environ.update(environment)
         for s, handler in handlers:
@@ -144,15 +147,13 @@ def in_process(*args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, code, out.buffer.getvalue(), err.buffer.getvalue())
 
 
-STAGES = {f"{s}.py" for s in ("prepare_units", "synth_stories", "model", "train", "dpo", "eval", "sample")}
-
-
 def run(*args, check=True, text=True, process=False, **kwargs) -> subprocess.CompletedProcess:
-    """`python ARGS` in the repository's root, to its end. A stage is run `in_process`, unless a process is asked for.
+    """`python ARGS` in the repository's root, to its end. Our code is run `in_process`, unless a process is asked for.
 
     kwargs: of Process, and so for processes alone.
     """
-    own = process or kwargs or str(args[0]) not in STAGES or not text
+    ours = str(args[0]).endswith(".py") or args[0] == "-m" and args[1].startswith("slam.")
+    own = process or kwargs or not ours or not text
     done = start(*args, **kwargs).end() if own else in_process(*args)
     if text:
         done.stdout, done.stderr = (x.decode().replace("\r\n", "\n") for x in (done.stdout, done.stderr))

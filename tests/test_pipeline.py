@@ -18,8 +18,7 @@ def test_evaluation(runs, stories, tmp_path):
     done = run("eval.py", "config/demo_eval.py", f"--checkpoint={runs}/lm,{runs}/dpo",
                f"--train={stories}/units/train", f"--val={stories}/units/val",
                f"--manifest={stories}/tstorycloze,{stories}/sblimp", f"--generate_from={stories}/tstorycloze",
-               "--n_generate=2", "--n_seeds=2", "--new_units=40", "--keep_audio", "--text_judge=embedded:smollm2-135m",
-               process=True)
+               "--n_generate=2", "--n_seeds=2", "--new_units=40", "--keep_audio", "--text_judge=embedded:smollm2-135m")
     for name in ("lm", "dpo"):
         results = json.loads((runs / name / "results.json").read_text())
         assert set(results) >= {"val_loss", "unigram_loss", "bigram_loss", "tstorycloze", "sblimp", "gen_ppl",
