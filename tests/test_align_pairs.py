@@ -47,7 +47,7 @@ def test_whether_a_continuation_has_ended(n):
     assert all(len(u) == n for u in never)
 
 
-def test_on_policy_pairs(runs, stories, tmp_path, capsys):
+def test_on_policy_pairs(stories, tmp_path, capsys):
     """Real continuations, transcripts and scores; killed, the same files result; what is chosen can be changed."""
     out = tmp_path / "align"
 
@@ -60,7 +60,7 @@ def test_on_policy_pairs(runs, stories, tmp_path, capsys):
             pairs(*more)
         return str(e.value)
 
-    flags = [f"--out={out}", f"--checkpoint={runs}/lm", f"--prompts={stories}/pairs_train.jsonl",
+    flags = [f"--out={out}", "--checkpoint=embedded:slam-mini", f"--prompts={stories}/pairs_train.jsonl",
              "--n_prompts=4", "--n_val=1", "--n=3", "--new_units=40", "--batch=2", "--allow_eos=false", "--top_k=5",
              "--temperature=0.7", "--min_gap=0", "--max_auto_bleu=2", "--min_words=0"]
     pairs()

@@ -283,8 +283,8 @@ def test_nothing_named(start, pairs, tmp_path, monkeypatch, capsys):
         "out", "checkpoint", "pairs", "val_pairs")}))
 
 
-def test_samples_tell_of_repetition(runs, stories, tmp_path):
-    run("dpo.py", "config/demo_dpo.py", f"--checkpoint={runs}/lm", f"--pairs={stories}/pairs_train.jsonl",
+def test_samples_tell_of_repetition(stories, tmp_path):
+    run("dpo.py", "config/demo_dpo.py", "--checkpoint=embedded:slam-mini", f"--pairs={stories}/pairs_train.jsonl",
         f"--val_pairs={stories}/pairs_val.jsonl", "--steps=2", "--batch_pairs=2", "--n_samples=2", "--eval_every=1",
         f"--out={tmp_path}/dpo")
     records = [json.loads(x) for x in (tmp_path / "dpo" / "log.jsonl").read_text().splitlines()]

@@ -85,6 +85,15 @@ def test_command(command):
         assert "no such setting" not in str(e) and "no such config file" not in str(e) and "expected" not in str(e), e
 
 
+def test_every_line_of_a_code_block_begins_a_command():
+    """A block that was wrapped like a paragraph does not."""
+    programs = {"python", "bash", "source", "cd", "cp", "grep", "for", "done", "#"}
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in filter(None, block.replace("\\\n", " ").splitlines()):
+                assert line.split()[0] in programs or re.match(r"\w+=", line), f"{page.name}: {line}"
+
+
 def test_every_config_file_is_a_whole_config():
     on_top = {"study": "slam", "gpu_24gb": "slam", "gpu_16gb": "slam", "gpu_12gb": "slam", "gpu_8gb": "slam",
               "mini": "slam_fast", "mini_voices": "slam_fast", "mini_grammar": "slam_fast"}
