@@ -97,8 +97,8 @@ def test_every_line_of_a_code_block_begins_a_command():
 def test_every_config_file_is_a_whole_config():
     on_top = {"study": "slam", "gpu_24gb": "slam", "gpu_16gb": "slam", "gpu_12gb": "slam", "gpu_8gb": "slam",
               "mini": "slam_fast", "mini_voices": "slam_fast", "mini_grammar": "slam_fast"}
-    training = ("slam", "slam_fast", "slam_scaled", "slam_large", "gslm", "twist_opt350m", "twist_opt350m_tinystories", "demo_train",
-                "slam_interleaved", "demo_interleaved", *on_top)
+    training = ("slam", "slam_fast", "slam_scaled", "slam_large", "gslm", "twist_opt350m", "twist_opt350m_tinystories",
+                "demo_train", "slam_interleaved", "demo_interleaved", *on_top)
     scripts = {"align_demo": ("-m slam.alignment", ""),
                "fit_embedded": ("prepare_units.py", "fit"), "align_pairs": ("dpo.py", "pairs"),
                "mini_pairs": ("dpo.py", "pairs"),
