@@ -1,7 +1,7 @@
 """Evaluate unit LMs: validation loss, spoken pair benchmarks, GenPPL and auto-BLEU of spoken continuations.
 
 In:  one or several checkpoints, unit files, benchmarks as downloaded or manifests of pairs (slam/benchmarks.py).
-Out: results.json in each run's folder (its other metrics stay) and one table.
+Out: results.json in each run's folder (its other metrics stay), pairs_NAME.jsonl (each pair's scores), and one table.
 
     python eval.py config/demo_eval.py --checkpoint out/demo/lm,out/demo/dpo
     python eval.py --checkpoint out/slam --benchmark sblimp --path sLM21-dataset --val out/units/val
@@ -24,18 +24,18 @@ from tqdm import tqdm
 
 from config import load_config
 from model import UnitLM
+from slam import checkpoint as folders
 from slam.benchmarks import SIDES, Benchmark, read_benchmark, read_manifest, tokenize_pairs
-from slam.checkpoint import checkpoint_fingerprint, git_commit, merge_results, run_folder, weights_sha256
 from slam.device import pick_device
 from slam.metrics import auto_bleu, pair_accuracy, score_pairs, standard_error, word_error_rate  # noqa: F401
 from slam.scoring import ngram_loss, ngram_nlls, ngrams, pair_nlls, validation_loss
-from slam.units import UnitReader, require_same, vocab_size
+from slam.units import UnitReader, require_same, vocab_size, write_atomic
 
 
 @dataclass
 class Config:
     """Evaluate checkpoints."""
-    checkpoint: tuple[str, ...] = ("out/slam",)  # run folders, checkpoint folders or hub ids; several make one table
+    checkpoint: tuple[str, ...] = ()  # run folders, checkpoint folders or hub ids, in one table; empty: the newest run
     train: tuple[str, ...] = ()  # unit files for unigram and bigram models, which are scored beside the LM
     val: tuple[str, ...] = ()  # unit files for the validation loss
     benchmark: tuple[Literal["sblimp", "swuggy", "sstorycloze", "tstorycloze", "salmon"], ...] = ()  # pairs to score
@@ -50,7 +50,8 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"  # of the model in pairs and validation loss; the
     # log-softmax is fp32 (in SlamKit all is fp32, or bfloat16 with `model=slam`). auto: bfloat16 where it is fast
     text_judge: str = ""  # text LM that scores the transcripts of pairs, as a ceiling
-    generate_from: str = ""  # manifest or benchmark whose positives are the prompts of GenPPL and auto-BLEU
+    generate_from: str = ""  # manifest or benchmark whose positives are the prompts of GenPPL and auto-BLEU, or any
+    # folder of speech
     n_generate: int = 1000  # prompts, at most: the first of the set
     n_seeds: int = 1  # continuations of each prompt, with the seeds from `seed` on
     resynth_from: str = ""  # manifest, whose positives are re-synthesised and transcribed, or any folder of speech;
@@ -72,7 +73,6 @@ class Config:
     seed: int = 0  # of the generation
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         found = []
         if not (self.val or self.benchmark or self.manifest or self.generate_from or self.resynth_from):
             found.append("nothing to do: set val, benchmark, manifest, generate_from or resynth_from")
@@ -83,12 +83,10 @@ class Config:
             found.append("write_manifest: give exactly one benchmark")
         if self.write_manifest and Path(self.write_manifest).exists():
             found.append(f"write_manifest: {self.write_manifest} exists; name another file")
-        if min(self.n_seeds, self.batch, self.n_generate, self.context) < 1:
-            found.append("n_seeds, batch, n_generate and context must be at least 1")
+        if min(self.n_seeds, self.batch, self.n_generate, self.context, self.new_units) < 1 or self.prompt_seconds <= 0:
+            found.append("n_seeds, batch, n_generate, context and new_units must be at least 1, prompt_seconds above 0")
         if min(self.temperature, self.top_k) < 0 or self.repetition_penalty <= 0:
             found.append("temperature and top_k must not be negative, repetition_penalty is positive")
-        if not self.checkpoint:
-            found.append("checkpoint: name at least one")
         return found
 
 
@@ -111,7 +109,7 @@ def baseline_scores(cfg: Config, benchmark: Benchmark, utterances: list[tuple],
     found = {}
     for name, logp in grams.items():
         nll = np.array([ngram_nlls(logp, pair, cfg.score, cfg.score_prompt) for pair in utterances])
-        found[f"{benchmark.name}_{name}"] = score_pairs(nll, benchmark.pairs)
+        found[f"{benchmark.name}_{name}"] = score_pairs(nll, benchmark.pairs) | {"settings": {"train": cfg.train}}
     texts = [pair.get(f"{side}_text") or None for pair in benchmark.pairs for side in SIDES]
     if cfg.text_judge and not all(texts):
         print(f"{benchmark.name}: not scored by the text judge, as {texts.count(None)} transcripts are missing")
@@ -123,6 +121,15 @@ def baseline_scores(cfg: Config, benchmark: Benchmark, utterances: list[tuple],
 
 
 # ---------------------------------------------------------------- generated speech
+def recordings(name: str, benchmarks: tuple = ()) -> list[Path]:
+    """Positives of a benchmark or manifest, or a folder's audio files if it has no manifest; SystemExit if none."""
+    from slam.audio import is_audio, walk
+    named = next((b for b in benchmarks if b.name == name), None)
+    alone = not named and Path(name).is_dir() and not Path(name, "manifest.jsonl").exists()
+    found = [Path(f) for f in walk(name) if is_audio(f)] if alone else []
+    return found or [Path(pair["positive"]) for pair in (named or read_manifest(name)).pairs]
+
+
 def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[Path], out: Path) -> dict:
     """GenPPL and auto-BLEU of spoken continuations of the wavs at `paths`: {metric: result}.
 
@@ -140,6 +147,8 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
             prompts.append(tokenizer.encode(wave, SAMPLE_RATE)[0].tolist())
         except ValueError as e:
             raise SystemExit(f"{path}: its first {cfg.prompt_seconds:g} s can't be used as a prompt: {e}") from None
+    for old in out.glob("generated_*.wav"):
+        old.unlink()
     said = []
     for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
         new = continue_units(lm, prompts, cfg.new_units, cfg.batch, seed, "continuing", temperature=cfg.temperature,
@@ -192,20 +201,15 @@ def resynthesis(cfg: Config) -> dict:
     Word error rate between Whisper's transcripts of re-synthesised and original speech, with original and with
     predicted durations; with original durations also mel-cepstral distance (dB) and share of clipped samples.
     """
-    from slam.audio import SAMPLE_RATE, load_audio, read_input, resample
+    from slam.audio import SAMPLE_RATE, load_audio, resample
     from slam.mel import mel_cepstral_distance
     from slam.speech import speak, transcribe
     from slam.tokenizer import SpeechTokenizer
     from slam.vocoder import vocoder_for
     tokenizer = SpeechTokenizer.load(cfg.tokenizer or "embedded", pick_device().type).base
     vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
-    folder = Path(cfg.resynth_from)
-    if folder.is_dir() and not (folder / "manifest.jsonl").exists():
-        files = [item.source for item in read_input(cfg.resynth_from)[1]]
-    else:
-        files = [pair["positive"] for pair in read_manifest(cfg.resynth_from).pairs]
     try:
-        waves = [load_audio(file)[:30 * SAMPLE_RATE] for file in files]
+        waves = [load_audio(file)[:30 * SAMPLE_RATE] for file in recordings(cfg.resynth_from)]
         encoded = [tokenizer.encode(w, SAMPLE_RATE) for w in tqdm(waves, disable=None, desc="units")]
     except ValueError as e:
         raise SystemExit(f"--resynth_from={cfg.resynth_from}: {e}") from None
@@ -250,7 +254,8 @@ def main(cfg: Config) -> None:
 
     # units: all checkpoints, the tokeniser and the unit files must have the same fingerprint
     device = pick_device()
-    fingerprints = {name: checkpoint_fingerprint(name) for name in cfg.checkpoint}
+    checkpoints = cfg.checkpoint or (folders.newest_checkpoint(),)
+    fingerprints = {name: folders.checkpoint_fingerprint(name) for name in checkpoints}
     val = UnitReader(*cfg.val) if cfg.val else None
     train = UnitReader(*cfg.train) if cfg.train else None
     known = {paths[0]: reader.fingerprint for paths, reader in ((cfg.val, val), (cfg.train, train)) if reader}
@@ -265,8 +270,7 @@ def main(cfg: Config) -> None:
     if cfg.generate_from:
         from slam.vocoder import vocoder_for
         vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
-        source = next((b for b in benchmarks if b.name == cfg.generate_from), None) or read_manifest(cfg.generate_from)
-        prompts = [Path(pair["positive"]) for pair in source.pairs[:cfg.n_generate]]
+        prompts = recordings(cfg.generate_from, benchmarks)[:cfg.n_generate]
     utterances = {b.name: tokenize_pairs(tokenizer, b) for b in benchmarks}
     if not cfg.score_eos:
         utterances = {name: [(a[:-1], b[:-1]) for a, b in pairs] for name, pairs in utterances.items()}
@@ -277,24 +281,24 @@ def main(cfg: Config) -> None:
         grams = ngrams([train.tokens(i) for i in range(len(train))], vocab_size(train.fingerprint.n_units))
     for name, logp in grams.items() if val else ():
         baselines[f"{name}_loss"] = {"value": ngram_loss(logp, [val.tokens(i) for i in range(len(val))]),
-                                     "n": val.n_tokens - len(val)}
+                                     "n": val.n_tokens - len(val), "settings": {"train": cfg.train, "val": cfg.val}}
     for b in benchmarks:
         baselines |= baseline_scores(cfg, b, utterances[b.name], grams)
 
     # one checkpoint after the other
     rows = {}
-    for name in cfg.checkpoint:
-        lm, out = UnitLM.from_pretrained(name).eval().to(device), run_folder(name)
+    for name in fingerprints:
+        lm, out = UnitLM.from_pretrained(name).eval().to(device), folders.run_folder(name)
         out.mkdir(parents=True, exist_ok=True)
-        made = {"weights": weights_sha256(name)[:16], "torch": torch.__version__,
-                "transformers": version("transformers"), "git": git_commit()}
+        made = {"weights": folders.weights_sha256(name)[:16], "torch": torch.__version__,
+                "transformers": version("transformers"), "git": folders.git_commit()}
         results = dict(baselines)
         if val:
             loss, n = validation_loss(lm, val, cfg.context, cfg.batch, cfg.dtype)
-            results["val_loss"] = {"value": loss, "n": n, "settings": {"val": cfg.val, "dtype": cfg.dtype}}
-            results["val_ppl"] = {"value": math.exp(loss), "n": n}
+            of = {"n": n, "settings": {"val": cfg.val, "dtype": cfg.dtype, "context": cfg.context}}
+            results |= {"val_loss": {"value": loss} | of, "val_ppl": {"value": math.exp(loss)} | of}
             if val.hours:  # comparable between vocabularies, unlike the loss per token
-                results["val_bits_per_second"] = {"value": loss * n / math.log(2) / (3600 * val.hours), "n": n}
+                results["val_bits_per_second"] = {"value": loss * n / math.log(2) / (3600 * val.hours)} | of
             if fingerprints[name].text_lm and val.fingerprint.text_lm:
                 from slam.cross_modal import losses_by_kind
                 from slam.interleave import Mixed
@@ -304,6 +308,8 @@ def main(cfg: Config) -> None:
             settings = {k: getattr(cfg, k) for k in ("score", "score_eos", "score_prompt", "dtype")}
             settings |= {"source": b.source, "split": b.split, "downloaded": b.downloaded}
             results[b.name] = score_pairs(nll, b.pairs) | {"settings": settings}
+            scores = [json.dumps({"id": pair["id"], "nll": both}) + "\n" for pair, both in zip(b.pairs, nll.tolist())]
+            write_atomic(out / f"pairs_{b.name}.jsonl", "".join(scores))
             texts = [tuple(pair.get(f"{side}_text", "") for side in SIDES) for pair in b.pairs]
             if fingerprints[name].text_lm and not all(map(all, texts)):
                 print(f"{b.name}: scored in speech only, as {sum(not all(x) for x in texts)} pairs lack transcripts")
@@ -314,13 +320,14 @@ def main(cfg: Config) -> None:
                     nll = pair_nlls(lm, pairs, cfg.context, cfg.score, cfg.score_prompt, cfg.dtype)
                     results[f"{b.name}_{direction}"] = score_pairs(nll, b.pairs) | {"settings": settings}
         rows[name] = {metric: result | {"made": made} for metric, result in results.items()}
-        merge_results(out / "results.json", rows[name])  # before generation, which takes longer and may fail
+        folders.merge_results(out / "results.json", rows[name])  # before generation, which takes longer and may fail
         if cfg.generate_from:
             results = generative_metrics(lm, cfg, tokenizer, vocoder, prompts, out)
             rows[name] |= {metric: result | {"made": made} for metric, result in results.items()}
-            merge_results(out / "results.json", rows[name])
+            folders.merge_results(out / "results.json", rows[name])
         del lm  # before the next one is loaded
     print(table(rows))
+    print("written to", *(folders.run_folder(name) / "results.json" for name in rows))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ import torch
 from tqdm import tqdm
 
 from slam.audio import SAMPLE_RATE, resample
-from slam.benchmarks import disk_cache
-from slam.checkpoint import sha256_of, weights_sha256
 from slam.device import autocast, pick_device
-from slam.embedded import cache_dir, resolve
+from slam.embedded import resolve
 from slam.units import EOS, PAD, to_tokens, to_units
 
 
@@ -149,10 +147,6 @@ def continuation_scores(prompts: list[str], texts: list[str], judge: str) -> lis
 
 
 def text_nlls(texts: list[str], judge: str) -> np.ndarray:
-    """Mean NLL (nats) per token of each text after BOS, (n,), nan for an empty text; cached on disk."""
-    def score(part: list[int]) -> list[float | None]:
-        return continuation_scores([""] * len(part), [texts[i] for i in part], judge)
-
-    version = weights_sha256(judge)
-    found = disk_cache(cache_dir() / "texts.jsonl", [sha256_of(version, text) for text in texts], score)
-    return np.array([np.nan if x is None else -x for x in found])
+    """Mean NLL (nats) per token of each text after BOS, (n,); nan for an empty text."""
+    scores = continuation_scores([""] * len(texts), texts, judge)
+    return np.array([np.nan if x is None else -x for x in scores])

@@ -1,6 +1,7 @@
 """eval.py: metrics against brute force."""
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -47,6 +48,20 @@ def test_pairs_without_transcripts_are_not_judged_and_counted(capsys):
 def test_a_manifest_is_not_replaced(tmp_path):
     assert "exists; name another file" in " ".join(
         Config(benchmark=("sblimp",), path=("x",), write_manifest=str(tmp_path)).problems())
+
+
+def test_no_prompts_and_no_continuations_are_refused():
+    for wrong in ({"prompt_seconds": -3}, {"new_units": 0}):
+        assert "prompt_seconds above 0" in " ".join(Config(generate_from="x", **wrong).problems())
+
+
+def test_without_a_checkpoint_the_newest_is_evaluated(corpus, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no finished checkpoint under out/"):
+        main(Config(val=(f"{corpus}/val",)))
+    shutil.copytree(runs / "lm", "out/mine")
+    main(Config(val=(str(runs.parent / "stories" / "data" / "units" / "val"),)))
+    assert "written to out/mine/results.json" in capsys.readouterr().out
 
 
 def test_results_merge(tmp_path):

@@ -15,6 +15,7 @@ from slam.units import UnitReader
 
 def test_evaluation(runs, stories, tmp_path):
     runs = shutil.copytree(runs, tmp_path / "runs")  # others read them at the same time
+    (runs / "lm" / "generated_007_of_an_earlier_run.wav").touch()
     done = run("eval.py", "config/demo_eval.py", f"--checkpoint={runs}/lm,{runs}/dpo",
                f"--train={stories}/units/train", f"--val={stories}/units/val",
                f"--manifest={stories}/tstorycloze,{stories}/sblimp", f"--generate_from={stories}/tstorycloze",
@@ -25,6 +26,9 @@ def test_evaluation(runs, stories, tmp_path):
                                 "auto_bleu"}
         assert results["tstorycloze"]["n"] == 4 and results["sblimp"]["n"] == 8
         assert len(results["sblimp"]["by"]["type"]) == 4
+        nlls = [json.loads(x)["nll"] for x in (runs / name / "pairs_sblimp.jsonl").read_text().splitlines()]
+        assert len(nlls) == 8 and results["sblimp"]["value"] == 100 * np.mean([good < bad for good, bad in nlls])
+        assert results["val_loss"]["settings"]["context"] == results["val_ppl"]["settings"]["context"] == 1024
         for metric in ("tstorycloze_text_lm", "sblimp_text_lm"):  # the text LM knows what the sets are about
             assert results[metric]["value"] > 60
         assert 20 < results["sblimp_bigram"]["value"] < 80
@@ -63,7 +67,7 @@ def test_a_model_of_pieces(stories, voice, tmp_path):
         "--micro_batch=2", "--batch_tokens=1024", "--time_budget_hours=none", "--steps=4", f"--out={tmp_path}/lm")
     assert json.loads((tmp_path / "lm" / "checkpoint" / "config.json").read_text())["vocab_size"] == 602
     model, prompt = f"--checkpoint={tmp_path}/lm", tmp_path / "p.wav"
-    run("eval.py", model, val, tokenizer, f"--manifest={stories}/sblimp", f"--generate_from={stories}/tstorycloze",
+    run("eval.py", model, val, tokenizer, f"--manifest={stories}/sblimp", f"--generate_from={stories}/audio",
         "--n_generate=2", "--new_units=20", "--allow_eos=false", "--keep_audio")
     results = json.loads((tmp_path / "lm" / "results.json").read_text())
     hours, n = UnitReader(tmp_path / "bpe" / "val").hours, results["val_loss"]["n"]
