@@ -74,12 +74,11 @@ class Config:
     overwrite: bool = False  # remove the run in `out` and start anew
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         found = run_problems(self)
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5 or self.nll_weight < 0:
-            found.append("beta must be positive, label_smoothing in [0, 0.5), nll_weight not negative")
-        if self.batch_pairs < 1 or self.batch_pairs % world_size() or self.micro_batch < 1:
-            found.append(f"batch_pairs must be a multiple of the GPUs ({world_size()}), and micro_batch at least 1")
+        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5 or min(self.nll_weight, self.n_samples) < 0:
+            found.append("beta must be positive, label_smoothing in [0, 0.5), nll_weight and n_samples not negative")
+        if self.batch_pairs % world_size() or min(self.batch_pairs, self.micro_batch, self.context) < 1:
+            found.append(f"batch_pairs must be a multiple of the GPUs, {world_size()}; micro_batch, context: 1 or more")
         return found
 
 
@@ -104,7 +103,7 @@ def dpo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, reference
     if length_normalized:
         chosen, rejected = chosen / lengths[0], rejected / lengths[1]
     h = torch.stack([chosen - rejected, rejected - chosen])
-    right, wrong = -F.logsigmoid(beta * h) if loss == "sigmoid" else (h - 1 / (2 * beta)).square()
+    right, wrong = {"sigmoid": -F.logsigmoid(beta * h), "ipo": (h - 1 / (2 * beta)).square()}[loss]
     nll = -policy_chosen_logp / lengths[0] if nll_weight else 0.0
     total = (1 - label_smoothing) * right + label_smoothing * wrong + nll_weight * nll
     return total.mean(), beta * chosen.detach(), beta * rejected.detach()

@@ -59,7 +59,6 @@ class Config:
     overwrite: bool = False  # start anew instead of resuming
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         found = []
         try:
             part_of(self.shard)
@@ -122,7 +121,7 @@ class Tally:
         if lost:
             problem = f"{lost[0]['id']}: {lost[0]['reason']}. What was good is kept; --max_bad_share=1 accepts that"
         if n_bad > self.max_bad_share * n:
-            kinds = Counter(re.sub(r"\d+(\.\d+)?", "N", s["reason"]) for s in self.skipped if not s["part"])
+            kinds = Counter(re.sub(r"(?<![-\w])\d+(\.\d+)?", "N", s["reason"]) for s in self.skipped if not s["part"])
             problem = (f"{n_bad} of {n} can't be used, more than --max_bad_share={self.max_bad_share} ("
                        + "; ".join(f"{count} x {reason}" for reason, count in kinds.most_common(3))
                        + f"); listed in {self.report_file}. What was good is kept")

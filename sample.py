@@ -52,11 +52,11 @@ class Config:
     top_k: int = 25  # draw from the k most likely units; 0: from all
     top_p: float = 1.0  # draw from the most likely units that together have this probability
     repetition_penalty: float = 1.1  # above 1: units already heard become less likely
-    play: bool = False  # play the continuation while it is being generated (aplay, ffplay, mpv or sox)
-    stdout: bool = False  # write it to stdout as raw PCM: 16 bit, little-endian, mono; messages go to stderr
+    play: bool = False  # play prompt and continuation while it is generated (aplay, ffplay, mpv or sox)
+    stdout: bool = False  # write both to stdout as raw PCM: 16 bit, little-endian, mono; messages go to stderr
     answer: Literal["speech", "text"] = "speech"  # text: a model of speech and text writes, 60 tokens at most
     resynth: bool = False  # speak the prompts again from their units, to hear what is lost; no language model
-    transcribe: bool = True  # print and save what the ASR hears
+    transcribe: bool = True  # print and save what the ASR hears of the first 30 s
     asr: str = "embedded:whisper-tiny.en"  # Whisper for the transcripts
     tokenizer: str = ""  # codebook file; empty: that of the checkpoint's units (embedded, or below out/)
     vocoder: str = ""  # vocoder file, .safetensors or .pt; empty: one that speaks the checkpoint's units
@@ -65,7 +65,6 @@ class Config:
     overwrite: bool = False  # replace samples already in `out`
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         aloud = self.play or self.stdout
         return [problem for found, problem in (
             (self.temperature < 0 or self.n < 1 or self.prompt_seconds <= 0 or self.continuation_seconds <= 0,
@@ -275,13 +274,14 @@ def main(cfg: Config) -> None:
             record |= {"prompt_text": heard.get(record["prompt_file"], ""), f"{kind}_text": text}
             clip.text, clip.prompt_text = text, "" if cfg.resynth else record["prompt_text"]
     for record in records:
-        print(f"{record.get('resynth') or record.get('whole', '(it ended before it began)')}\n"
-              f"  prompt:       {record.get('prompt_text', '')}\n"
-              f"  {kind + ':':13} {record.get(f'{kind}_text', '') if kind in record else '(ended at once)'}")
+        print(record.get("resynth") or record.get("whole", "(it ended before it began)"))
+        if cfg.transcribe:
+            print(f"  prompt:       {record['prompt_text']}\n"
+                  f"  {kind + ':':13} {record[f'{kind}_text'] if kind in record else '(ended at once)'}")
 
     # ---- samples.json and the page
     write_atomic(out / "samples.json", json.dumps({"config": asdict(cfg), "samples": records}, indent=1))
-    shown = ("temperature", "top_k", "top_p", "repetition_penalty", "allow_eos", "prompt_seconds", "seed")
+    shown = ("temperature", "top_k", "top_p", "repetition_penalty", "allow_eos", "prompt_seconds", "from_start", "seed")
     settings = {} if cfg.resynth else {name.replace("_", " "): getattr(cfg, name) for name in shown}
     settings |= {"transcripts": cfg.asr if cfg.transcribe else "none", "made": time.strftime("%Y-%m-%d %H:%M")}
     rows = [(Path(source).name or "unprompted",

@@ -9,7 +9,7 @@ Out: one folder:  stories.jsonl · units/train, units/val (unit files) · pairs_
      tstorycloze/, sblimp/ (wav files, manifest.jsonl) · audio/ (with --keep_audio) · synth.json (its
      settings, and whether it is done). With --swag only the two pair files and synth.json.
 
-The same seed on the same machine gives the same files. A killed run continues when it is started again.
+The same seed on the same machine gives the same files. A killed run goes on from its last whole batch of stories.
 """
 import json
 import re
@@ -60,7 +60,6 @@ class Config:
     overwrite: bool = False  # delete the folder and start again instead of resuming
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         found = []
         if self.tts not in TTS:
             found.append(f"tts = {self.tts!r}: there is {', '.join(TTS)}")
@@ -70,8 +69,10 @@ class Config:
             found.append("swag: pairs are of units, so a tokenizer is needed")
         if self.tokenizer == "none" and not self.keep_audio:
             found.append("tokenizer = none without keep_audio = true would leave nothing")
-        if self.workers < 1 or self.max_sentences < 5:
-            found.append("workers: at least 1; max_sentences: at least 5, as a tStoryCloze pair takes so many")
+        if min(self.workers, self.batch) < 1 or self.max_sentences < 5:
+            found.append("workers and batch: at least 1; max_sentences: 5, as a tStoryCloze pair takes so many")
+        if min(self.n_train, self.n_pairs, self.n_sblimp, self.max_new_tokens, self.temperature, self.top_k) < 0:
+            found.append("n_train, n_pairs, n_sblimp, max_new_tokens, temperature and top_k must not be negative")
         if self.n_val < 4 and not self.swag:
             found.append("n_val: at least 4 stories, so that endings can be exchanged")
         return found

@@ -47,7 +47,8 @@ class Config:
     # the text embedding's first rows, new ones N(0, 0.02), or `none`: keep only the shape and train from scratch. With
     # a mix the text's embeddings stay; the units' are drawn with their mean and spread (keep_text), or from N(0, 0.02)
     n_layers: int | None = None  # number of the base's first layers to keep; none: all
-    shape: dict = field(default_factory=dict)  # fields of ModelConfig; builds a new model from scratch, without a base
+    shape: dict = field(default_factory=dict)  # fields of ModelConfig, others as in Qwen2.5-0.5B: a model from scratch,
+    # for which base, init and n_layers mean nothing
     rope_theta: float | None = 10000.0  # base of the rotary position embedding; none: the text LM's, to keep its text
     context: int = 1024  # tokens in a row
     micro_batch: int = 8  # rows in a forward pass, as many as fit into memory; the result does not depend on it
@@ -82,7 +83,6 @@ class Config:
     overwrite: bool = False  # remove the run in `out` and start anew
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         found = run_problems(self)
         if not (self.train and self.val):
             found.append("train and val: name at least one unit file or folder each")

@@ -99,9 +99,9 @@ def split_argv(argv: list[str], kinds: dict[str, Any]) -> tuple[list[str], dict[
 
 def read_file(file: str, kinds: dict[str, Any], problems: list[str]) -> list[tuple[str, Any]]:
     """Settings [(name, value)] of one config file, Python or JSON; what is wrong with it is added to `problems`."""
-    if not Path(file).is_file():
+    if not Path(file).is_file() or not file.endswith((".py", ".json")):
         known = {path.stem: os.path.relpath(path) for path in HERE.glob("*.py") if path.stem != "__init__"}
-        hint = nearest(Path(file).stem, known, f"see {os.path.relpath(HERE)}")
+        hint = nearest(Path(file).stem, known, f"see {os.path.relpath(HERE)}; a setting is --NAME=VALUE")
         problems.append(f"{file}: no such config file; {hint}")
         return []
     try:
@@ -156,7 +156,7 @@ def convert(value: Any, kind: Any, is_flag: bool) -> Any:
     elif kind in (int, float):
         if is_flag:  # a whole number does not pass through a float, which would round a large one
             value = int(value) if value.lstrip("+-").replace("_", "").isdecimal() else float(value)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # not NaN
         if kind is float and is_number or kind is int and is_number and value % 1 == 0:
             return kind(value)
     raise ValueError(f"not {type_name(kind)}")

@@ -34,7 +34,6 @@ class CheckConfig:
     seed: int = 0  # of the draw
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         wrong = not 0 <= self.hop_seconds <= self.window_seconds or self.minutes <= 0
         return ["minutes is positive, and 0 <= hop_seconds <= window_seconds"] if wrong else []
 

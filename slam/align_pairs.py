@@ -56,7 +56,6 @@ class PairsConfig:
     overwrite: bool = False  # start anew instead of continuing
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         found = [] if self.n >= 2 else ["n: a pair needs at least 2 continuations"]
         if min(self.batch, self.new_units, self.prompt_units, self.n_prompts) < 1:
             found.append("batch, new_units, prompt_units and n_prompts must be at least 1")

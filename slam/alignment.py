@@ -43,7 +43,6 @@ class Config:
     max_skipped: float = 0.05  # share of utterances that may have no alignment; more stop the run with an error
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         return [f"{name}: name a folder" for name in ("units", "audio") if not getattr(self, name)]
 
 

@@ -42,9 +42,6 @@ def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 def resample_blocks(blocks: Iterable[np.ndarray], rate: int, to: int) -> Iterator[np.ndarray]:
     """Resample a stream of blocks (T,): the joined output equals `resample` of the joined input."""
-    if rate == to:
-        yield from blocks
-        return
     up, down = to // math.gcd(rate, to), rate // math.gcd(rate, to)
     # scipy's filter needs 10 * max(up, down) / up input samples on each side. Blocks are cut at multiples of `down`
     # input samples, where an output sample coincides with an input sample.

@@ -108,6 +108,7 @@ def write_folder(folder: str | Path, config: dict, state: dict[str, Tensor], sla
             torch.save(trainer, new / "trainer.pt")
         save_file({k: v.detach().contiguous() for k, v in state.items()}, new / "model.safetensors",
                   metadata={"format": "pt"})
+        shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors makes it private
     except (OSError, SafetensorError, RuntimeError) as e:  # safetensors and torch.save wrap an OSError in their own
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"{folder}: could not be written ({e})") from e

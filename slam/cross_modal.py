@@ -125,10 +125,11 @@ def directions(texts: list[tuple[str, str]], parts: list[list[list[int]]], finge
 # ---------------------------------------------------------------- answers
 def answer_in_text(lm: torch.nn.Module, prompts: list[list[int]], fingerprint: Fingerprint, max_new_tokens: int,
                    seed: int, **sampling) -> list[str]:
-    """Spoken prompts (units) continued in text by a mixed model: `1 <speech> units <text>`, and on to EOS."""
+    """Spoken prompts (units) continued in text by a mixed model: `1 <speech> units <text>`, and on to its end."""
     vocabulary, generator = Vocabulary(fingerprint), torch.Generator(lm.device).manual_seed(seed)
+    text = TextTokenizer(fingerprint.text_lm).tokenizer
+    ends = EOS, *(vocabulary.first_text + token for token in text.all_special_ids)
     rows = [[BOS, vocabulary.speech, *to_tokens(prompt)[1:-1], vocabulary.text] for prompt in prompts]
-    new = lm.generate(rows, max_new_tokens, stop=(EOS,), forbid=(PAD, slice(OFFSET, vocabulary.first_text)),
+    new = lm.generate(rows, max_new_tokens, stop=ends, forbid=(PAD, slice(OFFSET, vocabulary.first_text)),
                       generator=generator, **sampling)
-    decode = TextTokenizer(fingerprint.text_lm).tokenizer.decode
-    return [decode([t - vocabulary.first_text for t in row]).strip() for row in new]
+    return [text.decode([t - vocabulary.first_text for t in row]).strip() for row in new]

@@ -131,6 +131,8 @@ def part_folder(name: str, build: bool = True) -> Path:
         whole = Path(temporary, name)  # inside: the temporary folder itself is private, but a cache may be shared
         whole.mkdir()
         BUILDERS[name](files, whole)
+        for path in whole.glob("*.safetensors"):
+            shutil.copymode(whole / "config.json", path)  # safetensors makes it private
         recorded = {"stamp": stamp, "files": {p.name: file_digest(p) for p in sorted(whole.iterdir())}}
         (whole / "sha256.json").write_text(json.dumps(recorded, indent=1))
         try:

@@ -40,7 +40,6 @@ class FitConfig:
     overwrite: bool = False  # replace an existing codebook
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         found = []
         if min(self.n_units, self.hours, self.seconds_per_file, self.iterations) <= 0:
             found.append("n_units, hours, seconds_per_file and iterations are positive")

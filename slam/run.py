@@ -30,8 +30,9 @@ MAY_CHANGE = {"out", "steps", "tokens", "time_budget_hours", "minutes", "lr", "m
 def run_problems(cfg) -> list[str]:
     """What is wrong with the settings that train.py and dpo.py share."""
     found = []
-    if sum(x is not None for x in (cfg.steps, cfg.tokens, cfg.time_budget_hours)) != 1:
-        found.append("set exactly one of steps, tokens, time_budget_hours (the others to none)")
+    length = {k: v for k in ("steps", "tokens", "time_budget_hours") if (v := getattr(cfg, k)) is not None}
+    if len(length) != 1:
+        found.append(f"set exactly one of steps, tokens, time_budget_hours, and the others to none; set are {length}")
     if min(cfg.steps or 0, cfg.tokens or 0, cfg.time_budget_hours or 0, cfg.seed, cfg.weight_decay, cfg.eps) < 0:
         found.append("steps, tokens, time_budget_hours, seed, weight_decay and eps must not be negative")
     if min(cfg.lr, cfg.grad_clip, cfg.log_every, cfg.eval_every, cfg.save_every) <= 0:

@@ -236,7 +236,7 @@ class Bpe:
                 split_by_whitespace=False, split_by_unicode_script=False, split_by_number=False,
                 max_sentence_length=1 << 24, bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0, minloglevel=2)
         except RuntimeError as e:
-            raise SystemExit(f"n_pieces={n_pieces}: sentencepiece refuses ({e})") from None
+            raise SystemExit(f"n_pieces={n_pieces}, with the {n_units} units: sentencepiece refuses ({e})") from None
         return cls(model.getvalue())
 
     @classmethod

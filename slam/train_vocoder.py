@@ -39,7 +39,7 @@ class Config:
     units: str = "out/corpus_units"  # unit files with durations
     audio: str = "out/corpus/audio"  # folder that the units' ids are relative to
     out: str = "out/vocoder"  # run folder
-    init: str = ""  # a vocoder of ours (a file, or embedded) to start from, to learn another voice, say
+    init: str = ""  # a vocoder of ours (a file, or embedded) for these units, to start from: for another voice, say
     width: int = 256  # channels
     blocks: int = 5  # ConvNeXt blocks at the unit rate, and as many again at 100 Hz
     minutes: float = 60.0  # length of the training; validation and saving are not counted
@@ -62,7 +62,6 @@ class Config:
     time_budget_hours = property(lambda self: self.minutes / 60)
 
     def problems(self) -> list[str]:
-        """Cross-field checks of the loader."""
         positive = "width blocks minutes steps batch lr grad_clip log_every save_every max_hours".split()
         wrong = {f"{x} must be positive": getattr(self, x) is not None and getattr(self, x) <= 0 for x in positive}
         wrong |= {"crop_seconds must be at least 0.2": self.crop_seconds < 0.2,

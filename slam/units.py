@@ -252,7 +252,8 @@ class Shard:
             if not self.offsets[-1] == header["n_tokens"] == self.tokens.get_shape()[0]:
                 raise ValueError("header, offsets and tokens disagree")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            raise SystemExit(f"{path}: not a whole unit file ({e}); remove it and run the stage again") from None
+            raise SystemExit(f"{path}: not a whole unit file ({e}); if a stage wrote it, remove it "
+                             f"and run that again") from None
 
     def problems(self) -> Iterator[str]:
         """Errors in the content of a file that could be opened; reads all of it."""
@@ -365,11 +366,12 @@ def write_pairs(path: str | Path, fingerprint: Fingerprint, pairs: Iterable[dict
 
 def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
     """Read a pair file. SystemExit, naming file and pair, if it is missing or malformed."""
-    pairs = []
+    pairs, where = [], "first line"
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as f:
             fingerprint = Fingerprint(**json.loads(f.readline())["fingerprint"])
-            for text in f:
+            for i, text in enumerate(filter(str.strip, f), 1):
+                where = f"pair {i}"
                 pair = json.loads(text)
                 for key in ("prompt", "chosen", "rejected"):
                     if not pair[key] or not all(0 <= u < fingerprint.n_units for u in pair[key]):
@@ -381,5 +383,5 @@ def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:
     except OSError as e:
         raise SystemExit(f"{path}: no such pair file ({e.strerror}); synth_stories.py writes one") from None
     except (ValueError, KeyError, TypeError) as e:
-        raise SystemExit(f"{path}: pair {len(pairs) + 1}: not a preference pair ({type(e).__name__}: {e})") from None
+        raise SystemExit(f"{path}: {where}: not that of preference pairs ({type(e).__name__}: {e})") from None
     return fingerprint, pairs

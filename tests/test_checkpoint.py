@@ -83,6 +83,10 @@ def test_names_of_a_folder(checkpoint, lm, monkeypatch):
         assert torch.equal(UnitLM.from_pretrained(name).model.norm.weight, lm.model.norm.weight)
 
 
+def test_weights_may_be_read_by_whom_the_settings_may(checkpoint):
+    assert len({path.stat().st_mode for path in checkpoint.iterdir()}) == 1
+
+
 def test_saving_replaces_and_leaves_nothing_behind(checkpoint, lm):
     lm.save_pretrained(checkpoint, slam={"step": 1})
     other = our_model(seed=1)

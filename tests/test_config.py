@@ -147,6 +147,7 @@ def test_flag_values(flag, expected):
 
 @pytest.mark.parametrize("flag", [
     "steps=1.5", "steps=inf", "steps=nan", "steps=", "steps=true", "steps=none", "steps=1,2", "lr=fast", "lr=",
+    "lr=nan",
     "overwrite=2", "overwrite=none", "overwrite=", "compile=maybe", "schedule=Cosine", "seed=x",
     "betas=0.9", "betas=1,2,3", "betas=a,b", "layers=1,,2", "layers=1.5"])
 def test_wrong_flag_values(flag):
@@ -254,8 +255,11 @@ def test_no_such_file(tmp_path, monkeypatch):
     assert problems(Config, "slam_dop.py") == [
         f"slam_dop.py: no such config file; did you mean {dpo} or {slam}?"]
     assert problems(Config, "config", "qqqq.py", "--bare=x") == [
-        "config: no such config file; see config", "qqqq.py: no such config file; see config",
+        "config: no such config file; see config; a setting is --NAME=VALUE",
+        "qqqq.py: no such config file; see config; a setting is --NAME=VALUE",
         "--bare: expected int, found 'x'"]
+    (tmp_path / "a.wav").write_text("steps = 1")  # a value that lost its name: not run as Python
+    assert problems(Config, "a.wav") == ["a.wav: no such config file; see config; a setting is --NAME=VALUE"]
 
 
 @pytest.mark.parametrize("text, line, reason", [

@@ -302,5 +302,12 @@ def test_refusals(start, pairs, tmp_path):
     (tmp_path / "other.jsonl").write_text(other)
     assert "different tokenisers" in refused("dpo.py", *dpo_flags(start, pairs, tmp_path / "x",
                                                                  pairs=tmp_path / "other.jsonl"))
+    (tmp_path / "bare.jsonl").write_text("".join((pairs / "train.jsonl").read_text().splitlines(keepends=True)[1:]))
+    assert "first line: not that of preference pairs" in refused(
+        "dpo.py", *dpo_flags(start, pairs, tmp_path / "x", pairs=tmp_path / "bare.jsonl"))
+    wrong = refused("dpo.py", *dpo_flags(start, pairs, tmp_path / "x", n_samples=-1, context=0))
+    assert "n_samples not negative" in wrong and "context: 1 or more" in wrong
+    with pytest.raises(KeyError, match="simpo"):  # a loss that is named but not written
+        dpo_loss(*torch.zeros(4, 2), loss="simpo")
     assert "warmup 0: inverse_sqrt" in refused("dpo.py", *dpo_flags(start, pairs, tmp_path / "x", warmup=0))
     assert not (tmp_path / "x").exists()
