@@ -38,4 +38,6 @@ def main(demo: Path) -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        raise SystemExit(__doc__)
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "out" / "demo")

@@ -50,4 +50,6 @@ def main(out: Path, seconds: int) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or "--help" in sys.argv:
+        raise SystemExit(__doc__)
     main(Path("out/demo"), int(sys.argv[1]))

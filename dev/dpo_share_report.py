@@ -34,4 +34,6 @@ def main(folder: Path, minutes: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or "--help" in sys.argv:
+        raise SystemExit(__doc__)
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -115,4 +115,6 @@ def main(out: Path, picture: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or "--help" in sys.argv:
+        raise SystemExit(__doc__)
     main(Path(sys.argv[1]), sys.argv[2])

@@ -477,6 +477,8 @@ def main(out: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or "--help" in sys.argv:
+        raise SystemExit(__doc__)
     if sys.argv[1:2] == ["best"]:
         print(best(list(map(Path, sys.argv[2:]))))
     elif sys.argv[1:2] == ["listen"]:

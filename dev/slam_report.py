@@ -38,4 +38,6 @@ def main(scale: str, *runs: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4 or "--help" in sys.argv:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

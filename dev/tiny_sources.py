@@ -74,4 +74,6 @@ def main(made: Path, sources: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or "--help" in sys.argv:
+        raise SystemExit(__doc__)
     main(*map(Path, sys.argv[1:]))
