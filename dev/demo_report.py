@@ -41,7 +41,7 @@ def main(out: Path, seconds: int) -> None:
         cells = [text(r[metric]) if is_result(metric, r[metric], floor) else "-" for r in results]
         print(f"{label:36}" + "".join(f"{cell:>16}" for cell in (text(floor), *cells)))
     print("-: not better by two standard errors than the floor (a bigram model; of pairs also chance, 50 %; of GenPPL "
-          "the\nmodel before DPO). The model was trained on 1 h of stories for two and a half minutes, slam-mini, which"
+          "the\nmodel before DPO). The model was trained on 1 h of stories, three times over, slam-mini, which"
           "\ncomes with the code, on 290 h.")
 
     print("\na prompt continued aloud (open out/demo/samples/listen.html to compare by ear)")

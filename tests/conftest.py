@@ -236,7 +236,7 @@ def voice():
 def runs(stories, tmp_path_factory):
     """A few steps of every stage, by the demo's own configs."""
     def make(out: Path) -> None:
-        small = ["--n_layers=2", "--context=512", "--micro_batch=2", "--batch_tokens=1024", "--time_budget_hours=none"]
+        small = ["--n_layers=2", "--context=512", "--micro_batch=2", "--batch_tokens=1024", "--tokens=none"]
         data = [f"--train={stories}/units/train", f"--val={stories}/units/val"]
         run("train.py", "config/demo_train.py", *data, *small, "--steps=6", f"--out={out}/lm", process=True)
         run("dpo.py", "config/demo_dpo.py", f"--checkpoint={out}/lm", f"--pairs={stories}/pairs_train.jsonl",

@@ -64,7 +64,7 @@ def test_a_model_of_pieces(stories, voice, tmp_path):
         "--n_pieces=600")
     tokenizer, val = f"--tokenizer={tmp_path}/bpe/tokenizer.safetensors", f"--val={tmp_path}/bpe/val"
     run("train.py", "config/demo_train.py", f"--train={tmp_path}/bpe/train", val, "--n_layers=2", "--context=512",
-        "--micro_batch=2", "--batch_tokens=1024", "--time_budget_hours=none", "--steps=4", f"--out={tmp_path}/lm")
+        "--micro_batch=2", "--batch_tokens=1024", "--tokens=none", "--steps=4", f"--out={tmp_path}/lm")
     assert json.loads((tmp_path / "lm" / "checkpoint" / "config.json").read_text())["vocab_size"] == 602
     model, prompt = f"--checkpoint={tmp_path}/lm", tmp_path / "p.wav"
     run("eval.py", model, val, tokenizer, f"--manifest={stories}/sblimp", f"--generate_from={stories}/audio",
