@@ -70,7 +70,7 @@ class Config:
         if self.tokenizer == "none" and not self.keep_audio:
             found.append("tokenizer = none without keep_audio = true would leave nothing")
         if min(self.workers, self.batch) < 1 or self.max_sentences < 5:
-            found.append("workers and batch: at least 1; max_sentences: 5, as a tStoryCloze pair takes so many")
+            found.append("workers, batch: at least 1; max_sentences: at least 5, as a tStoryCloze pair takes so many")
         if min(self.n_train, self.n_pairs, self.n_sblimp, self.max_new_tokens, self.temperature, self.top_k) < 0:
             found.append("n_train, n_pairs, n_sblimp, max_new_tokens, temperature and top_k must not be negative")
         if self.n_val < 4 and not self.swag:
