@@ -180,7 +180,7 @@ class UnitLM(nn.Module):
         return self.model.norm.weight.device
 
     def n_params(self) -> int:
-        """Number of parameters, tied ones counted once (paper, table 6)."""
+        """Number of parameters, tied ones counted once (paper, table 7)."""
         return sum(p.numel() for p in self.parameters())
 
     def hf_config(self) -> dict:

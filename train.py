@@ -39,7 +39,7 @@ class Config:
     train: tuple[str, ...] = ()  # unit files or folders of them, mixed by size; a source named twice counts twice
     val: tuple[str, ...] = ()  # the same, for the validation loss
     mix: tuple[float, ...] = ()  # shares of the tokens in speech-only, text-only and interleaved utterances, such as
-    # 0.254 0.202 0.543 (slam/interleave.py); the unit files then have words. Empty: speech only
+    # the paper's 1 1 1 (slam/interleave.py); the unit files then have words. Empty: speech only
     spans: Literal["poisson", "chunks"] = "poisson"  # which words of an interleaved utterance are spoken
     spoken_share: float = 0.3  # of its words, with poisson
     base: str = "Qwen/Qwen2.5-0.5B"  # text LM that gives shape and weights: hub id, folder or embedded:NAME

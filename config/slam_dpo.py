@@ -1,7 +1,7 @@
-"""Slam's preference tuning, the paper's table 5: 813 steps, half an hour on an A5000 there; 5M completion tokens.
+"""Slam's preference tuning, the paper's table 5: 813 steps, half an hour on an A5000 there; 5M tokens.
 
-9 GB of disk. Warm-up is 100 steps. `--time_budget_hours=0.5 --steps=none` fits the schedule into half an hour on any
-card.
+9 GB of disk. The table has no warm-up; SlamKit's is 100 steps. `--time_budget_hours=0.5 --steps=none` fits the schedule
+into half an hour on any card.
 """
 out = "out/slam_dpo"
 checkpoint = "out/slam"

@@ -1,6 +1,6 @@
-"""Speech and text in one model at the scale of slam.py: SlamKit's ratios and spans, all of the text LM kept.
+"""Speech and text in one model at the scale of slam.py: the paper's mix and spans, all of the text LM kept.
 
-The ratios are here of tokens, there of samples of at most 2,048 tokens.
+The paper's text-only tokens are of RedPajama; here they are the transcripts of the same utterances.
 
 The paper: within its one day interleaving hurt (tStoryCloze 73.36 instead of 78.01). Not yet run here.
 The unit files have words (docs/interleaving.md).
@@ -12,7 +12,7 @@ train = ("out/words/train-clean-360",)  # and whatever else alignment can read: 
 val = ("out/words/dev-clean",)
 init = "keep_text"
 rope_theta = None
-mix = (0.254, 0.202, 0.543)  # speech only, text only, interleaved
+mix = (1, 1, 1)  # speech only, text only, interleaved: as many tokens of each
 spans = "poisson"
 spoken_share = 0.3
 dtype = "bfloat16"

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=2 train.py config/slam_large.py
     torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py --checkpoint=out/slam_large --out=out/slam_large_dpo
 
-The paper gives the base and the tokens; batch, learning rate and DPO are slam_scaled.py's, which is our guess. Peak
-memory of a GPU: 62.5 GB, counted by `dev/bench.py memory` as in gpu_24gb.py.
+All else is as in slam_scaled.py (the paper: "All training details are identical"). Peak memory of a GPU: 62.5 GB,
+counted by `dev/bench.py memory` as in gpu_24gb.py.
 """
 from config.slam_scaled import *
 

@@ -1,4 +1,4 @@
-"""Slam (scaled), its preference tuning: two epochs of SpokenSwag in batches twice as large, 9M completion tokens.
+"""Slam (scaled), its preference tuning: two epochs of SpokenSwag in batches twice as large, 9M tokens.
 
     torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
 """

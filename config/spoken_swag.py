@@ -1,4 +1,4 @@
-"""Spoken preference pairs as in SpokenSwag, made of the text of SWAG's full train.csv."""
+"""Spoken preference pairs as in SpokenSwag, made of the text of SWAG's train.csv (not train_full.csv)."""
 out = "out/spoken_swag"
 tokenizer = "out/mhubert25.safetensors"
 tts = "kokoro"

@@ -1,9 +1,10 @@
 """TWIST-350M by its original recipe on Slam's budget, one A5000 day: row "TWIST-350M, original recipe".
 
 OPT-350M, speech of people only, inverse square root schedule. What Slam's paper gives of it is the result (sBLIMP
-51.52, sStoryCloze 53.65, tStoryCloze 68.80); batch, learning rate and warm-up are TWIST's (Hassid et al. 2023) as we
-remember them and have not been checked against it: 64 rows of up to 25 s, lr 1e-4, 100 warm-up steps. Length: the day,
-so that it ends when Slam's does, whatever the GPU; by FLOPs at the paper's speed, 1.7B tokens in 52,000 steps. 305.7M
+51.52, sStoryCloze 53.65, tStoryCloze 68.80), the schedule and 100 warm-up steps; batch and learning rate are TWIST's
+(Hassid et al. 2023) as we remember them, not checked against it: 64 rows of up to 25 s, lr 1e-4. OPT's dropout is off,
+as in Slam. Length: the day, so that it ends when Slam's does, whatever the GPU; by FLOPs at the paper's speed, 1.7B
+tokens in 52,000 steps. 305.7M
 parameters: with this context 18 % fewer FLOPs per token than slam.py. Peak memory: 8.9 GB counted by `dev/bench.py
 memory`, as in gpu_24gb.py.
 """

@@ -140,7 +140,7 @@ def peer_batch(reader: UnitReader, chunks: np.ndarray, packed: bool) -> dict[str
 
 
 def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch.device) -> Callable[[], int]:
-    """What SlamKit runs: transformers' model and loss, torch's fused AdamW, bf16 autocast, no torch.compile.
+    """What SlamKit runs: transformers' model and loss, torch's AdamW (fused, which is faster), bf16 autocast, not compiled.
 
     Utterances are cut one by one into chunks of at most `context` tokens, which are not filled up and drawn at random:
     `peer_micro_batch` in a forward pass, and as many a step as hold our number of tokens. SlamKit packs chunks into

@@ -3,7 +3,7 @@ import json
 import sys
 from pathlib import Path
 
-# The paper's table 1: sBLIMP, sStoryCloze, tStoryCloze, GenPPL, auto-BLEU (x 100), before and after DPO.
+# The paper's tables 2 and 3: sBLIMP, sStoryCloze, tStoryCloze, GenPPL, auto-BLEU (x 100), before and after DPO.
 METRICS = ("sblimp", "sstorycloze", "tstorycloze", "gen_ppl", "auto_bleu")
 PAPER = {"slam": ((56.45, 55.59, 78.01, 88.3, 3.47), (58.86, 58.04, 82.04, 62.8, 3.88)),
          "scaled": ((58.53, 58.15, 80.71, 67.3, 3.25), (61.11, 61.30, 84.18, 46.6, 3.75))}

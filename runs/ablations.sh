@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# The paper's ablations of pre-training, each run config/slam.py with a few settings changed.
+# The paper's ablations of pre-training, each run config/slam.py with a few settings changed: to those of the figures,
+# where it had not yet chosen slam.py's.
 #
-#   bash runs/ablations.sh models        # families and sizes, with and without TWIST (figures 2 and 3)
-#   bash runs/ablations.sh optimizers    # optimiser and schedule (figure 4)
+#   bash runs/ablations.sh models        # families and sizes, with and without TWIST (figures 2 and 3): context 512,
+#                                        # inverse square root, the text LM's RoPE theta, speech of people only
+#   bash runs/ablations.sh optimizers    # optimiser and schedule (figure 4): speech of people only
 #   bash runs/ablations.sh data          # what is trained on
 #   bash runs/ablations.sh batch         # context and batch
 #   bash runs/ablations.sh models --dry  # only print the commands
 #   OUT=out/ablations_1h bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none --alpha_warmup=454
 #
 # Flags after `--` are for all runs. Finished runs are skipped, killed ones go on. Every run has slam.py's 1.4B tokens.
-# Hours on an A5000: the paper's 23.5 for Qwen2.5-0.5B, others by their FLOPs. GB: what `python dev/bench.py memory
-# config/slam.py --base=...` counts.
+# Hours on an A5000: the paper's 23.5 for Qwen2.5-0.5B, others by their FLOPs at context 1,024. GB: what `python
+# dev/bench.py memory config/slam.py --base=...` counts.
 #
 #                    parameters  hours    GB                        parameters  hours    GB
 #     Qwen2.5-0.5B         358M   23.5  15.3      SmolLM2-360M            315M   22.1  14.9
@@ -36,23 +38,26 @@ run() { # run NAME FLAG...
     $dry python train.py config/slam.py --out="${OUT:-out/ablations}/$name" "$@" "${more[@]}" --resume
 }
 
+people=out/units/libri_light,out/units/librispeech
 case $what in
 models)
     for base in Qwen/Qwen2.5-0.5B facebook/opt-125m facebook/opt-350m HuggingFaceTB/SmolLM2-135M \
                 HuggingFaceTB/SmolLM2-360M facebook/MobileLLM-125M facebook/MobileLLM-350M EleutherAI/pythia-160m \
                 EleutherAI/pythia-410m; do
-        for init in first_rows none; do run "${base##*/}_$init" --base="$base" --init=$init; done
+        for init in first_rows none; do
+            run "${base##*/}_$init" --base="$base" --init=$init --context=512 --schedule=inverse_sqrt \
+                --rope_theta=none --train=$people
+        done
     done ;;
 optimizers)
     for optimizer in adamw ademamix; do
         for schedule in cosine inverse_sqrt; do
             run "${optimizer}_$schedule" --optimizer=$optimizer --schedule=$schedule --dtype=bfloat16 \
-                --alpha_warmup=10681
+                --alpha_warmup=10681 --train=$people
         done
     done
-    run muon_cosine --optimizer=muon --dtype=bfloat16 ;;
+    run muon_cosine --optimizer=muon --dtype=bfloat16 --train=$people ;;
 data)
-    people=out/units/libri_light,out/units/librispeech
     diverse=out/units/swc,out/units/tedlium,out/units/peoplespeech,out/units/voxpopuli
     run libri --train=$people
     run libri_diverse --train=$people,$diverse
@@ -63,5 +68,5 @@ batch)
         for rows in 128 256; do run "context${context}_batch$rows" --context=$context --batch_tokens=$((context * rows)); done
     done ;;
 *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

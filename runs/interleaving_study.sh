@@ -54,13 +54,13 @@ run() {  # run NAME TOKENS LABEL FLAGS: train on from the budget before, score, 
 }
 
 speech=$(flops 502) mixed=$(flops $((504 + 49152)))
-run start 0 0 --init=keep_text --mix=0.254,0.202,0.543
+run start 0 0 --init=keep_text --mix=1,1,1
 for seed in $seeds; do
     for arm in $arms; do
         case $arm in
         speech) cost=$speech flags="--init=random" ;;
-        interleaved) cost=$mixed flags="--init=keep_text --mix=0.254,0.202,0.543" ;;  # SlamKit's ratios
-        side_by_side) cost=$mixed flags="--init=keep_text --mix=0.557,0.443,0" ;;  # the first two of these alone
+        interleaved) cost=$mixed flags="--init=keep_text --mix=1,1,1" ;;
+        side_by_side) cost=$mixed flags="--init=keep_text --mix=1,1,0" ;;
         *) echo "ARMS: speech, interleaved, side_by_side, not $arm" >&2; exit 2 ;;
         esac
         for budget in $budgets; do

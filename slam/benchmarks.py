@@ -77,7 +77,7 @@ def read_slm21(name: str, path: str, split: str) -> Benchmark:
     folder = next((p for p in places if (p / "gold.csv").is_file()), None)
     if folder is None:
         raise SystemExit(f"{path}: no {task}/{split}/gold.csv below it; {contents(Path(path))}; expected the folder "
-                         f"sLM21-dataset (ZeroSpeech's test split comes without its answers)")
+                         f"sLM21-dataset (its archive of 2021 has no answers for the test split)")
     rows_of = defaultdict(list)
     with open(folder / "gold.csv", newline="", encoding="utf-8", errors="replace") as f:
         rows = csv.DictReader(f)

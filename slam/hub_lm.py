@@ -1,4 +1,4 @@
-"""OPT and Pythia (GPT-NeoX), bases of the paper's table 6: transformers' code behind the methods of `model.UnitLM`."""
+"""OPT and Pythia (GPT-NeoX), bases of the paper's table 7: transformers' code behind the methods of `model.UnitLM`."""
 import json
 from itertools import takewhile
 from pathlib import Path

@@ -64,12 +64,13 @@ class TextTokenizer:
 def poisson_spans(n_words: int, rng: np.random.Generator, share: float, mean: float = 10) -> np.ndarray:
     """Which words (n_words,) bool are spoken: spans of Poisson(mean) words at random places, until `share` of all are.
 
-    As in SlamKit and Zeng et al. 2024 (arXiv 2411.17607).
+    As in SlamKit and Zeng et al. 2024 (arXiv 2411.17607): a span covers no other, nor begins right behind one.
     """
     spoken = np.zeros(n_words, dtype=bool)
-    while spoken.sum() < share * n_words:
-        start = rng.integers(n_words)
-        spoken[start:start + max(1, rng.poisson(mean))] = True
+    for start in rng.permutation(n_words):
+        span = slice(start, start + max(1, rng.poisson(mean)))
+        if spoken.sum() < share * n_words and not spoken[max(0, start - 1):span.stop].any():
+            spoken[span] = True
     return spoken
 
 

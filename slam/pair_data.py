@@ -40,7 +40,7 @@ def read_swag(path: str, seed: int, voices: tuple[str, ...]) -> Iterator[dict | 
         with open(path, newline="", encoding="utf-8") as f:
             rows = csv.DictReader(f, strict=True)
             if missing := [c for c in columns if c not in (rows.fieldnames or ())]:
-                raise SystemExit(f"{path}: no column {', '.join(missing)}; it wants SWAG's full train.csv or val.csv")
+                raise SystemExit(f"{path}: no column {', '.join(missing)}; it wants SWAG's train.csv or val.csv")
             for number, row in enumerate(rows):
                 prompt, start, source, *endings, label = (" ".join((row[c] or "").split()) for c in columns)
                 if source != "gold":

@@ -42,7 +42,7 @@ def run_problems(cfg) -> list[str]:
     if cfg.min_lr < 0 or cfg.schedule in ("cosine", "wsd") and 0 < cfg.lr < cfg.min_lr:
         found.append(f"min_lr {cfg.min_lr:g}: between 0 and lr, {cfg.lr:g}")
     if cfg.schedule == "inverse_sqrt" and cfg.warmup == 0:
-        found.append("warmup 0: inverse_sqrt falls as sqrt(warmup / progress) and needs one above 0 (the paper's DPO: "
+        found.append("warmup 0: inverse_sqrt falls as sqrt(warmup / progress) and needs one above 0 (SlamKit's DPO: "
                      "100 / 813); or take another schedule")
     if cfg.resume and cfg.overwrite:
         found.append("resume and overwrite exclude each other")

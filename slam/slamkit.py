@@ -69,6 +69,8 @@ def export(load: Callable[[str], torch.nn.Module]) -> None:
     if Path(args.out).exists():
         raise SystemExit(f"{args.out} exists; choose another folder")
     lm, slam = load(args.checkpoint), fetch(args.checkpoint) / "slam.json"
+    if getattr(lm.config, "first_text_token", 0):
+        raise SystemExit(f"{args.checkpoint}: a model of speech and text, whose tokens SlamKit numbers differently")
     base = lm.hf_config()
     # The hub model whose config SlamKit loads first and then overrides with `base_config`: any of the type will do.
     base_names = {"qwen2": "Qwen/Qwen2.5-0.5B", "llama": "HuggingFaceTB/SmolLM2-135M", "opt": "facebook/opt-125m",

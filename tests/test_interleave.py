@@ -48,6 +48,9 @@ def test_spans():
     shares = [poisson_spans(200, rng, 0.3).mean() for _ in range(200)]
     assert min(shares) >= 0.3 and np.mean(shares) < 0.35  # a span ends above the share, by half of its length or so
     assert all(0 < poisson_spans(n, rng, 0.3).sum() <= n for n in range(1, 20))
+    padded = np.pad([poisson_spans(200, rng, 0.3) for _ in range(500)], ((0, 0), (1, 1)))
+    begins, ends = (np.flatnonzero(np.diff(padded.astype(int)) == sign) for sign in (1, -1))
+    assert 9.4 < np.mean(ends - begins) < 10.1  # SlamKit's function: 9.75; spans that may merge: 12.1
     spoken = np.concatenate([[False], chunk_spans(2000, rng), [False]]).astype(int)
     lengths = np.flatnonzero(np.diff(spoken) == -1) - np.flatnonzero(np.diff(spoken) == 1)
     assert lengths[1:-1].min() >= 5 and lengths.max() <= 15
