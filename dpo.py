@@ -38,7 +38,7 @@ from slam.units import Fingerprint, read_pairs, require_same, to_tokens, write_a
 class Config:
     """Tune a unit LM on preference pairs. The defaults are the paper's (table 5)."""
     out: str = ""  # run folder; empty: the checkpoint's, with _dpo at its end
-    checkpoint: str = ""  # model to start from and reference; empty: the newest pre-trained one under out/
+    checkpoint: str = ""  # model to tune, also the reference; empty: the newest pre-trained one under out/
     pairs: str = ""  # pair file to train on; empty: the newest pairs_train.jsonl under out/ of the checkpoint's units
     val_pairs: str = ""  # held-out pair file; empty: pairs_val.jsonl beside `pairs`
     beta: float = 0.1  # strength of the pull towards the reference
@@ -125,8 +125,8 @@ def loss_and_statistics(cfg: Config, logps: Tensor, reference: Tensor, lengths: 
 def prefix_pair(pair: dict, context: int, dedup: bool = True) -> PrefixPair | None:
     """Units of a pair -> tokens `1 prompt`, `chosen 1`, `rejected 1`; None if they leave no room for a prompt.
 
-    A completion that was cut off gets no EOS. With dedup, a unit that ends the prompt and begins the completion stands
-    once (SlamKit keeps both). A long prompt loses its beginning, for both completions alike.
+    A completion that was cut off gets no EOS. With dedup, a unit that ends the prompt and begins the completion is kept
+    once (SlamKit keeps both). A long prompt loses its beginning, the same for both completions.
     prefix_pair({"prompt": [5, 6], "chosen": [6, 9], "rejected": [4]}, 1024) -> [1, 7, 8], [11, 1], [6, 1]
     """
     prompt, completions = pair["prompt"], []
@@ -161,7 +161,7 @@ def completion_logps(lm: UnitLM, pairs: list[PrefixPair], cfg: Config, desc: str
 
 
 def reference_logps(start: str, weights: str, path: str, pairs: list[PrefixPair], cfg: Config, ranks=(0, 1)) -> Tensor:
-    """`completion_logps` by the starting checkpoint, of weights with this sha256; saved beside the pair file."""
+    """`completion_logps` of the checkpoint `start` (its sha256: `weights`), cached in a file beside the pair file."""
     saved = Path(f"{path}.reference-{folders.sha256_of(weights, pairs, cfg.dtype, pick_device().type)[:16]}.npy")
     if over_ranks([saved.exists()]) == [ranks[1]]:  # all see it, so that none waits for the others below
         return torch.from_numpy(np.load(saved))
@@ -195,7 +195,7 @@ def step_rows(ids: list[int], pairs: list[PrefixPair], cfg: Config, width: int) 
 
 
 def backward(forward: Callable, data: Data, rows: list[list[int]], cfg: Config, width: int) -> Tensor:
-    """Forward and backward passes of this rank's rows, with no wait for the GPU; its part of the STATISTICS (7,).
+    """Forward and backward passes of this rank's rows; returns its part of the STATISTICS (7,); no wait for the GPU.
 
     The loss is the mean over the pairs of all ranks, however they are divided into micro-batches.
     """

@@ -53,7 +53,7 @@ class Config:
     generate_from: str = ""  # manifest or benchmark whose positives are the prompts of GenPPL and auto-BLEU, or any
     # folder of speech
     n_generate: int = 1000  # prompts, at most: the first of the set
-    n_seeds: int = 1  # continuations of each prompt, with the seeds from `seed` on
+    n_seeds: int = 1  # continuations of each prompt, with seeds `seed`, `seed` + 1, …
     resynth_from: str = ""  # manifest, whose positives are re-synthesised and transcribed, or any folder of speech;
     # nothing else is done
     prompt_seconds: float = 3.0  # length of a prompt: the beginning of the wav
@@ -69,7 +69,7 @@ class Config:
     keep_audio: bool = False  # keep the generated wavs beside results.json
     context: int = 1024  # tokens in a row of the validation set and of pairs
     batch: int = 16  # sequences in a forward pass
-    compile: bool = True  # torch.compile the sampling on a GPU, if there are several full batches
+    compile: bool = True  # torch.compile the sampling on a GPU, if there are at least four full batches
     seed: int = 0  # of the generation
 
     def problems(self) -> list[str]:
@@ -77,8 +77,8 @@ class Config:
         if not (self.val or self.benchmark or self.manifest or self.generate_from or self.resynth_from):
             found.append("nothing to do: set val, benchmark, manifest, generate_from or resynth_from")
         if len(self.path) not in (len(self.benchmark), min(1, len(self.benchmark))):
-            found.append(f"path: {len(self.path)} for {len(self.benchmark)} of benchmark; give one for each, or one "
-                         f"for all")
+            found.append(f"path: {len(self.path)} given for {len(self.benchmark)} benchmarks; give one for each, or "
+                         f"one for all")
         if self.write_manifest and len(self.benchmark) != 1:
             found.append("write_manifest: give exactly one benchmark")
         if self.write_manifest and Path(self.write_manifest).exists():
@@ -92,7 +92,7 @@ class Config:
 
 # ---------------------------------------------------------------- pairs
 def read_benchmarks(cfg: Config) -> list[Benchmark]:
-    """All benchmarks and manifests of the settings, each with a line on what is in it."""
+    """Read all benchmarks and manifests of the settings, and print a summary of each."""
     paths = cfg.path if len(cfg.path) == len(cfg.benchmark) else cfg.path * len(cfg.benchmark)
     found = [read_benchmark(name, path, cfg.split, cfg.max_left_out) for name, path in zip(cfg.benchmark, paths)]
     found += [read_manifest(path) for path in cfg.manifest]
@@ -159,7 +159,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
         texts, alone = (transcribe(waves, cfg.asr, strip=False) for waves in (whole, speak(new, tokenizer, vocoder)))
         said += [{"seed": seed, "prompt": path.name, "text": text, "continuation_text": a, "units": units}
                  for path, text, a, units in zip(paths, texts, alone, new)]
-        for i, wave in enumerate(whole) if cfg.keep_audio else ():  # the number, as names may repeat
+        for i, wave in enumerate(whole) if cfg.keep_audio else ():  # numbered, as names may repeat
             soundfile.write(out / f"generated_{i:03d}_{paths[i].stem}_{seed}.wav", wave, SAMPLE_RATE)
     (out / "generated.jsonl").write_text("".join(json.dumps(x) + "\n" for x in said))
     free_memory()

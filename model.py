@@ -40,8 +40,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 1024
-    first_text_token: int = 0  # of a model of speech and text, before which are units and markers; 0: there is no text
-    model_type: str = "qwen2"  # with biases on q, k and v, or llama, without: what transformers makes of our folders
+    first_text_token: int = 0  # of a model of speech and text, after units and markers; 0: the model has no text
+    model_type: str = "qwen2"  # (biases on q, k and v) or llama (none): the class that transformers loads
 
     def __post_init__(self):
         if self.model_type not in ("qwen2", "llama") or self.num_attention_heads % self.num_key_value_heads:
@@ -201,8 +201,8 @@ class UnitLM(nn.Module):
         positions: (B, T) int64, counted from 0 in each utterance of a packed row, which attends to itself alone
             (slam/attention.py; also several continuations of a shared prefix). None: each row is one utterance.
         mask: `packed_mask` of the positions, made beforehand; compiled code on a GPU is fast only with it.
-        cache: keys and values of earlier tokens; `positions` are then the new tokens' places, after those.
-        last: (B,) int64, the one place of each row whose logits are wanted -> (B, 1, vocab).
+        cache: keys and values of earlier tokens; `positions` are then those of the new tokens.
+        last: (B,) int64, the only position of each row whose logits are wanted -> logits (B, 1, vocab).
         """
         B, T = tokens.shape
         x = self.model.embed_tokens(tokens)
@@ -287,7 +287,7 @@ class UnitLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str) -> "UnitLM":
-        """Load a hub id, a folder (ours, SlamKit's, transformers') or `embedded:NAME`, in fp32. Raises SystemExit."""
+        """Load a hub id, folder (ours, SlamKit's, transformers') or embedded:NAME, in fp32. SystemExit if it fails."""
         config, state = read_folder(name)
         try:
             lm = from_config(config)
@@ -303,7 +303,7 @@ class UnitLM(nn.Module):
 
         init: unit embeddings. `first_rows`: the text embedding's first rows, as in SlamKit. `random`: N(0, 0.02).
             `none`: keep only the base's shape, to train from scratch. `keep_text`, for speech and text in one model:
-            keep the text's rows as the last; those before have their mean and spread (keep_text_random: N(0, 0.02)).
+            units and markers get new rows before the text's, with its mean and spread (keep_text_random: N(0, 0.02)).
         n_layers: keep the first n blocks. rope_theta: the paper's is 10000 for every base. context: longest row, in
             tokens. None keeps the base's. Raises ValueError for what the base cannot give.
         """
@@ -349,7 +349,7 @@ def twisted(config: dict, vocab_size: int, n_layers: int | None = None, rope_the
             context: int | None = None, n_new: int = 0) -> dict:
     """The config.json of a text LM -> that of the unit LM made from it; None keeps the base's value.
 
-    n_new: number of the tokens before the text's, if these are kept.
+    n_new: if the text's tokens are kept, the number of new tokens before them.
     """
     kind, limit = config["model_type"], config["max_position_embeddings"]
     if kind == "opt":  # learned positions: their number stays, and there is no rotary embedding
@@ -372,7 +372,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, repetit
     """Draw a token (B,) from logits (B, V) after repetition penalty (Keskar et al. 2019), temperature, top-k and top-p.
 
     `seen` (B, V) bool marks the tokens that the penalty applies to; temperature 0 takes the most likely token; top_k 0
-    and top_p 1 cut nothing. Changes `logits` at the tokens of `forbid`, in which a slice stands for its tokens.
+    and top_p 1 cut nothing. Overwrites `logits` in place at the tokens of `forbid` (numbers or slices of numbers).
     """
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)

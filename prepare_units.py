@@ -10,9 +10,9 @@ Out: a folder of unit files (slam/units.py) with a report; or a codebook (.safet
     python prepare_units.py convert --source mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin   # a published k-means
     python prepare_units.py bpe --units out/my_units --out out/my_bpe                     # pieces of several units
 
-Several processes may share a folder: `--shard=3/8` is the third of eight, and torchrun's share by themselves. If a run
-is killed, the same command continues it: no utterance is lost or written twice. Two cores tokenise more than 100 times
-faster than real time with the embedded encoder.
+Several processes may share a folder: `--shard=3/8` is the third of eight, and torchrun's divide the work by themselves.
+If a run is killed, the same command continues it: no utterance is lost or written twice. Two cores tokenise more than
+100 times faster than real time with the embedded encoder.
 """
 import json
 import os
@@ -50,12 +50,12 @@ class Config:
     durations: bool = False  # keep frames per unit beside the units (training a vocoder needs them)
     audio_column: str = "audio"  # of a parquet file
     max_utterance_seconds: float = 0.0  # cut longer recordings at silences into utterances of at most this; 0: don't
-    max_bad_share: float = 0.01  # of recordings that can't be used; more of them are an error at the end
+    max_bad_share: float = 0.01  # share of recordings that may be unusable; more are an error at the end
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # encoder; auto: float16 on a GPU, else float32
     batch_seconds: float = 0.0  # audio encoded together; 0: 240 on a GPU, 30 on a CPU
     workers: int = 0  # threads that read, decode and resample ahead of the encoder; 0: one per core, at most 16
     shard: str = ""  # this process's part of the work, 1/8 to 8/8; all parts write into the same `out`
-    shard_tokens: int = 1_000_000  # tokens per unit file; a killed run loses at most one
+    shard_tokens: int = 1_000_000  # tokens per unit file; a killed run loses the work of at most one file
     overwrite: bool = False  # start anew instead of resuming
 
     def problems(self) -> list[str]:
@@ -92,7 +92,7 @@ def part_of(shard: str) -> tuple[int, int]:
 
 
 def part_prefix(index: int, n_parts: int) -> str:
-    """How the names of a part's files begin: part_prefix(2, 8) -> "part003of008-"; empty if there is one part."""
+    """Prefix of the names of a part's files: part_prefix(2, 8) -> "part003of008-"; empty if there is one part."""
     return f"part{index + 1:03d}of{n_parts:03d}-" if n_parts > 1 else ""
 
 
@@ -105,14 +105,14 @@ class Tally:
         self.skipped: list[dict] = []
 
     def skip(self, id: str, reason: str, fatal: bool = False, part: bool = False) -> None:
-        """Note a recording that can't be used, or only a part of it, which does not count as a bad one."""
+        """Record why a recording can't be used. part: only a part of it can't, so it does not count as bad."""
         self.skipped.append({"id": id, "reason": reason, "fatal": fatal, "part": part})
         tqdm.write(f"skipped {id!r}: {reason}", file=sys.stderr)
 
     def close(self, *reports: Path) -> None:
         """Write the report and print the last line. SystemExit if too much was bad, or an archive broke off.
 
-        reports: those that must be there before it exits with an error, by which torchrun ends its other processes.
+        reports: files to wait for before exiting with an error, since torchrun then ends its other processes.
         """
         n_bad = sum(not s["part"] for s in self.skipped)
         n = self.utterances + self.already_there + n_bad
@@ -143,7 +143,7 @@ def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
     out = Path(cfg.out)
     made_by = out / "config.json"
     if cfg.overwrite and prefix:
-        raise SystemExit(f"{out}: several processes share it, so none may empty it; remove it, then start without this")
+        raise SystemExit(f"{out}: several processes share it, so none may empty it; remove it, then omit --overwrite")
     if cfg.overwrite:  # unit files, by their exact names
         for old in (*out.glob("[0-9]" * 5 + ".safetensors"), *out.glob("part*of*-" + "[0-9]" * 5 + ".safetensors")):
             old.unlink()
@@ -157,7 +157,7 @@ def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
     elif out.is_file() or any(out.glob("*.safetensors")):
         raise SystemExit(f"{out} was made by something else; choose another --out")
     own = f"{prefix}report.json"
-    for old in out.glob("*report.json"):  # what this run's other processes report stays
+    for old in out.glob("*report.json"):  # all but those of this run's other processes
         if old.name == own or old.name.partition("of")[2] != own.partition("of")[2]:
             old.unlink(missing_ok=True)
     write_atomic(made_by, json.dumps(asdict(cfg), indent=2))
@@ -165,7 +165,7 @@ def prepare_output_dir(cfg: Config, prefix: str = "") -> Path:
 
 
 def groups(events: Iterable, seconds: float) -> Iterator[list]:
-    """Events in lists whose pieces hold so much audio."""
+    """Lists of consecutive events; each ends once its pieces hold `seconds` of audio, the last may hold less."""
     group, held = [], 0.0
     for event in events:
         group.append(event)
@@ -177,10 +177,10 @@ def groups(events: Iterable, seconds: float) -> Iterator[list]:
 
 
 def encode(events: Iterable, tokenizer: SpeechTokenizer, batch_seconds: float) -> Iterator[list[Utterance]]:
-    """Encode the pieces among the events; yields the other events, the utterances of a recording, with their frames.
+    """Encode the pieces among the events; yield the others, lists of a recording's utterances, with frames filled in.
 
     In a group of eight batches, pieces of like length share a batch. A group is launched before the units of the
-    previous one are fetched, so a GPU works on it while the CPU writes those and gathers the next.
+    previous one are fetched, so a GPU works on it while the CPU writes that one and gathers the next.
     """
     previous, fetched, copied = [], iter(()), None
     for group in chain(groups(events, 8 * batch_seconds), [[]]):
@@ -225,7 +225,7 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
     bar = tqdm(total=total, disable=None, desc="units", unit="file", smoothing=0)
 
     def missing() -> Iterator[Item]:
-        """The recordings that are not there yet."""
+        """The recordings that are not yet in `out`."""
         for item in items:
             if item.id in done:
                 tally.already_there += done[item.id]
@@ -324,7 +324,7 @@ def unfinished(folder: Path) -> Iterator[str]:
     if (folder / "config.json").exists():  # else another stage made it
         finished = [path.name.removesuffix("report.json") for path in folder.glob("*report.json")
                     if json.loads(path.read_text("utf-8", "surrogateescape"))["complete"]]
-        # A corpus begun by one number of processes and finished by another is whole: each skips what any has written.
+        # A corpus that another number of processes has finished is complete too: each skips what any has written.
         numbers = [match[2] for match in shards] + [prefix.partition("of")[2][:-1] for prefix in finished] or [1]
         pending = min(([prefix for i in range(n) if (prefix := part_prefix(i, n)) not in finished]
                        for n in {int(n or 1) for n in numbers}), key=len)

@@ -9,7 +9,7 @@ Out: a new folder with two wavs per prompt, sample and checkpoint (prompt + cont
     python sample.py --prompt hello.wav --play                            # play it while it is being generated
     python sample.py                                                      # no prompt: the model starts by itself
     python sample.py --prompt hello.wav --answer text                     # a model of speech and text writes on
-    python sample.py --prompt hello.wav --resynth        # from its own units: what tokeniser and vocoder keep; no LM
+    python sample.py --prompt hello.wav --resynth        # re-synthesis without LM: what tokeniser and vocoder keep
 
 The tokeniser and the vocoder are those of the checkpoint's units. Takes seconds on two CPU cores.
 """
@@ -44,8 +44,8 @@ class Config:
     # or if there is none, the model that comes with the code, embedded:slam-mini
     out: str = ""  # new folder for wavs, samples.json and listen.html; empty: out/samples, out/samples_2, …
     n: int = 1  # continuations per prompt
-    prompt_seconds: float = 10.0  # of a longer prompt only its last seconds are used
-    from_start: bool = False  # use its first seconds instead
+    prompt_seconds: float = 10.0  # longest prompt; a longer recording is cut to its last seconds
+    from_start: bool = False  # cut it to its first seconds instead
     continuation_seconds: float = 8.0  # length of a continuation, to within a unit
     allow_eos: bool = False  # the model may end a continuation early, even at once after a complete sentence
     temperature: float = 0.8  # 0: the most likely unit each time
@@ -180,7 +180,7 @@ def resynthesize(cfg: Config, speaker: Speaker, encoded: list[tuple]) -> Iterato
 
 
 def continue_prompts(cfg: Config, speaker: Speaker, encoded: list[tuple]) -> Iterator[tuple[np.ndarray, float, dict]]:
-    """The same of each prompt `n` times: wave (T,) with the continuation, the second where it starts, the entry."""
+    """Each prompt continued `n` times -> wave (T,) of both, the second where the continuation starts, the entry."""
     prompts = [units.tolist() for units, _ in encoded for _ in range(cfg.n)] or [[]] * cfg.n
     if cfg.play or cfg.stdout:
         from slam.stream import loudspeaker, stream
@@ -274,7 +274,7 @@ def main(cfg: Config) -> None:
             record |= {"prompt_text": heard.get(record["prompt_file"], ""), f"{kind}_text": text}
             clip.text, clip.prompt_text = text, "" if cfg.resynth else record["prompt_text"]
     for record in records:
-        print(record.get("resynth") or record.get("whole", "(it ended before it began)"))
+        print(record.get("resynth") or record.get("whole", "(no sound: the model ended at once)"))
         if cfg.transcribe:
             print(f"  prompt:       {record['prompt_text']}\n"
                   f"  {kind + ':':13} {record[f'{kind}_text'] if kind in record else '(ended at once)'}")

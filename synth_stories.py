@@ -62,7 +62,7 @@ class Config:
     def problems(self) -> list[str]:
         found = []
         if self.tts not in TTS:
-            found.append(f"tts = {self.tts!r}: there is {', '.join(TTS)}")
+            found.append(f"tts = {self.tts!r}: expected one of {', '.join(TTS)}")
         elif unknown := set(self.voices) - set(TTS[self.tts][1]):
             found.append(f"voices: {self.tts} has {', '.join(TTS[self.tts][1])}, not {', '.join(sorted(unknown))}")
         if self.swag and self.tokenizer == "none":
@@ -70,7 +70,7 @@ class Config:
         if self.tokenizer == "none" and not self.keep_audio:
             found.append("tokenizer = none without keep_audio = true would leave nothing")
         if min(self.workers, self.batch) < 1 or self.max_sentences < 5:
-            found.append("workers, batch: at least 1; max_sentences: at least 5, as a tStoryCloze pair takes so many")
+            found.append("workers, batch: at least 1; max_sentences: at least 5, as a tStoryCloze pair takes five")
         if min(self.n_train, self.n_pairs, self.n_sblimp, self.max_new_tokens, self.temperature, self.top_k) < 0:
             found.append("n_train, n_pairs, n_sblimp, max_new_tokens, temperature and top_k must not be negative")
         if self.n_val < 4 and not self.swag:
@@ -79,7 +79,7 @@ class Config:
 
 
 # ---------------------------------------------------------------- stories
-# The text LM continues an opening, which keeps a small LM on topic; there are so many that they seldom repeat.
+# The text LM continues an opening, which keeps a small LM on topic; there are so many openings that they seldom repeat.
 FIELD = re.compile(r"\{(a_)?((\w+?)\d*)\}")  # {hero}: of the list "hero"; {a_hero2}: another of it, with its article
 def opening(lists: dict[str, list[str]], rng: np.random.Generator, key: str = "shape") -> str:
     """The first sentences of a story: a shape, filled with words of `lists` (assets/openings.json), or other shapes.
@@ -115,7 +115,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def tidy(text: str, max_sentences: int = 7) -> list[str] | None:
-    """A story's sentences before the first that is hard to speak or repeats, at most so many; None if fewer than 5."""
+    """Sentences of a story before the first that is hard to speak or repeats, at most `max_sentences`; None if < 5."""
     text = text.translate(str.maketrans("“”‘’—–\n", "\"\"''-- "))
     kept = []
     for sentence in split_sentences(re.sub(r"\s+", " ", text))[:max_sentences]:
@@ -188,8 +188,8 @@ def speak_stories(cfg: Config, pool, stories: list[dict], split: str, tokenizer:
 def make_pairs(cfg: Config, pool, stories: list[dict], split: str, tokenizer: SpeechTokenizer) -> None:
     """Preference pairs: three sentences of a story; its own fourth sentence is chosen, another story's rejected.
 
-    Fourth sentences come from the same place in a story, so only what they say tells them apart. Prompt, chosen and
-    rejected are spoken and tokenised each by itself, as in SpokenSwag.
+    Both fourth sentences have the same place in their story, so only what they say tells them apart. Prompt, chosen and
+    rejected are spoken and tokenised separately, as in SpokenSwag.
     """
     path = Path(cfg.out) / f"pairs_{split}.jsonl"
     if path.exists():
@@ -203,7 +203,7 @@ def make_pairs(cfg: Config, pool, stories: list[dict], split: str, tokenizer: Sp
     write_pairs(path, tokenizer.fingerprint, (
         {"id": id, "prompt": units[f"{id} prompt"], "chosen": units[f"{id} next"], "rejected": units[f"{other} next"],
          "prompt_text": " ".join(own[id][0]), "chosen_text": own[id][1], "rejected_text": own[other][1]}
-        for id, other in zip(own, exchange(list(own), cfg.seed)) if id != other))  # the same where there is but one
+        for id, other in zip(own, exchange(list(own), cfg.seed)) if id != other))  # equal if there is only one story
 
 
 def main(cfg: Config) -> None:

@@ -41,18 +41,18 @@ class Config:
     mix: tuple[float, ...] = ()  # shares of the tokens in speech-only, text-only and interleaved utterances, such as
     # the paper's 1 1 1 (slam/interleave.py); the unit files then have words. Empty: speech only
     spans: Literal["poisson", "chunks"] = "poisson"  # which words of an interleaved utterance are spoken
-    spoken_share: float = 0.3  # of its words, with poisson
+    spoken_share: float = 0.3  # share of these words, with spans = poisson
     base: str = "Qwen/Qwen2.5-0.5B"  # text LM that gives shape and weights: hub id, folder or embedded:NAME
     init: Literal["first_rows", "random", "none", "keep_text", "keep_text_random"] = "first_rows"  # unit embeddings:
     # the text embedding's first rows, new ones N(0, 0.02), or `none`: keep only the shape and train from scratch. With
     # a mix the text's embeddings stay; the units' are drawn with their mean and spread (keep_text), or from N(0, 0.02)
     n_layers: int | None = None  # number of the base's first layers to keep; none: all
-    shape: dict = field(default_factory=dict)  # fields of ModelConfig, others as in Qwen2.5-0.5B: a model from scratch,
-    # for which base, init and n_layers mean nothing
+    shape: dict = field(default_factory=dict)  # fields of ModelConfig (others as in Qwen2.5-0.5B): train this shape
+    # from scratch; base, init and n_layers are then ignored
     rope_theta: float | None = 10000.0  # base of the rotary position embedding; none: the text LM's, to keep its text
     context: int = 1024  # tokens in a row
     micro_batch: int = 8  # rows in a forward pass, as many as fit into memory; the result does not depend on it
-    batch_tokens: int = 131_072  # tokens in an optimiser step, on all GPUs together: so many rows are accumulated
+    batch_tokens: int = 131_072  # tokens in an optimiser step, on all GPUs together; accumulates rows to reach it
     steps: int | None = None  # length of the run, by whichever of these is set: optimiser steps,
     tokens: float | None = None  # target tokens,
     time_budget_hours: float | None = None  # or hours of training (compiling, saving and evaluating not counted)
@@ -66,13 +66,13 @@ class Config:
     eps: float = 1e-8  # AdamW, AdEMAMix
     weight_decay: float = 0.0  # on matrices only
     beta3: float = 0.9999  # AdEMAMix, the slow mean
-    alpha: float = 5.0  # AdEMAMix, the slow mean's part in the step
-    alpha_warmup: int = 0  # AdEMAMix, steps in which beta3 and alpha rise; the paper: those of the whole run
+    alpha: float = 5.0  # AdEMAMix, weight of the slow mean in the step
+    alpha_warmup: int = 0  # AdEMAMix, steps over which beta3 and alpha rise; in the paper, the length of the run
     muon_momentum: float = 0.95  # Muon
     grad_clip: float = 0.5  # largest gradient norm
     dtype: Literal["auto", "bfloat16", "float32", "pure_bfloat16"] = "auto"  # of the computation; weights and optimiser
-    # are fp32, but for pure_bfloat16. auto: bfloat16 where the hardware multiplies it fast
-    activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory, a third more work
+    # are fp32, except with pure_bfloat16. auto: bfloat16 where the hardware multiplies it fast
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
     compile: bool | None = None  # torch.compile; none: on a GPU. A CPU needs a C++ compiler and half a minute for it
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside log.jsonl; each must be installed
     log_every: int = 10  # steps
@@ -103,7 +103,7 @@ class Config:
 
 # ---------------------------------------------------------------- the model, a step, an evaluation
 def build(cfg: Config, n_tokens: int, first_text: int = 0) -> UnitLM:
-    """A new model: TWIST from `base`, or from scratch by `shape`. SystemExit for a shape that can't be."""
+    """A new model: TWIST from `base`, or from scratch by `shape`. SystemExit if the shape is impossible."""
     try:
         if cfg.shape:
             return UnitLM(ModelConfig(**{"vocab_size": n_tokens, "first_text_token": first_text, "rope_theta":
@@ -114,7 +114,7 @@ def build(cfg: Config, n_tokens: int, first_text: int = 0) -> UnitLM:
 
 
 def accumulate(forward, micro_batches: list[tuple], n_targets: int, device: torch.device, dtype: str) -> Tensor:
-    """Forward and backward passes of a step, with no wait for the GPU; this rank's part of the loss, ().
+    """Forward and backward passes of a step; returns this rank's part of the loss, (), without waiting for the GPU.
 
     The loss is the mean over the `n_targets` targets of all ranks' micro-batches, so it does not depend on how a step
     is divided into these. micro_batches: [(tokens, targets, positions)], each (B, T) int64. forward: the model,
@@ -142,7 +142,7 @@ def evaluate(lm: UnitLM, val: UnitReader | Mixed, cfg: Config, run: Run, world: 
     values = {name: x["value"] for name, x in found.items()}
     line = " | ".join(f"{name.removeprefix('val_').replace('_', ' ')} {x:.4g}" for name, x in list(values.items())[1:])
     run.results({name if run.step else f"{name}_before_training": x | {"step": run.step} for name, x in found.items()})
-    run.log(f"val loss {loss:.4f} | ppl {math.exp(loss):.2f}{line and ' | '}{line}", **values)  # last: it is the mark
+    run.log(f"val loss {loss:.4f} | ppl {math.exp(loss):.2f}{line and ' | '}{line}", **values)  # last: marks it as done
 
 
 @explain_out_of_memory
@@ -176,7 +176,7 @@ def main(cfg: Config) -> None:
         cfg, fingerprint.vocab_size, corpus.vocabulary.first_text if cfg.mix else 0)
     lm.to(device).train()
     for p in lm.parameters() if cfg.dtype == "pure_bfloat16" else ():
-        p.data = p.data.bfloat16()  # not Pythia's rotary frequencies, which lm.to would round, too
+        p.data = p.data.bfloat16()  # parameters only: lm.to would also round Pythia's rotary frequencies
     lm.set_activation_checkpointing(cfg.activation_checkpointing)
     forward = compiled(lm, cfg.compile)
 

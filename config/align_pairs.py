@@ -1,4 +1,4 @@
-"""On-policy preference pairs (AlignSLM): Slam's own continuations, the better ones over the worse.
+"""On-policy preference pairs (AlignSLM): of Slam's own continuations, a better one chosen, a worse one rejected.
 
     python dpo.py pairs config/align_pairs.py
     python dpo.py config/slam_dpo.py --pairs out/align/pairs_train.jsonl --val_pairs= --out out/slam_align

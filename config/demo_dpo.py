@@ -9,4 +9,4 @@ steps = 10
 lr = 5e-5
 warmup = 0.1
 log_every = 5
-n_samples = 0  # evaluation comes next anyway
+n_samples = 0  # eval.py, which runs next, generates samples

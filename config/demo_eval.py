@@ -5,4 +5,4 @@ val = ("out/demo/data/units/val",)
 manifest = ("out/demo/data/tstorycloze", "out/demo/data/sblimp")
 generate_from = "out/demo/data/tstorycloze"
 n_generate = 10
-allow_eos = False  # Whisper's units sound finished where a prompt is cut, so EOS would follow at once
+allow_eos = False  # a cut prompt sounds finished to Whisper, so an EOS would follow at once

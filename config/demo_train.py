@@ -1,4 +1,4 @@
-"""The demo's unit LM: SmolLM2-135M cut to its first four layers; a minute or three on two CPU cores.
+"""The demo's unit LM: SmolLM2-135M cut to its first four layers; one to three minutes on two CPU cores.
 
 Chosen by measurement: validation loss after 1.5 minutes on two cores and two hours of stories (a bigram model: 1.70)
     from scratch, 6 layers, 256 wide, 5.2M parameters                    1.43
@@ -17,7 +17,7 @@ n_layers = 4
 context = 1024
 micro_batch = 1
 batch_tokens = 1024
-tokens = 220_000  # three epochs, whatever the machine; after seven, two minutes of a fast one, the loss is 0.2 higher
+tokens = 220_000  # three epochs; seven (what two minutes on a fast machine allow) overfit: the loss is 0.2 higher
 lr = 2e-3
 min_lr = 1e-4
 warmup = 0.05

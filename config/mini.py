@@ -6,7 +6,7 @@ Four layers of SmolLM2-135M, 14.5M parameters; a 32nd of slam.py's batch. The un
 base cut in depth starts at 23 nats with the text's first rows.
 """
 train = tuple(f"out/mini/part{k}/units/train" for k in range(12))
-val = ("out/mini/part0/units/val/00000.safetensors",)  # a glimpse: some 20k tokens. eval.py takes all of them
+val = ("out/mini/part0/units/val/00000.safetensors",)  # some 20k tokens, to be quick; eval.py takes all of them
 base = "embedded:smollm2-135m"
 n_layers = 4
 init = "random"

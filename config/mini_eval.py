@@ -8,4 +8,4 @@ val = ("out/mini/part0/units/val",)
 manifest = ("out/mini/part0/tstorycloze", "out/mini/part0/sstorycloze", "out/mini/part0/sblimp")
 n_generate = 100
 n_seeds = 3
-allow_eos = False  # Whisper's units sound finished where a prompt is cut, so EOS would follow at once
+allow_eos = False  # a cut prompt sounds finished to Whisper, so an EOS would follow at once

@@ -1,9 +1,9 @@
-"""The last step of the shipped model, over slam_fast.py and mini.py: it goes on, on tested grammar and new stories.
+"""The shipped model's second step, over slam_fast.py and mini.py: training on tested grammar and new stories.
 
     python train.py config/slam_fast.py config/mini.py config/mini_grammar.py
 
-A second set of sentences (config/mini_sentences.py with another seed) and part1's stories, once. Half of the weights
-after it and half of those before it are embedded:slam-mini (docs/mini.md).
+One pass over a second set of sentences (config/mini_sentences.py with another seed) and part1's stories. The weights
+before and after it, averaged and tuned with DPO once more, are embedded:slam-mini (docs/mini.md).
 """
 train = ("out/mini/sentences2/units/train", "out/mini/part1/units/train")
 base = "out/mini/half"

@@ -1,9 +1,9 @@
-"""The shipped model's second step, over slam_fast.py and mini.py: the study's best goes on, on sentences and voices.
+"""The shipped model's first step, over slam_fast.py and mini.py: more training, on sentences and other voices.
 
     python train.py config/slam_fast.py config/mini.py config/mini_voices.py
 
-Stories that another voice begins (dev/voices.py others) and sentences from templates (config/mini_sentences.py), once.
-Half of the weights after it and half of those before it are what config/mini_grammar.py goes on from (docs/mini.md).
+One pass over stories that another voice begins (dev/voices.py others) and sentences from templates
+(config/mini_sentences.py). The weights before and after it, averaged, are the base of config/mini_grammar.py.
 """
 train = ("out/mini/sentences/units/train", "out/mini/others/units")
 base = "out/mini_gpu/twist_32000000_0_dpo_0/checkpoint"

@@ -7,8 +7,8 @@ this one.
 
 Predicted, not measured: 0.54 of slam.py's tokens reach the same validation loss (the ratio at the small scale), so
 --tokens=0.76e9 reaches the paper's. That is 7.9 h on an A5000 at the 26,600 tokens/s which we expect of our code there,
-12.7 h at the paper's 16,500 (docs/slam.md). --time_budget_hours=6 --tokens=none fits its schedule into six hours. As it
-is, it runs for slam.py's 1.4B tokens, by FLOPs as long as slam.py. Peak memory: config/gpu_24gb.py.
+12.7 h at the paper's 16,500 (docs/slam.md). --time_budget_hours=6 --tokens=none fits its schedule into six hours.
+Unchanged, it runs for slam.py's 1.4B tokens and so for the same FLOPs. Peak memory: config/gpu_24gb.py.
 """
 from config.slam import *
 

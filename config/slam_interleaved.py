@@ -8,7 +8,7 @@ The unit files have words (docs/interleaving.md).
 from config.slam import *
 
 out = "out/slam_interleaved"
-train = ("out/words/train-clean-360",)  # and whatever else alignment can read: plain audio files
+train = ("out/words/train-clean-360",)  # more can be added: alignment reads any plain audio files
 val = ("out/words/dev-clean",)
 init = "keep_text"
 rope_theta = None

@@ -1,6 +1,6 @@
 """TWIST-350M by its original recipe on Slam's budget, one A5000 day: row "TWIST-350M, original recipe".
 
-OPT-350M, speech of people only, inverse square root schedule. What Slam's paper gives of it is the result (sBLIMP
+OPT-350M, speech of people only, inverse square root schedule. Slam's paper gives its results (sBLIMP
 51.52, sStoryCloze 53.65, tStoryCloze 68.80), the schedule and 100 warm-up steps; batch and learning rate are TWIST's
 (Hassid et al. 2023) as we remember them, not checked against it: 64 rows of up to 25 s, lr 1e-4. OPT's dropout is off,
 as in Slam. Length: the day, so that it ends when Slam's does, whatever the GPU; by FLOPs at the paper's speed, 1.7B

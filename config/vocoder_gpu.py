@@ -1,4 +1,4 @@
-"""A vocoder of your own units on one GPU: a wider network, longer crops, a long night."""
+"""A vocoder of your own units on one GPU: a wider network, longer crops, ten hours."""
 width = 384
 blocks = 8
 minutes = 600

@@ -1,4 +1,4 @@
-"""Average the weights of a run and of the run that it went on from (WiSE-FT, arXiv 2109.01903): a run folder.
+"""Average the weights of a run and of the run that it started from (WiSE-FT, arXiv 2109.01903) into a run folder.
 
     python dev/average.py BEFORE AFTER OUT --share=0.5    # of AFTER
 

@@ -1,4 +1,4 @@
-"""Speed and memory of the stages, beside the peer's way of doing the same, in one process.
+"""Speed and memory of the stages, compared in one process with a peer: SlamKit, TRL or transformers.
 
     python dev/bench.py train config/slam.py                 # tokens/s of training: ours, and as SlamKit trains
     python dev/bench.py dpo --checkpoint out/demo/lm         # pairs/s of DPO: ours, SlamKit's way, TRL if installed
@@ -9,7 +9,7 @@
     python dev/bench.py vocoder                              # seconds of speech per second: ours, and a unit HiFi-GAN
 
 Each case is one JSON line: ours, peer, their ratio, the shape, the device and the versions. On a CPU the two sides take
-turns, since other work on the machine slows whoever runs; on a GPU each has the memory to itself.
+turns, so that other work on the machine slows both; on a GPU they run one after the other, so that memory suffices.
 """
 import sys
 from pathlib import Path
@@ -140,7 +140,7 @@ def peer_batch(reader: UnitReader, chunks: np.ndarray, packed: bool) -> dict[str
 
 
 def peer_training(cfg: BenchTrain, reader: UnitReader, lm: UnitLM, device: torch.device) -> Callable[[], int]:
-    """What SlamKit runs: transformers' model and loss, torch's AdamW (fused, which is faster), bf16 autocast, not compiled.
+    """What SlamKit runs: transformers' model and loss, torch's AdamW (fused: faster), bf16 autocast, not compiled.
 
     Utterances are cut one by one into chunks of at most `context` tokens, which are not filled up and drawn at random:
     `peer_micro_batch` in a forward pass, and as many a step as hold our number of tokens. SlamKit packs chunks into
@@ -582,7 +582,7 @@ def peer_units(tokenizer: SpeechTokenizer, paths: list[Path], out: Path) -> Call
 
 
 def stage_rates(tokenizer: SpeechTokenizer, paths: list[Path], cfg: BenchUnits, out: Path) -> dict[str, float]:
-    """Seconds of audio per second of each stage of ours by itself, in one thread of ours."""
+    """Seconds of audio per second of each of our stages alone, called from one thread."""
     import soundfile
     found, seconds = {}, 0.0
 

@@ -1,8 +1,8 @@
 """The demo's closing table, from its results.json files: python dev/demo_report.py TOTAL_SECONDS
 
 A figure of a trained model is a result if it is better than its floor by two standard errors. Floors: chance and a
-bigram model of the units for pairs, the bigram model for the validation loss, the model before DPO for GenPPL (that of
-noise is low, so an untrained model is none).
+bigram model of the units for pairs, the bigram model for the validation loss, the model before DPO for GenPPL (which is
+low for noise, so an untrained model is no floor).
 """
 import json
 import math

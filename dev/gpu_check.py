@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in 25 minutes: is it right, how fast is it, does every stage run.
+"""Checks that need a GPU, in 25 minutes: are results correct, how fast is it, does every stage run.
 
     python dev/gpu_check.py env correct first --out out/gpu.jsonl    # at most 6.5 minutes
     python dev/gpu_check.py mfu --out out/gpu.jsonl                  # at most 11 minutes
@@ -131,7 +131,7 @@ class Worker:
 def run_cases(cases: list[Case], size: Size, out: Path, seconds: dict[str, float] = SECONDS) -> None:
     """Append a line of each case to `out`, within the limits of each case and of each group.
 
-    What a group leaves of its time is the next one's.
+    Time that a group does not use goes to the next one.
     """
     one, device, ends = None, "", time.monotonic()
     for group in dict.fromkeys(case.group for case in cases):
@@ -166,7 +166,7 @@ def rounded(x):
 
 # ---------------------------------------------------------------- the cases, in order
 def plan() -> list[Case]:
-    """What is most wanted comes first in each group, whose time may end before its cases do."""
+    """The cases in order; in each group the most important come first, as its time may run out."""
     def mfu(limit: float = 120, **settings) -> Case:
         return Case("mfu", cases.training, limit, settings)
 

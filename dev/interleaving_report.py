@@ -29,7 +29,7 @@ def read(folder: Path, label: str) -> dict[str, tuple[float, float]]:
 
 
 def mean(runs: list[dict], metric: str) -> tuple[float, float]:
-    """Over seeds, of the value and of its standard error; nan where there is none."""
+    """Means over seeds of the value and of its standard error; nan where there is no value."""
     values = [run[metric] for run in runs if metric in run]
     return tuple(np.mean(values, 0)) if values else (math.nan, math.nan)
 

@@ -3,7 +3,7 @@
     python dev/mini_report.py out/mini                # the picture becomes docs/mini.png
     python dev/mini_report.py out/mini other.png
     python dev/mini_report.py best RUN RUN ...        # for the script: the run with the lowest validation loss
-    python dev/mini_report.py listen out/mini/listen  # what sample.py's page says, as a table
+    python dev/mini_report.py listen out/mini/listen  # transcripts of sample.py's page, as a table
     python dev/mini_report.py paired RUN RUN          # GenPPL before and after, prompt by prompt
 """
 import json
@@ -185,7 +185,7 @@ def overlap(held_out: Iterable[str], training: Iterable[str], n: int = 8) -> flo
 
 
 def read_run(folder: Path) -> dict | None:
-    """What is known of a finished run: its row and seed by the folder's name, and its results; None if it is none."""
+    """What is known of a finished run: row and seed by its folder's name, and results; None if it is not finished."""
     slam, name = folder / "checkpoint" / "slam.json", re.fullmatch(r"(.+)_(\d+)", folder.name)
     if not (name and slam.is_file() and (folder / "results.json").is_file()):
         return None

@@ -2,8 +2,8 @@
 
     python dev/plot.py --run out/slam --run out/slam_dpo      # out/plots/tstorycloze.png, .svg, loss.png, .svg
 
-The larger a circle, the larger the model. Published rows are those whose parameters and tokens are published; a run's
-compute is 6 N D (Kaplan et al. 2020), that of the run it started from included. Readable in grey. Needs matplotlib.
+Larger circles are larger models. Published rows are drawn where parameters and tokens are known; a run's compute is
+6 N D (Kaplan et al. 2020), including that of the run it started from. No colours are needed. Needs matplotlib.
 """
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ class PlotConfig:
 
 
 def read_run(folder: Path) -> dict | None:
-    """Name, parameters, FLOPs, results and the losses [(FLOPs, loss)] of a run folder; None if it is none."""
+    """Name, parameters, FLOPs, results and losses [(FLOPs, loss)] of a run folder; None if it is no run folder."""
     slam = folder / "checkpoint" / "slam.json"
     if not slam.is_file() or not (folder / "results.json").is_file():
         return None

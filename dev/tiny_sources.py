@@ -59,7 +59,7 @@ def main(made: Path, sources: Path) -> None:
                     z.writestr(f"{name}/{2 * i + j}_story.txt", pair[f"{side}_text"])
         add(f"bench/{name}", folder / f"{name}.zip", unpack="*")
 
-    # preference pairs: a story's own third sentence against other stories'
+    # preference pairs: a story's own fifth sentence against other stories'
     texts = [json.loads(line)["sentences"] for line in (made / "stories.jsonl").read_text().splitlines()]
     with open(folder / "train.csv", "w", newline="") as f:
         rows = csv.writer(f)

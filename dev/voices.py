@@ -8,8 +8,8 @@
     python dev/voices.py flite --set=out/mini/part0/tstorycloze    # out/people/slt: the pairs in a voice of flite
 
 No random word predicts the next, so a vocoder learns to trust the units and not what stories tend to say; WordNet's
-sentences, its examples of how a word is used, are about anything. Stories that another voice begins and the TTS' goes
-on with were to teach the unit LM to understand a person's prompt; docs/mini.md says how far they did.
+sentences, its examples of how a word is used, are about anything. Stories that another voice begins and the TTS' voice
+continues were meant to teach the unit LM to understand a person's prompt; docs/mini.md has the result.
 """
 import sys
 from pathlib import Path
@@ -72,7 +72,7 @@ class ExamplesConfig(WordsConfig):
 
 @dataclass
 class OthersConfig:
-    """Units of stories that another voice begins and the TTS' goes on with; a killed run goes on."""
+    """Units of stories that another voice begins and the TTS' voice continues; a killed run can be continued."""
     stories: str = "out/mini/part0"  # folder of synth_stories.py, whose training stories are spoken again
     out: str = "out/mini/others/units"  # folder to write
     copies: int = 2  # of each story, each begun in another voice

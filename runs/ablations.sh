@@ -10,7 +10,7 @@
 #   bash runs/ablations.sh models --dry  # only print the commands
 #   OUT=out/ablations_1h bash runs/ablations.sh optimizers -- --time_budget_hours=1 --tokens=none --alpha_warmup=454
 #
-# Flags after `--` are for all runs. Finished runs are skipped, killed ones go on. Every run has slam.py's 1.4B tokens.
+# Flags after `--` go to every run. Finished runs are skipped, killed ones continue. Each run has slam.py's 1.4B tokens.
 # Hours on an A5000: the paper's 23.5 for Qwen2.5-0.5B, others by their FLOPs at context 1,024. GB: what `python
 # dev/bench.py memory config/slam.py --base=...` counts.
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Units against pieces of several units (BPE), at a small scale (config/study.py): bits per second of held-out speech,
 # for the same speech (three seeds) and for the same number of tokens, which is the same compute (one seed).
-# Half an hour on two CPU cores after runs/fast_study.sh has made the data. Killed, it goes on.
+# Half an hour on two CPU cores after runs/fast_study.sh has made the data. If killed, start it again to continue.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 data=out/study/data/units

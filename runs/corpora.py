@@ -1,4 +1,4 @@
-"""What Slam is made of, where it is, and as many pieces of it as a run will consume.
+"""Where the data and models of Slam are, and fetching as much of them as a run will consume.
 
     python runs/corpora.py page --hours 20000     # what each step of runs/slam.sh needs: hours, network, disk
     python runs/corpora.py list --hours 20000     # the pieces: a random, reproducible share of each corpus
@@ -91,9 +91,9 @@ def pieces(sources: dict[str, Source]) -> dict[str, tuple[Source, int]]:
 
 
 def draw(sources: dict[str, Source], hours: float, seed: int = 0) -> list[str]:
-    """Names of the pieces to train on: of each corpus in MIX as many, in an order drawn by the seed, as give its share.
+    """Names of the pieces to train on: of each corpus in MIX, in an order drawn by the seed, until it has its share.
 
-    Every corpus has its share of `hours` by MIX, rounded up to a whole piece; more hours draw the same pieces first.
+    The share of `hours` is that in MIX, rounded up to a whole piece; more hours draw the same pieces first.
     """
     found = []
     for corpus, part in MIX.items():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of Slam in miniature, on real parts, with no GPU and no hub: 8 minutes on two cores, after set-up.
-# Killed or failed, it goes on where it was when started again. All goes to out/demo.
+# If it is killed or fails, start it again to continue. Everything is written to out/demo.
 set -euo pipefail
 if [ $# -gt 0 ]; then sed -n '2,3s/^# //p' "$0"; exit 2; fi  # it has no settings
 started=$SECONDS

@@ -125,7 +125,7 @@ def size_of(part: Path) -> int:
 def keep_trying(attempt: Callable, url: str, path: Path, part: Path, tries: int = 8, pause: float = 1.0):
     """The value of attempt(), which is called until it ends without an error of the network; SystemExit at others.
 
-    Before try n of those that bring nothing more into `part`, it waits pause * 2^n seconds, a minute at most.
+    After the n-th failure in a row that adds nothing to `part`, it waits pause * 2^(n - 1) seconds, at most a minute.
     """
     failures = 0
     while True:
@@ -201,9 +201,9 @@ def fetch(url: str, path: str | Path, digest: str = "", size: int = 0, first: in
 
 # ---------------------------------------------------------------- a piece of a tar
 def border(url: str, at: int, whole: int, **how) -> int:
-    """Where the first member of a tar that begins at or after byte `at`, a multiple of 512, ends; `whole` if none does.
+    """End of the first member of a tar that begins at or after byte `at`, a multiple of 512; `whole` if there is none.
 
-    Its end, as headers that belong to it, with a long name or other attributes, may precede its own.
+    Not its beginning, since further headers (a long name, other attributes) may precede the member's own.
     """
     with tempfile.TemporaryDirectory() as folder:
         while at < whole:

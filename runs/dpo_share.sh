@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# How much of a day DPO should have (the paper's figure 5): of a fixed budget, so many minutes go to DPO and the rest to
-# pre-training, each share with its own schedules. Ends with a table, curve.png and curve.svg in out/dpo_share/SCALE.
+# How much of a day DPO should get (the paper's figure 5): a share of a fixed budget goes to DPO and the rest to
+# pre-training, each with its own whole schedule. Ends with a table, curve.png and curve.svg in out/dpo_share/SCALE.
 #
 #   bash runs/dpo_share.sh slam --benchmark=tstorycloze --path=tSC   # 24 h a share; what follows are flags for eval.py
 #   bash runs/dpo_share.sh demo                                  # 4 minutes a share, after runs/demo.sh
 #   HOURS=12 MINUTES="0 15 30" bash runs/dpo_share.sh slam       # another budget, other shares of it; in slam_12h
 #
-# Killed, it goes on. Data, out/spoken_swag or out/demo/data, must be there.
+# If killed, start it again to continue. The data, out/spoken_swag or out/demo/data, must exist.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 scale=${1:-}; shift || true

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What DPO on a small model's own continuations (AlignSLM) does, three seeds: 15 steps and 60. About an hour
-# on two CPU cores, a third of it for the data. Killed, it goes on.
+# on two CPU cores, a third of it for the data. If killed, start it again to continue.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 data=out/study/data out=out/study/dpo

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How many tokens slam_fast.py's settings need to reach the validation loss that slam.py's reach, at a small scale
-# (config/study.py), three seeds each: half an hour on two CPU cores, the data included. Killed, it goes on.
+# (config/study.py), three seeds each: half an hour on two CPU cores, data included. If killed, start it again.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 grep -qs '"done": true' out/study/data/synth.json || python synth_stories.py config/demo_stories.py --out=out/study/data \

@@ -9,8 +9,8 @@
 #   SCALE=tiny bash runs/interleaving_study.sh        # a few steps, to see that everything runs
 #
 # Budgets are FLOPs, those of a token by slam/costs.py: 6 N + 12 L d T. The head counts once, although the backward pass
-# makes a text head's logits again; T is 250 keys. The learning rate is constant, so that a budget's run goes on from
-# the one before. Killed, it goes on. DATA=FOLDER: stories made with --keep_audio.
+# recomputes a text head's logits; T is 250 keys. The learning rate is constant, so that each budget's run can continue
+# that of the budget before. If killed, start it again to continue. DATA=FOLDER: stories made with --keep_audio.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 scale=${SCALE:-cpu}

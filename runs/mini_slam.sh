@@ -8,8 +8,8 @@
 #   SCALE=gpu bash runs/mini_slam.sh    # more tokens, and the whole base too, on out/mini's data, in out/mini_gpu
 #   SCALE=tiny bash runs/mini_slam.sh   # only to see that the script works: minutes, in out/mini_tiny
 #
-# The order is that of importance. Killed, it goes on; what is there is not made again. Also from the environment:
-#   OUT=FOLDER  DATA=FOLDER    of the runs; of the parts, if they are elsewhere
+# The most important steps come first. If killed, start it again: it makes nothing twice. Environment variables:
+#   OUT=FOLDER  DATA=FOLDER    folder of the runs; folder of the parts, if it is another
 #   PARTS=11                   parts of 2,500 training stories beside part0
 #   BUDGETS="300000 600000"    tokens of the curve's runs; WHOLE="4800000": of those with all 30 layers
 #   RATES="0.01 0.02"          learning rates to choose from; LR=0.006: no choice; WHOLE_LR=0.003: with all 30 layers
@@ -180,7 +180,7 @@ curve() {  # each budget with its own whole schedule: three seeds, one for the t
     finish
 }
 
-sentences() {  # the best run goes on, on sentences of the grammar that is tested and one part more of stories
+sentences() {  # the best run continues on sentences with the tested grammar and on one more part of stories
     local best more more_twice share n
     need_rate
     best=$(best_run twist)
@@ -194,7 +194,7 @@ sentences() {  # the best run goes on, on sentences of the grammar that is teste
     for share in 1 4 8; do speech=$more sentences_run "$best" $((n / share)); done
 }
 
-sentences_run() {  # sentences_run RUN TOKENS: RUN goes on, on $speech
+sentences_run() {  # sentences_run RUN TOKENS: continues RUN on $speech
     train sentences_$2_0 $fast --base="$1/checkpoint" --n_layers=none --init=first_rows --tokens=$2 \
         --lr="$(python -c "print($rate / 2)")"
 }
@@ -227,10 +227,10 @@ dpo_run() {  # dpo_run RUN SEED PAIRS
     generate "$run"
 }
 
-average() {  # half of the best run's weights, half of those it had after most sentences; DPO with the best run's pairs
+average() {  # averages the weights of the best run and of its longest continuation; DPO with the best run's pairs
     local best after= other run=$out/average_50_0
     best=$(best_run twist)
-    for other in $(ls -dv "$out"/sentences_*_0); do  # of those that went on from it to their end the one with most tokens
+    for other in $(ls -dv "$out"/sentences_*_0); do  # the last match: its finished continuation with most tokens
         ! finished "$other" || ! grep -qF "\"base\": \"$best/checkpoint\"" "$other/config.json" || after=$other
     done
     [ -n "$after" ] || { echo "average: no finished run of \`sentences\` that went on from $best" >&2; exit 1; }

@@ -13,7 +13,7 @@ for file in ("requirements.txt", "requirements-embedded.txt"):
     for line in open(file):
         if m := re.match(r"([\w-]+)==(\S+)", line):
             found = version(m[1]).split("+")[0]
-            # In an environment of one's own other versions of the libraries may serve; the weights may not differ.
+            # The user's own environment may have other versions of the libraries, but not of the weights.
             assert found == m[2] or file == "requirements.txt"
 PY
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a blank machine with one 24 GB GPU to Slam: fetch the speech, tokenise it, train, tune with DPO, evaluate, and
-# continue a prompt aloud. The first page says how long each step takes. Killed or failed, the same command goes on.
+# continue a prompt aloud. The first page says how long each step takes. If killed, the same command continues it.
 #
 #   bash runs/slam.sh --dry          # only the first page, and the commands; so does DRY=1
 #   bash runs/slam.sh                # everything

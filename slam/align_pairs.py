@@ -46,8 +46,8 @@ class PairsConfig:
     allow_eos: bool = True  # an EOS ends a continuation; false: none is drawn
     asr: str = "embedded:whisper-tiny.en"  # Whisper that transcribes them
     judge: str = "embedded:smollm2-135m"  # text LM that scores: mean log-probability per token, given the prompt's text
-    max_auto_bleu: float = 0.1  # a continuation that repeats bigrams as often as this is never chosen,
-    min_words: int = 4  # nor is one of fewer words
+    max_auto_bleu: float = 0.1  # a continuation with this auto-BLEU or more is never chosen,
+    min_words: int = 4  # nor is one with fewer words
     min_gap: float = 0.5  # smallest difference of the scores in a pair, in nats per text token
     tokenizer: str = ""  # codebook file; empty: that of the checkpoint's units
     vocoder: str = ""  # vocoder file; empty: one that speaks them
@@ -153,7 +153,7 @@ def make_pairs(cfg: PairsConfig) -> None:
                          f"{side}_text": c["text"], f"{side}_score": c["score"]}
             pairs.append(pair)
     if len(pairs) <= cfg.n_val:
-        raise SystemExit(f"{len(pairs)} pairs from {len(prompts)} prompts, and n_val, {cfg.n_val}, are to be held out; "
+        raise SystemExit(f"{len(pairs)} pairs from {len(prompts)} prompts, but {cfg.n_val} (n_val) are to be held out; "
                          f"more prompts, a smaller min_gap or a larger max_auto_bleu give more; {path} is kept")
     for name, part in (("val", pairs[:cfg.n_val]), ("train", pairs[cfg.n_val:])):
         write_pairs(out / f"pairs_{name}.jsonl", tokenizer.fingerprint, part)

@@ -1,4 +1,4 @@
-"""Words and their times beside units: what speech and text in one stream (slam/interleave.py) are made of.
+"""Align words with units, to train on speech and text in one stream (slam/interleave.py).
 
 In:  unit files with durations (prepare_units.py --durations), the audio that they came from, a text LM's tokenizer.
 Out: unit files that also hold each utterance's text tokens and, for each word, its first text token and first unit.
@@ -78,8 +78,8 @@ def monotone_path(cost: np.ndarray) -> np.ndarray:
 def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list[float]]:
     """Where each word of the texts (split at spaces) begins, in seconds, in waves (T,) of at most 30 s at 16 kHz.
 
-    The decoder of Whisper reads the known text; the heads of its cross-attention that follow the audio tell which
-    frames each token looks at, and dynamic time warping makes a path of that (as in openai/whisper, timing.py).
+    Whisper's decoder reads the known text; the cross-attention heads that follow the audio show which frames each token
+    attends to, and dynamic time warping turns this into a path (as in openai/whisper, timing.py).
     word_times([wave of "Hi there."], ["Hi there."], "embedded:whisper-tiny.en") -> [[0.0, 0.38]]
     """
     model, extractor, tokenizer = load_asr(asr)
@@ -94,9 +94,9 @@ def word_times(waves: list[np.ndarray], texts: list[str], asr: str) -> list[list
     for i, row in enumerate(rows):
         tokens[i, :len(row)] = torch.tensor(row)
     x = extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(model.device)
-    encoded = model.model.encoder(x)  # by itself: its own attention, 1500 x 1500 a head, is not kept, and fast
+    encoded = model.model.encoder(x)  # separately: with fast attention, whose 1500 x 1500 weights a head are not kept
     fast = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the others do not return their attention
+    model.set_attn_implementation("eager")  # the other implementations do not return their attention
     attention = model(encoder_outputs=encoded, decoder_input_ids=tokens.to(model.device),
                       output_attentions=True).cross_attentions
     model.set_attn_implementation(fast)
@@ -117,7 +117,7 @@ def whisper_words(text: str, asr: str) -> list[list[int]]:
 
 
 def token_costs(attention: Tensor) -> Tensor:
-    """Attention (heads, N, T) of tokens to frames -> costs (N, T) for `monotone_path`, low where tokens look."""
+    """Attention (heads, N, T) of tokens to frames -> costs (N, T) for `monotone_path`, low where attention is high."""
     attention = attention / attention.sum(-1, keepdim=True)  # over the frames that hold speech
     deviation, mean = torch.std_mean(attention, dim=-2, keepdim=True, unbiased=False)
     normal = (attention - mean) / (deviation + 1e-9)

@@ -1,13 +1,13 @@
-"""Attention over packed rows: who sees whom, two ways to compute it, and attention over a KV cache.
+"""Attention over packed rows: which keys a query sees, how it is computed, and attention over a KV cache.
 
 A row packs several utterances; `positions` count from 0 in each. A segment is a stretch of consecutive positions, and
 attention is causal within it. A segment that begins at 0 is an utterance. One that begins at p > 0 is another
 continuation of the utterance before it: its tokens also attend to the shared prefix, the utterance's first p tokens.
 
 `packed_mask` picks one of three ways, and `attend` follows it:
-    Segments  one call a segment: on a CPU, where a call costs little
-    VarLen    one call for all segments: on a GPU in 16 bits (slam/varlen.py)
-    a mask    (B, 1, T, T) bool, computes hidden pairs too: on a GPU otherwise
+    Segments  on a CPU: one call a segment, as a call costs little there
+    VarLen    on a GPU in 16 bits: one call for all segments (slam/varlen.py)
+    a mask    on a GPU otherwise: (B, 1, T, T) bool; hidden pairs are computed, too
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def attention_mask(positions: Tensor) -> Tensor:
 
 
 def segment_table(positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same as the segments of all rows, one row after the other: begin, length, first and shared, (n,) each.
+    """The segments of all packed rows, one row after the other: begin, length, first and shared, (n,) each.
 
     Segment i is the tokens begin[i] to begin[i] + length[i] - 1 of the flattened rows. Besides itself, it sees the
     first shared[i] tokens of segment number first[i], which begins its utterance. positions: (B, T) int64.
@@ -73,7 +73,7 @@ class Segments:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of packed rows, segment by segment: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
 
-        Equals masked attention, without work on hidden pairs: with two utterances of equal length in a row, half of it.
+        Equals masked attention, but skips hidden pairs: half the work if a row holds two utterances of equal length.
 
         spans [(2, 0, 0), (1, 0, 1)]: query 0 sees key 0; query 1 keys 0 and 1; query 2 keys 0 and 2.
         """
@@ -94,13 +94,13 @@ Mask = Any  # Segments | slam.varlen.VarLen | Tensor | None
 
 
 def packed_mask(positions: Tensor, device: torch.device, dtype: torch.dtype) -> Mask:
-    """What `attend` needs to know of packed rows, positions (B, T) int64, when it computes on `device` in `dtype`.
+    """The `mask` that `attend` takes for packed rows with positions (B, T) int64, computed on `device` in `dtype`.
 
-    Call it outside compiled code, with positions on the CPU: to count segments on a GPU is to wait for it.
+    Call it outside compiled code, with positions on the CPU: counting segments on a GPU would make the CPU wait for it.
     """
     if WAY == "segments" or WAY == "auto" and device.type == "cpu":
         return Segments.of(positions)
-    if WAY != "mask" and not torch.compiler.is_compiling():  # of sizes that depend on the data there is no graph
+    if WAY != "mask" and not torch.compiler.is_compiling():  # sizes that depend on the data can't be compiled
         from slam.varlen import VarLen, flash_runs  # imports torch.compile's parts, which takes seconds
         if WAY == "varlen" or flash_runs(device, dtype):
             return VarLen.of(positions, device)
@@ -108,9 +108,9 @@ def packed_mask(positions: Tensor, device: torch.device, dtype: torch.dtype) -> 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Attention, in which groups of query heads share a key head: q (B, H, T, D), k and v (B, H_kv, S, D) -> as q.
+    """Grouped-query attention: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D).
 
-    mask: of `packed_mask`; or bool, True where a query sees a key; None: causal, with S = T.
+    mask: from `packed_mask`; or bool, True where a query sees a key; None: causal, with S = T.
     """
     if not (mask is None or isinstance(mask, Tensor)):
         return mask.attend(q, k, v)
@@ -125,9 +125,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def compile_around_segments() -> None:
-    """Before torch.compile on a CPU: it leaves attention by segments as it is and compiles the rest of each block.
+    """Call it before torch.compile on a CPU, which then leaves attention by segments out and compiles the rest.
 
-    Not by a decorator, since torch.compiler.disable imports all of torch.compile, which every start would wait for.
+    Not a decorator, since torch.compiler.disable imports all of torch.compile, which would slow every start.
     """
     Segments.attend = torch.compiler.disable(Segments.attend)
 
@@ -148,7 +148,7 @@ class KVCache:
         self.length = capacity  # entries that attention looks at: at least those of the longest row
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, kv_heads, T, D) at `positions` (B, T); the first `length` entries of the layer."""
+        """Write k, v (B, kv_heads, T, D) at `positions` (B, T); returns the first `length` entries of the layer."""
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             store[self.rows, :, positions] = new.transpose(1, 2)
         return self.k[layer][:, :, :self.length], self.v[layer][:, :, :self.length]

@@ -59,7 +59,7 @@ def resample_blocks(blocks: Iterable[np.ndarray], rate: int, to: int) -> Iterato
 
 
 def unusable(n_samples: int, peak: float) -> str:
-    """Why audio of so many samples at 16 kHz and this peak can't be tokenised; empty if it can."""
+    """Why audio of `n_samples` at 16 kHz with this peak can't be tokenised; empty if it can."""
     if not math.isfinite(peak):
         return "holds NaN or infinite samples; export it again"
     if n_samples < MIN_SAMPLES:
@@ -192,7 +192,7 @@ def is_audio(name: str) -> bool:
 
 def read_input(input: str, audio_column: str = "audio",
                part: tuple[int, int] = (0, 1)) -> tuple[int | None, Iterator[Item]]:
-    """The number of recordings (None where only reading tells it) and the recordings, always in the same order.
+    """The number of recordings (None if only reading them tells it) and the recordings, always in the same order.
 
     input: a folder (searched recursively), an audio file, a tar archive, a parquet file, or a list of paths, one a
     line. A folder's archives are read if it holds no audio files. part: (i, n), this process's share: every n-th
@@ -230,7 +230,7 @@ def read_input(input: str, audio_column: str = "audio",
 
 
 class Header(tarfile.TarInfo):
-    """A member's header; EOFError if it is missing or damaged, which tarfile takes for the archive's end."""
+    """A member's header; EOFError if it is missing or damaged, where tarfile would see the archive's end."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":

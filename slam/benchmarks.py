@@ -115,7 +115,7 @@ def read_slm21(name: str, path: str, split: str) -> Benchmark:
 
 
 def read_storycloze(name: str, path: str, split: str) -> Benchmark:
-    """SpokenStoryCloze: a flat folder of `N_….wav`; by rising N, each story and then its wrong version; .txt beside."""
+    """SpokenStoryCloze: a flat folder of `N_….wav`, in order of N a story, then its wrong version; texts in N_….txt."""
     folder, numbers = Path(path), {}
     for file in sorted(p for p in folder.glob("*") if p.suffix.lower() in AUDIO):
         number = re.match(r"(\d+)_", file.name)
@@ -179,7 +179,7 @@ def read_benchmark(name: str, path: str, split: str = "dev", max_left_out: float
     found = READERS[name](name, path, split)
     missing = sum(map(len, found.left_out.values()))
     if not found.pairs or missing > max_left_out * (missing + len(found.pairs)):
-        raise SystemExit(f"{found.summary()}: is the download whole? More may be left out with a larger max_left_out, "
+        raise SystemExit(f"{found.summary()}: is the download whole? To accept more left out, raise max_left_out, "
                          f"now {max_left_out:g}")
     return found
 
@@ -211,9 +211,9 @@ def read_manifest(path: str) -> Benchmark:
 # ---------------------------------------------------------------- units of a benchmark
 
 def disk_cache(path: Path, keys: list[str], compute: Callable[[list[int]], Iterable], batch: int = 64) -> list:
-    """The values of `keys`: those in the file `path`, and of the others what `compute(indices)` gives.
+    """The values of `keys`: read from the file `path` if they are there, else computed by `compute(indices)`.
 
-    compute: is asked for at most `batch` at once. Each value is written as it comes, so that a killed run goes on.
+    compute: gets at most `batch` indices at once. Each value is written as it comes, so a killed run can continue.
     """
     known = {}
     path.parent.mkdir(parents=True, exist_ok=True)

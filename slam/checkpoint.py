@@ -76,7 +76,7 @@ def load_weights(lm: torch.nn.Module, state: dict[str, Tensor], name: str) -> No
 
 
 def fetch(name: str) -> Path:
-    """Local folder of a model by name, of a run its checkpoint; of a hub id in the hub's cache. SystemExit if none."""
+    """Local folder of a model: a run's checkpoint, a folder, or a hub id's in the hub's cache. SystemExit if none."""
     here = Path(name).resolve()
     places = Path(name, "checkpoint"), Path(name, "checkpoint.old"), Path(name), here.with_name(here.name + ".old")
     for folder in places * 3 if name else ():  # as a save may rename them between two looks
@@ -171,7 +171,7 @@ def checkpoint_fingerprint(name: str) -> Fingerprint:
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     if config.get("model_type") == SLAMKIT:
         return published_fingerprint(config["vocab_size"])
-    raise SystemExit(f"{folder / 'slam.json'}: missing; {name} is no whole checkpoint of train.py, dpo.py or SlamKit")
+    raise SystemExit(f"{folder / 'slam.json'}: missing; {name} is not a whole checkpoint of train.py, dpo.py, SlamKit")
 
 
 def run_folder(name: str) -> Path:
@@ -182,12 +182,12 @@ def run_folder(name: str) -> Path:
 
 
 def newest_checkpoint(root: str = "out", stage: str = "", otherwise: str = "") -> str:
-    """The run folder below `root` with the newest finished checkpoint, if given of that stage.
+    """The run folder below `root` with the newest finished checkpoint (of `stage`, if given).
 
     If there is none, `otherwise`; SystemExit if that is empty.
     """
     for path in newest_first(root, "slam.json"):
-        with contextlib.suppress(FileNotFoundError):  # it was there, but that run saves
+        with contextlib.suppress(FileNotFoundError):  # gone since it was listed: that run is saving
             slam = json.loads(path.read_text())
             if path.parent.name == "checkpoint" and slam.get("finished") and stage in ("", slam.get("stage")):
                 return str(path.parent.parent)
@@ -208,5 +208,5 @@ def newest_pairs(checkpoint: str) -> str:
         with contextlib.suppress(SystemExit):  # a damaged file of another model
             if not path.with_name("candidates.jsonl").exists() and same_units(read_pairs(path)[0], fingerprint):
                 return str(path)
-    raise SystemExit(f"no pairs_train.jsonl under out/ of the units of {checkpoint}; make one (synth_stories.py "
+    raise SystemExit(f"no pairs_train.jsonl under out/ has the units of {checkpoint}; make one (synth_stories.py "
                      f"config/spoken_swag.py) or name one with --pairs")

@@ -24,7 +24,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def explain_out_of_memory(main: Callable) -> Callable:
-    """For a stage's `main(cfg)`: when the GPU's memory is full, SystemExit says what is kept and what needs less."""
+    """Decorator of a stage's `main(cfg)`: if the GPU's memory is full, SystemExit says what is kept and what helps."""
     @functools.wraps(main)
     def explained(cfg) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What is scored and asked of a model of speech and text: losses of each kind, pairs in four directions, answers."""
+"""Evaluation of a model of speech and text: losses of each kind of token, pairs in four directions, text answers."""
 import os
 import re
 from pathlib import Path
@@ -59,7 +59,7 @@ def split_at_last_sentence(a: str, b: str) -> tuple[str, str, str]:
 def cut_prompt(a: np.ndarray, b: np.ndarray, texts: tuple[str, str], asr: str) -> tuple[np.ndarray, ...]:
     """Waves of a pair (T,) at 16 kHz -> its prompt and the two endings.
 
-    Cut where the waves part; if that is within their first second, since a TTS spoke each side as a whole, where
+    Cut where the waves diverge. If that is within their first second, since a TTS spoke each side as a whole, cut where
     Whisper finds the first word after the sentences that their texts share.
     """
     n = min(len(a), len(b))
@@ -71,10 +71,10 @@ def cut_prompt(a: np.ndarray, b: np.ndarray, texts: tuple[str, str], asr: str) -
 
 
 def tokenize_parts(tokenizer, benchmark: Benchmark, texts: list[tuple[str, str]], asr: str) -> list[list[list[int]]]:
-    """Units of the parts of each pair that `cut_prompt` gives, each encoded by itself; cached like `tokenize_pairs`.
+    """Units of the parts of each pair that `cut_prompt` gives, encoded separately; cached like `tokenize_pairs`.
 
-    By itself, since encoders look ahead: the units of two whole sides part long before the prompt ends. Empty unless
-    every pair's texts are shared sentences and two endings.
+    Separately, since encoders look ahead: the units of two whole sides diverge long before the prompt ends. Returns []
+    unless every pair's texts are shared sentences and two endings.
     """
     def encode(part: list[int]) -> list[list[list[int]]]:
         waves = []
@@ -98,10 +98,10 @@ def tokenize_parts(tokenizer, benchmark: Benchmark, texts: list[tuple[str, str]]
 
 def directions(texts: list[tuple[str, str]], parts: list[list[list[int]]], fingerprint: Fingerprint,
                eos: bool = True) -> dict[str, list]:
-    """A benchmark's pairs in the directions beside speech to speech, {name: [(tokens, tokens)]}.
+    """A benchmark's pairs in all directions but speech to speech, {name: [(tokens, tokens)]}.
 
-    texts: the two transcripts of each pair. parts: units of its prompt and its two endings; empty: text alone. The
-    prompt is given, in text the sentences that both share, and the endings are to be judged, with an EOS if `eos`.
+    texts: the two transcripts of each pair. parts: units of its prompt and its two endings; empty: text alone. A text
+    prompt is the sentences that both transcripts share. eos: an EOS follows each ending.
     "speech_to_text": `1 <speech> units of the prompt <text> its ending 1`.
     """
     vocabulary, tokenizer, end = Vocabulary(fingerprint), TextTokenizer(fingerprint.text_lm), [EOS] * eos
@@ -125,7 +125,7 @@ def directions(texts: list[tuple[str, str]], parts: list[list[list[int]]], finge
 # ---------------------------------------------------------------- answers
 def answer_in_text(lm: torch.nn.Module, prompts: list[list[int]], fingerprint: Fingerprint, max_new_tokens: int,
                    seed: int, **sampling) -> list[str]:
-    """Spoken prompts (units) continued in text by a mixed model: `1 <speech> units <text>`, and on to its end."""
+    """Spoken prompts (units) continued in text by a mixed model, which reads `1 <speech> units <text>`."""
     vocabulary, generator = Vocabulary(fingerprint), torch.Generator(lm.device).manual_seed(seed)
     text = TextTokenizer(fingerprint.text_lm).tokenizer
     ends = EOS, *(vocabulary.first_text + token for token in text.all_special_ids)

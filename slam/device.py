@@ -17,7 +17,7 @@ def pick_device() -> torch.device:
     """The GPU if there is one (under torchrun, this process's), else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, longer than a step of generation takes
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, slower than a step of generation
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
@@ -71,7 +71,7 @@ def fast_bfloat16(cpu: dict) -> bool:
     """Whether a CPU with these `torch.cpu.get_capabilities()` multiplies bfloat16 matrices faster than fp32 ones.
 
     On x86: with AMX, or with AMD's AVX-512 BF16. Intel's AVX-512 BF16 without AMX, which virtual machines may hide, is
-    half as fast as fp32; torch itself calls every CPU with AVX-512 able.
+    half as fast as fp32; torch itself reports bfloat16 as supported on every CPU with AVX-512.
     """
     if cpu.get("architecture") == "x86_64":
         return cpu["amx_bf16"] or cpu["avx512_bf16"] and "Intel" not in cpu["cpu_name"]
@@ -79,7 +79,7 @@ def fast_bfloat16(cpu: dict) -> bool:
 
 
 def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
-    """Of matrix products, for a Config's `dtype`; auto: bfloat16 where the hardware multiplies it fast."""
+    """Type of matrix products for a Config's `dtype`; auto: bfloat16 where the hardware multiplies it fast."""
     if dtype == "auto":
         fast = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else  # Ampere
                 fast_bfloat16(torch.cpu.get_capabilities()))
@@ -88,7 +88,7 @@ def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: str):
-    """Context of mixed precision: bfloat16 matrix products over fp32 weights. Nothing if both have the same type."""
+    """Context of mixed precision, bfloat16 matrix products over fp32 weights; does nothing if both have one type."""
     mixed = dtype != "pure_bfloat16" and compute_dtype(device, dtype) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
 
@@ -100,7 +100,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def with_linear_layers_in(dtype: torch.dtype, lm: torch.nn.Module) -> torch.nn.Module:
-    """A `model.UnitLM` that shares all weights but the linear layers', cast once, not at every token as by autocast."""
+    """A copy of a `model.UnitLM` with linear layers cast once (autocast: at every token), sharing all other weights."""
     if dtype == next(lm.parameters()).dtype:
         return lm
     with torch.device("meta"):

@@ -53,7 +53,7 @@ class HubLM(nn.Module):
                 mask: Mask = None, last: Tensor | None = None, reduction: str = "mean") -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocab) and, with targets, the cross-entropy, as `UnitLM.forward`; there is no cache.
 
-        The mask is always a tensor, which transformers' models take; another one handed in is not looked at.
+        A `mask` is ignored: transformers' models take a tensor, which is always computed from `positions`.
         SystemExit for a row longer than OPT's learned positions.
         """
         if self.config.model_type == "opt" and tokens.shape[1] > (limit := self.config.max_position_embeddings):

@@ -1,6 +1,6 @@
 """Speech and text in one stream: the mixed vocabulary, and rows that are made anew every epoch.
 
-A mixed model's vocabulary begins as every unit LM's, so its unit files, pairs and benchmarks are those of any other:
+A mixed model's vocabulary begins like every unit LM's, so it uses the same unit files, pairs and benchmarks:
 
     PAD 0 · BOS = EOS 1 · unit u is token u + 2 · two markers · text token t is token t + the number of all these
 
@@ -109,8 +109,8 @@ def interleave(units: np.ndarray, text: np.ndarray, words: np.ndarray, spoken: n
 class Mixed:
     """Unit files with words as utterances of three kinds, in a new form every epoch.
 
-    `tokens(epoch * n + i)` is utterance i in this epoch, a pure function of (seed, epoch, i): so many are speech only,
-    text only and interleaved that their tokens have the given `shares`, (speech, text, interleaved).
+    `tokens(epoch * n + i)` is utterance i in this epoch, a pure function of (seed, epoch, i). Kinds are drawn such that
+    their tokens have the given `shares`, (speech, text, interleaved).
     spans: `poisson_spans` up to `share` of the words, or `chunk_spans`. SystemExit if the unit files have no words.
     """
 
@@ -157,7 +157,7 @@ class Mixed:
         return self.form(i, self.kinds(epoch)[i], epoch)
 
     def lengths(self, kinds: np.ndarray, epoch: int) -> np.ndarray:
-        """Lengths (n,) in tokens of all utterances as these kinds (n,), in an epoch; only interleaved ones are made."""
+        """Lengths (n,) in tokens of all utterances, of these kinds (n,), in an epoch; builds only interleaved ones."""
         text = np.concatenate([np.diff(shard.ends[:, 0], prepend=0) for shard in self.reader.shards])
         lengths = np.where(kinds == SPEECH, self.reader.lengths, text + 2)
         for i in np.flatnonzero(kinds == INTERLEAVED).tolist():
@@ -171,9 +171,9 @@ class Mixed:
 
 
 class MixedRows(Rows):
-    """`Rows` of a `Mixed` corpus, packed anew every epoch, since its utterances have other lengths then.
+    """`Rows` of a `Mixed` corpus, packed anew every epoch, since the lengths of its utterances change.
 
-    A resumed run makes the epochs before its own again, since their numbers of rows are not known otherwise.
+    A resumed run packs all earlier epochs again, since their numbers of rows are not stored.
     """
 
     def __init__(self, corpus: Mixed, context: int, rows_per_step: int, seed: int, rank: int = 0, world: int = 1):
@@ -191,7 +191,7 @@ class MixedRows(Rows):
         return packed
 
     def row(self, index: int) -> np.ndarray:
-        if index < self.epochs[0][1]:  # a step is made again, and its epoch is gone: from the beginning
+        if index < self.epochs[0][1]:  # an earlier step, whose epoch was dropped: start from the first epoch
             self.epochs, self.end = [], 0
             self.make_epoch(0)
         while index >= self.end:

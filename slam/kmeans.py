@@ -32,7 +32,7 @@ class FitConfig:
     encoder: str = "embedded:whisper-tiny.en"  # hub id, folder or embedded:NAME of a Whisper or HuBERT model
     layer: int = 3  # hidden state to cluster (0: before the first transformer layer)
     n_units: int = 500  # clusters
-    hours: float = 1.5  # audio to fit on, drawn at random from the input; its features are held in memory
+    hours: float = 1.5  # audio to fit on, drawn at random from the input; all features are kept in memory
     seconds_per_file: float = 60.0  # at most this much of each file, from its beginning
     iterations: int = 30  # of k-means, at most
     minibatch: int = 0  # frames per iteration (mini-batch k-means, for many hours); 0: all frames (Lloyd's)
@@ -95,7 +95,7 @@ def position_mean(encoder, waves: list[np.ndarray], rng: np.random.Generator) ->
     """Mean feature (window, dim) at each position of the encoder's window, smoothed over a second.
 
     Whisper's features drift with absolute position. The mean is over full windows cut at random from the joined waves:
-    over whole files it would also remove what files tend to begin with. SystemExit if there are less than two windows.
+    over whole files it would also remove how files tend to begin. SystemExit if there are fewer than two windows.
     """
     joined = np.concatenate(waves)
     size = encoder.window * encoder.samples_per_frame
@@ -210,7 +210,7 @@ class KMeansUnpickler(pickle.Unpickler):
 
 
 def read_kmeans(path: Path) -> np.ndarray:
-    """Centroids (K, D) float32 of a k-means written by joblib, not compressed. SystemExit if it is none."""
+    """Centroids (K, D) float32 of an uncompressed k-means written by joblib. SystemExit for any other file."""
     try:
         centroids = KMeansUnpickler(io.BytesIO(path.read_bytes())).load().state["cluster_centers_"].array
         if centroids.ndim != 2 or not np.isfinite(centroids).all():

@@ -7,15 +7,15 @@ from torch.utils.checkpoint import checkpoint
 from slam.units import IGNORE
 
 LARGE_VOCABULARY = 10_000  # tokens
-CHUNK = 1024  # places
+CHUNK = 1024  # positions
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> tuple[Tensor | None, Tensor]:
     """Logits (B, T, V) = x @ weight.T and their cross-entropy in nats, fp32: its mean, sum, or none (-> (B, T)).
 
     x (B, T, D), weight (V, D), targets (B, T) int64; targets of -100 are ignored. With a large vocabulary the logits
-    are None: a chunk's are forgotten, and made again in the backward pass. For 8,192 places and 150,000 tokens these
-    are 0.6 GB at a time instead of 5 GB, for a third more work in the head.
+    are None: they are computed chunk by chunk, and recomputed in the backward pass. For 8,192 positions and 150,000
+    tokens that is 0.6 GB at a time instead of 5 GB, for a third more work in the head.
     """
     def losses(x: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")

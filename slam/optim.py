@@ -176,7 +176,7 @@ def make_optimizer(lm: nn.Module, cfg) -> torch.optim.Optimizer | Together:
 
 
 def update(lm: nn.Module, optimizer: torch.optim.Optimizer | Together, lr: float, clip: float) -> Tensor:
-    """Clip the gradients, take a step at this learning rate, forget the gradients; their norm before clipping, ()."""
+    """Clip the gradients, take a step at this learning rate, clear the gradients; returns the unclipped norm, ()."""
     norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), clip)
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -32,8 +32,8 @@ class Packed:
     """Chunks packed into rows of at most `context` inputs; `packed[r]` -> the chunks (n, 3) of row r.
 
     Best-fit decreasing (Ding et al. 2024, "Fewer truncations improve language modeling"): the longest chunk first, into
-    the row with the least room that still holds it. Done in groups of `group` chunks that `rng` draws; without an `rng`
-    the groups follow the order of the corpus.
+    the row with the least room that still holds it. It packs groups of `group` chunks, drawn by `rng` or, without one,
+    in the order of the corpus.
     """
 
     def __init__(self, chunks: np.ndarray, context: int, rng: np.random.Generator | None, group: int = 4096):
@@ -67,7 +67,7 @@ class Packed:
 def collate(reader: UnitReader, rows: list[np.ndarray], context: int, pin: bool = False) -> tuple[Tensor, ...]:
     """Fill rows of chunks with tokens -> tokens, targets, positions (B, context) int64.
 
-    Positions restart with every chunk, which sees itself alone, and with the padding, whose targets are IGNORE.
+    Positions restart with every chunk, which attends only to itself, and with the padding, whose targets are IGNORE.
     `1 7 8 1`, `1 9 1` in a row of 7: tokens 1 7 8 1 9 0 0, targets 7 8 1 9 1 -100 -100, positions 0 1 2 0 1 0 1.
     pin: into pinned memory, so that the copy to a GPU need not be waited for.
     """
@@ -86,7 +86,7 @@ def collate(reader: UnitReader, rows: list[np.ndarray], context: int, pin: bool 
 
 
 def on_device(rows: tuple[Tensor, ...], device: torch.device, dtype: str) -> tuple[Tensor, Tensor, Tensor, Mask]:
-    """Tokens, targets and positions (B, T) of the CPU -> these and their mask on the device, without waiting for it.
+    """Tokens, targets and positions (B, T) on the CPU -> these and their mask on the device; does not wait for copies.
 
     They are the first arguments of `UnitLM.forward`. dtype: a Config's.
     """
@@ -135,7 +135,7 @@ class Rows:
         return float((n * (n + 1) / 2).sum() / n.sum())
 
     def fill(self) -> float:
-        """Share of the places in the rows that hold a token."""
+        """Share of the positions in the rows that hold a token."""
         return int(self.packed.chunks[:, 2].sum()) / (len(self.packed) * self.context)
 
 

@@ -158,7 +158,7 @@ def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, sa
                 yield None
 
     kept = path.with_name(path.name + ".kept")
-    made_by = tokenizer.fingerprint.to_dict(), str(tokenizer.encoder.dtype)  # no other's units, nor another text's
+    made_by = tokenizer.fingerprint.to_dict(), str(tokenizer.encoder.dtype)  # so that no other units are reused
     found = disk_cache(kept, [sha256_of(*made_by, pair) for pair in pairs], encode, len(pairs) or 1)
     whole = [pair | dict(zip(SIDES, units)) for pair, units in zip(pairs, found) if units and all(units)]
     write_pairs(path, tokenizer.fingerprint, whole)

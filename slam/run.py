@@ -54,8 +54,8 @@ class Run:
     """`step` counts optimiser steps, `tokens` the targets seen, `seconds` the training time; all survive a resume.
 
     resumed: whether it goes on from a checkpoint. stopping: the exit code that a signal asks for, else 0. reads: paths
-    that the run needs. SystemExit if one lies in the run's folder, if the folder is no run's, if it holds a run and
-    neither resume nor overwrite is set, or if settings have changed.
+    that the run needs. SystemExit if one of these is in the run's folder, if the folder is not a run's, if it holds a
+    run and neither resume nor overwrite is set, or if settings have changed.
     """
 
     def __init__(self, cfg, stage: str, rank: int = 0, folder: str = "checkpoint", reads: Iterable[str] = ()):
@@ -95,10 +95,10 @@ class Run:
                   f"{self.out} is finished already")
 
     def restore(self, optimizer) -> list[torch.Tensor]:
-        """Give the optimiser its state of the last `save`; returns the `pending` of it. SystemExit if it is missing."""
+        """Load the optimiser's state of the last `save`; returns that save's `pending`. SystemExit if it is missing."""
         path = self.checkpoint / "trainer.pt"
         if not path.exists():
-            raise SystemExit(f"{path} is missing: this run can't go on; its model can be evaluated, and be a --base")
+            raise SystemExit(f"{path} is missing: this run can't go on; its model can be evaluated, or used as --base")
         trainer = torch.load(path, weights_only=True, map_location="cpu")
         optimizer.load_state_dict(trainer["optimizer"])
         return trainer["pending"]
@@ -122,7 +122,7 @@ class Run:
             if self.cfg.overwrite:
                 empty_folder(self.out)
             self.out.mkdir(parents=True, exist_ok=True)
-            # Steps after the checkpoint are taken again, so their records go. The log comes first: it marks a run.
+            # Records after the checkpoint are dropped: their steps will run again. The log is first: it marks a run.
             kept = [record for record in self._records() if self.resumed and record["step"] <= self.step]
             write_atomic(self.log_file, "".join(json.dumps(record) + "\n" for record in kept))
             save_config(replace(self.cfg, resume=False, overwrite=False), self.out / "config.json")
@@ -201,7 +201,7 @@ class Run:
         return self.resumed and any(record["step"] == self.step and metric in record for record in self._records())
 
     def gather(self, measured: list[torch.Tensor], norm: torch.Tensor) -> list[torch.Tensor]:
-        """What each step since the last log line measured, () or (k,) with the loss first: summed over ranks, on CPU.
+        """What was measured in each step since the last log line, () or (k,), loss first: summed over ranks, on CPU.
 
         Waits for the GPU. SystemExit naming the first step whose loss is not finite, or this one if its gradient norm
         is not; the last checkpoint stays as it is.

@@ -46,7 +46,7 @@ class PrefixPair(NamedTuple):
 
     @property
     def lengths(self) -> tuple[int, int, int]:
-        """Targets in prefix, first and second; BOS is none."""
+        """Numbers of targets in prefix, first and second; BOS is not a target."""
         return len(self.prefix) - 1, len(self.first), len(self.second)
 
     @property
@@ -74,7 +74,7 @@ def pack(pairs: list[PrefixPair], context: int) -> list[list[int]]:
 
 
 def row_logps(forward: Callable, rows: list[list[PrefixPair]], width: int, device: torch.device, dtype: str) -> Tensor:
-    """Log-probabilities (n, 3), fp32, of the n pairs in `rows`: of the prefix but BOS, of first and second given it.
+    """Log-probabilities (n, 3), fp32, of the n pairs in `rows`: prefix given BOS, first and second given the prefix.
 
     They are sums over tokens. Rows are padded on the right to `width` tokens, or to the longest row if it is 0.
     """
@@ -126,7 +126,7 @@ def pair_logps(lm: torch.nn.Module, pairs: list[PrefixPair], context: int, dtype
 
 def pair_nlls(lm: torch.nn.Module, pairs: list[tuple[list[int], list[int]]], context: int, score: str = "mean",
               score_prompt: bool = True, dtype: str = "float32") -> np.ndarray:
-    """Negative log-likelihoods (n, 2) of the two utterances of each pair: per token, or with score "sum" in all.
+    """Negative log-likelihoods (n, 2) of the two utterances of each pair: mean over tokens, or their sum.
 
     score_prompt: include the prefix that both share. NaN where a pair did not fit into memory.
     """

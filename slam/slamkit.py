@@ -24,8 +24,8 @@ def slamkit_tokenizer(path: str, tokenizer: str) -> Fingerprint:
                              f"was made from, then `prepare_units.py bpe`")
         return base
     published = published_fingerprint(vocab_size(500))
-    print(f"{path} does not name its tokeniser; its units are taken to be of {published}. If they are of another, name "
-          f"its codebook: --tokenizer", file=sys.stderr)
+    print(f"{path} does not name its tokeniser; its units are taken to be of {published}. If that is wrong, name the "
+          f"right codebook with --tokenizer", file=sys.stderr)
     return published
 
 

@@ -91,7 +91,7 @@ def load(Model: type, name: str, *others: type) -> tuple:
 def transcribe(waves: list[np.ndarray], asr: str, batch: int = 16, strip: bool = True) -> list[str]:
     """Whisper's greedy transcripts of waves (T,) at 16 kHz, of which the first 30 s are heard; "" for an empty wave.
 
-    batch: waves heard together, so few for the sake of 8 GB cards. strip: remove Whisper's leading space.
+    batch: waves transcribed together, few enough for 8 GB cards. strip: remove Whisper's leading space.
     """
     model, extractor, tokenizer = load_asr(asr)
     texts = [""] * len(waves)
@@ -127,7 +127,7 @@ def mean_nlls(known: list[list[int]], new: list[list[int]], model, batch: int = 
 
 
 def text_losses(texts: list[str], judge: str) -> list[float | None]:
-    """Mean NLL (nats) per token of each text but its first, by a text LM; None for a text of fewer than two tokens.
+    """Mean NLL (nats) of each text's tokens after the first, by a text LM; None for a text of fewer than two tokens.
 
     The tokenizer's own special tokens are kept, as in SlamKit: after Llama's BOS the whole text is scored. SmolLM2 has
     no BOS, so a text's first token is only context.

@@ -54,7 +54,7 @@ def stream(draw: Callable, tokenizer, vocoder, prompt: list[int], seconds: float
         draw(progress)
         say(None)
     except (BrokenPipeError, KeyboardInterrupt):
-        print("the listener left; the samples written so far are kept", file=sys.stderr)
+        print("playback was stopped; the sound written so far is kept", file=sys.stderr)
     return drawn, said, starts / vocoder.sample_rate
 
 

@@ -53,7 +53,7 @@ class WhisperFrames:
         self.dim = self.encoder.config.d_model
 
     def n_frames(self, n_samples: int) -> int:
-        """Frames of so many samples at 16 kHz."""
+        """Number of frames in `n_samples` at 16 kHz."""
         return n_samples // self.samples_per_frame
 
     def log_mel(self, wave: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class WhisperFrames:
         mels = [self.log_mel(put(torch.from_numpy(wave[:len(wave) // 640 * 640]), self.device)).T for wave in waves]
         lengths, e = [len(mel) for mel in mels], self.encoder
         x = F.gelu(e.conv1(pad_sequence(mels, batch_first=True).mT.to(self.dtype)))
-        x = x * inside(lengths, self.device)[:, None]  # a wave alone meets zeros past its end in conv2, too
+        x = x * inside(lengths, self.device)[:, None]  # zeros past each wave's end, as conv2 pads a wave alone
         x = F.gelu(e.conv2(x)).transpose(1, 2)
         x = x + e.embed_positions.weight[:x.shape[1]]
         x = run_layers(e.layers[:self.layer], x, [n // 2 for n in lengths], self.device)
@@ -92,8 +92,8 @@ class OwnGroupNorm(nn.Module):
 class HubertFrames:
     """HuBERT as a frame extractor: `hidden_states[layer]` of the wave, padded by 40 samples on each side.
 
-    A batch's padding is kept out of attention, first normalisation and positional convolution (mHuBERT-25hz has a batch
-    norm before it, which gives padding other values than 0), so a wave's features do not depend on the others' lengths.
+    A batch's padding is kept out of attention, first normalisation and positional convolution (before the last,
+    mHuBERT-25hz has a batch norm that makes padding nonzero), so features do not depend on the other waves' lengths.
     """
     position_dependent = False  # HuBERT's positions are relative
 
@@ -112,7 +112,7 @@ class HubertFrames:
         self.layer, self.device, self.dtype = layer, device, dtype
 
     def n_frames(self, n_samples: int, n_convolutions: int | None = None) -> int:
-        """Frames of so many samples at 16 kHz, after the first `n_convolutions` or all."""
+        """Number of frames in `n_samples` at 16 kHz, after the first `n_convolutions` or all."""
         n, config = n_samples + 80, self.model.config
         for kernel, stride in list(zip(config.conv_kernel, config.conv_stride))[:n_convolutions]:
             n = (n - kernel) // stride + 1

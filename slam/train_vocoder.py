@@ -1,4 +1,4 @@
-"""Train a vocoder of units: the network is slam/vocoder.py's Vocos; the run is slam/run.py's, as of train.py.
+"""Train a vocoder of units: the network is Vocos (slam/vocoder.py); resume, log and folder are as in train.py.
 
 In:  unit files with durations (prepare_units.py --durations) and the audio that they came from.
 Out: a run folder: vocoder.safetensors (the averaged weights) · samples/ · log.jsonl · state/ (for --resume)
@@ -50,8 +50,8 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights that are kept
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; spectra are float32
-    max_hours: float = 50.0  # audio kept in memory, 0.12 GB an hour; of a larger corpus its beginning
-    val_every: int = 25  # every so many utterances, one is held out
+    max_hours: float = 50.0  # audio kept in memory, 0.12 GB an hour; of a larger corpus, only the beginning
+    val_every: int = 25  # one utterance in this many is held out
     log_every: int = 50  # steps
     save_every: int = 1000  # steps; at each save held-out utterances are spoken into samples/
     seed: int = 0  # of weights and crops
@@ -90,7 +90,7 @@ Utterance = tuple[np.ndarray, np.ndarray, np.ndarray]  # units (N,), durations (
 
 
 def load_corpus(cfg: Config, reader: UnitReader) -> list[Utterance]:
-    """Every utterance with its audio, up to `max_hours`; where that is missing or of another length, it is skipped.
+    """Every utterance with its audio, up to `max_hours`; utterances without audio of the right length are skipped.
 
     SystemExit if the units have no durations, or fewer than two utterances have audio.
     """
@@ -187,9 +187,9 @@ def new_vocoder(cfg: Config, fingerprint: Fingerprint, resuming: bool) -> Vocos:
 
 @torch.inference_mode()
 def evaluate(run: Run, average: Vocos, held_out: list[Utterance]) -> None:
-    """Write vocoder.safetensors, and how well it speaks 16 held-out utterances with their own durations.
+    """Write vocoder.safetensors, and log how well it speaks 16 held-out utterances with their own durations.
 
-    The first three go to samples/, their spectrograms below those of the originals.
+    The first three are written to samples/, with their spectrograms below those of the originals.
     """
     import soundfile
     distances, clipped = [], []

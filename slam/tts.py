@@ -77,7 +77,7 @@ def load(tts: str):
 
 
 def speak(job: tuple[str, list[str], int, str, bool]) -> list[np.ndarray]:
-    """Sentences -> waves (T,) float32 at 16 kHz, each padded to whole frames (40 ms), so borders are frame borders.
+    """Sentences -> waves (T,) float32 at 16 kHz, padded to whole frames (40 ms), so each begins at a frame border.
 
     A sentence that can't be spoken raises ValueError, or with strict False has a wave of no samples.
     """
@@ -130,12 +130,12 @@ def spoken(cfg, pool, texts: dict[str, list[str]], desc: str,
     except ValueError as e:
         raise SystemExit(f"{e}; all before it is kept: take it out of the texts and start again") from None
     except BrokenProcessPool:
-        raise SystemExit(f"a process that speaks was killed, perhaps for want of memory; all before it is kept: start "
+        raise SystemExit(f"a TTS process was killed, perhaps because memory ran out; all before it is kept: start "
                          f"again, with fewer --workers than {cfg.workers}") from None
 
 
 def write_audio(path: Path, wave: np.ndarray) -> None:
-    """Write a wave (T,) at 16 kHz in the format of the file's suffix; a file that has its name is whole."""
+    """Write a wave (T,) at 16 kHz in the format of the file's suffix, atomically."""
     import soundfile
     content = io.BytesIO()
     soundfile.write(content, wave, SAMPLE_RATE, format=path.suffix[1:].upper())

@@ -35,7 +35,7 @@ VERSION = 2  # of unit files and pair files
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Write a file under another name, then rename it into place: a file that has its name is whole."""
+    """Write a file under another name, then rename it into place, so that `path` is never an incomplete file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # pids repeat on other machines
@@ -48,7 +48,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
 
 def empty_folder(folder: Path) -> None:
-    """Remove what is in a folder, if there is one: files, which tell whose it is, last. It stays: it may be a link."""
+    """Empty a folder, if there is one: files last, since they tell whose it is. The folder stays: it may be a link."""
     for path in sorted(folder.iterdir(), key=Path.is_file) if folder.exists() else ():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -101,7 +101,7 @@ class Fingerprint:
         return vocab_size(self.n_units) + (2 + self.text_vocab if self.text_lm else 0)
 
     def speech(self) -> "Fingerprint":
-        """Of the units alone, without the text."""
+        """The fingerprint of the units alone, without the text."""
         return replace(self, text_lm="", text_vocab=0, text_sha256="")
 
     def __str__(self) -> str:
@@ -112,7 +112,7 @@ class Fingerprint:
 
 
 def published_fingerprint(vocab: int) -> Fingerprint:
-    """The fingerprint assumed for SlamKit's checkpoints and unit files, which record none; its codebook is unknown."""
+    """The fingerprint assumed for SlamKit's checkpoints and unit files of `vocab` tokens; its codebook is unknown."""
     return Fingerprint("slprl/mhubert-base-25hz", 11, 25.0, vocab - OFFSET, True, "")
 
 
@@ -136,7 +136,7 @@ def require_same(a: Fingerprint, a_name, b: Fingerprint, b_name) -> None:
 
 
 def newest_first(folder: str | Path, pattern: str) -> list[Path]:
-    """Files below a folder by name, the newest first; a file that goes meanwhile, as a run saves, is left out."""
+    """Files below a folder whose names match `pattern`, the newest first; files that vanish meanwhile are left out."""
     found = []
     for here, _, names in os.walk(folder):
         for path in (Path(here, name) for name in fnmatch.filter(names, pattern)):
@@ -205,7 +205,7 @@ class UnitWriter(contextlib.AbstractContextManager):
             self.flush()
 
     def flush(self, hours: float | None = None) -> None:
-        """Write the utterances added since the last shard as a new one; hours: of speech, if durations do not tell."""
+        """Write the utterances added since the last shard as a new one. hours: of speech; None: from the durations."""
         if not self.held:
             return
         tokens, durations, records, texts, words = zip(*self.held)
@@ -253,7 +253,7 @@ class Shard:
                 raise ValueError("header, offsets and tokens disagree")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
             raise SystemExit(f"{path}: not a whole unit file ({e}); if a stage wrote it, remove it "
-                             f"and run that again") from None
+                             f"and run the stage again") from None
 
     def problems(self) -> Iterator[str]:
         """Errors in the content of a file that could be opened; reads all of it."""

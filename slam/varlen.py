@@ -21,7 +21,7 @@ except ImportError:
 
 
 def causal_options(varlen_attn: Callable) -> dict:
-    """What tells this version of `varlen_attn` to be causal and to share key heads among queries."""
+    """Arguments that make this version of `varlen_attn` causal and let query heads share key heads."""
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # torch >= 2.11; 2.10
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})  # torch >= 2.12; earlier ones always do
@@ -48,7 +48,7 @@ class VarLen(NamedTuple):
     """The segments as FlashAttention wants them: where each one's queries and keys begin, int32.
 
     Queries are the flattened rows. Keys are too, unless a prefix is shared: then each segment's keys are gathered, the
-    prefix's and its own. The last offset is repeated until there are a multiple of 128: packings differ less in shape.
+    prefix's and its own. The last offset is repeated until their number is a multiple of 128: fewer shapes.
     """
     query_offsets: Tensor  # (128 n,)
     key_offsets: Tensor  # (128 n,)

@@ -28,7 +28,7 @@ EMBEDDED_VOCODER = Path(__file__).parent.parent / "assets" / "vocoder.safetensor
 class Vocoder(nn.Module):
     """Speaks units: `Vocoder.load("embedded").synthesize([413, 77, 20])` -> wave, 16000.
 
-    A frame is the time of a unit of duration 1. A subclass sets the fields below and has the methods
+    Durations are in frames, 1 / unit_rate_hz long each. A subclass sets the fields below and has the methods
         waves(frames (B, T) int64) -> (B, T * hop) float32: one unit per frame to samples
         frame_counts(units (B, N) int64) -> (B, N) int64, at least 1: predicted durations in frames
     """
