@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's ablations of pre-training, each run config/slam.py with a few settings changed: to those of the figures,
-# where it had not yet chosen slam.py's.
+# The paper's ablations of pre-training. Each run is config/slam.py, but with the figure's settings where the paper had
+# not yet chosen those of slam.py.
 #
 #   bash runs/ablations.sh models        # families and sizes, with and without TWIST (figures 2 and 3): context 512,
 #                                        # inverse square root, the text LM's RoPE theta, speech of people only

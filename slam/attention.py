@@ -125,10 +125,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def compile_around_segments() -> None:
-    """Call it before torch.compile on a CPU, which then leaves attention by segments out and compiles the rest.
-
-    Not a decorator, since torch.compiler.disable imports all of torch.compile, which would slow every start.
-    """
+    """Before torch.compile on a CPU: leave attention by segments out. Not a decorator: that imports all of dynamo."""
     Segments.attend = torch.compiler.disable(Segments.attend)
 
 

@@ -64,7 +64,7 @@ class TextTokenizer:
 def poisson_spans(n_words: int, rng: np.random.Generator, share: float, mean: float = 10) -> np.ndarray:
     """Which words (n_words,) bool are spoken: spans of Poisson(mean) words at random places, until `share` of all are.
 
-    As in SlamKit and Zeng et al. 2024 (arXiv 2411.17607): a span covers no other, nor begins right behind one.
+    As in SlamKit and Zeng et al. 2024 (arXiv 2411.17607): a span neither overlaps another nor begins right after one.
     """
     spoken = np.zeros(n_words, dtype=bool)
     for start in rng.permutation(n_words):

@@ -199,7 +199,7 @@ def test_bad_manifests(stories, tmp_path):
     assert ":1: not a pair" in refusal('{"positive": 3}\n')
     assert ":1: not a pair" in refusal('{"positve": "a.wav", "negative": "b.wav"}\n')
     assert "no pairs in it" in refusal("")
-    assert "2 for 1 of benchmark" in refused("eval.py", "--benchmark=sblimp", "--path=a,b")
+    assert "2 given for 1 benchmark" in refused("eval.py", "--benchmark=sblimp", "--path=a,b")
     assert "expected" in refused("eval.py", "--benchmark=sblmp", "--path=a")
 
 

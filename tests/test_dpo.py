@@ -264,7 +264,7 @@ def test_nothing_named(start, pairs, tmp_path, monkeypatch, capsys):
         slam = tmp_path / "out" / name / "checkpoint" / "slam.json"
         slam.write_text(slam.read_text().replace('"stage": "train"', f'"stage": "{stage}"'))
         os.utime(slam, (at, at))
-    with pytest.raises(SystemExit, match="no pairs_train.jsonl under out/ of the units of out/lm"):
+    with pytest.raises(SystemExit, match="no pairs_train.jsonl under out/ has the units of out/lm"):
         complete(Config())
     for at, name in enumerate(("a", "b", "c")):
         path = tmp_path / "out" / name / "pairs_train.jsonl"

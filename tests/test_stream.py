@@ -86,7 +86,7 @@ def test_a_listener_who_leaves(flags, tmp_path):
     assert process.stdout.read1(1000)
     process.stdout.close()
     done = process.end()
-    assert done.returncode == 0 and b"listener left" in done.stderr and b"Traceback" not in done.stderr
+    assert done.returncode == 0 and b"playback was stopped" in done.stderr and b"Traceback" not in done.stderr
     assert soundfile.info(record(tmp_path / "s")["whole"]).duration < 30
 
 
