@@ -162,6 +162,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
         for i, wave in enumerate(whole) if cfg.keep_audio else ():  # numbered, as names may repeat
             soundfile.write(out / f"generated_{i:03d}_{paths[i].stem}_{seed}.wav", wave, SAMPLE_RATE)
     (out / "generated.jsonl").write_text("".join(json.dumps(x) + "\n" for x in said))
+    lm.cpu().__dict__.pop("static", None)  # done with it and its compiled copy: 8 GB do not hold the judge beside them
     free_memory()
 
     settings = {k: getattr(cfg, k) for k in (

@@ -244,7 +244,12 @@ def extract(cfg: Config, tokenizer: SpeechTokenizer) -> None:
                     tally.skip(utterance.id, utterance.problem, utterance.fatal, part=usable)
                     continue
                 frames = np.concatenate(utterance.frames)
-                writer.add(utterance.id, *tokenizer.finish(frames))
+                try:
+                    units = tokenizer.finish(frames)
+                except ValueError as e:
+                    tally.skip(utterance.id, str(e))
+                    continue
+                writer.add(utterance.id, *units)
                 tally.utterances += 1
                 tally.seconds += len(frames) / tokenizer.fingerprint.unit_rate_hz
             if writer.n_tokens >= cfg.shard_tokens:

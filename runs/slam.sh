@@ -41,12 +41,16 @@ bench=$root/bench units=$out/units lm=$out/$name tuned=$out/${name}_dpo
 [ -z "${TRAIN:-}" ] || train_hours="?"  # what TRAIN says
 
 # ---------------------------------------------------------------- the first page
-memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | grep -xE '[0-9]+' | sort -n || true)  # MiB
-n_found=$(wc -w <<< "$memory") smallest=${memory%%$'\n'*}
+cards=$(nvidia-smi --query-gpu=memory.total,compute_cap --format=csv,noheader,nounits 2> /dev/null | grep -E '^[0-9]+, ' |
+    sort -rn || true)  # "24564, 8.6", the largest first
+n_found=$(grep -c . <<< "$cards" || true) cards=$(head -n $gpus <<< "$cards")  # those that are used
+smallest=${cards##*$'\n'} smallest=${smallest%,*}  # MiB
 if [ "$scale" != tiny ]; then
     if [ "$n_found" -lt $gpus ]; then
         problem="this recipe wants $gpus GPU(s), and nvidia-smi finds $n_found; without one it would take months. \
 Install NVIDIA's driver; SCALE=tiny runs on a CPU"
+    elif grep -qE ', [1-7]\.' <<< "$cards"; then
+        problem="a GPU here is older than Ampere: it has no fast bfloat16, and torch.compile leaves such code out"
     elif [ "$smallest" -lt 7500 ]; then
         problem="the smallest GPU has $smallest MiB of memory: with activation checkpointing the recipe needs 8 GB"
     elif [ "$smallest" -lt 11000 ]; then preset=config/gpu_8gb.py
@@ -87,6 +91,9 @@ or end it (\`fuser $out/slam.lock\` names it)" >&2; exit 1; }
     trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
     source runs/setup.sh  # makes .venv, once
 fi
+# torchrun ends at a hang-up even under nohup; and it leaves its processes 30 s to save, if not told otherwise.
+[ -z "$(trap -p HUP)" ] || export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
+export PET_SHUTDOWN_TIMEOUT=300
 
 # ---------------------------------------------------------------- the steps
 setup() {  # what runs/setup.sh does not do
@@ -100,6 +107,10 @@ setup() {  # what runs/setup.sh does not do
     python -c "import pyarrow" 2> /dev/null || run python -m pip install -q "$(grep ^pyarrow requirements-test.txt)"
     run python -c "import torch; torch.cuda.is_available() or exit(f'torch {torch.__version__} finds no GPU. It is made for \
 CUDA {torch.version.cuda}; the driver may be too old for it (nvidia-smi prints the newest that it knows)')"
+    run python -c "import torch; torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device='cuda'))" || {
+        echo "torch.compile does not work here: it needs a C compiler and Python's headers (apt install gcc python3-dev)" >&2
+        exit 1
+    }
 }
 
 models() {  # first, so that a missing account shows before the long steps

@@ -7,6 +7,7 @@ A checkpoint is an ordinary Hugging Face folder, config.json and model.safetenso
 import contextlib
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -109,6 +110,10 @@ def write_folder(folder: str | Path, config: dict, state: dict[str, Tensor], sla
         save_file({k: v.detach().contiguous() for k, v in state.items()}, new / "model.safetensors",
                   metadata={"format": "pt"})
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors makes it private
+        for path in (*new.iterdir(), new):  # on the disk before the old folder goes, should the power fail
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
     except (OSError, SafetensorError, RuntimeError) as e:  # safetensors and torch.save wrap an OSError in their own
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"{folder}: could not be written ({e})") from e

@@ -13,11 +13,11 @@ from slam.audio import SAMPLE_RATE
 
 
 @functools.cache
-def mel_filters(n_fft: int, n_mels: int, sample_rate: int = SAMPLE_RATE) -> Tensor:
+def mel_filters(n_fft: int, n_mels: int, sample_rate: int, device: torch.device) -> Tensor:
     """Slaney's triangular mel filters, (n_mels, n_fft // 2 + 1), from 0 Hz to half the sample rate."""
     from transformers.audio_utils import mel_filter_bank
     bank = mel_filter_bank(n_fft // 2 + 1, n_mels, 0.0, sample_rate / 2, sample_rate, norm="slaney", mel_scale="slaney")
-    return torch.tensor(bank.T, dtype=torch.float32)
+    return torch.tensor(bank.T, dtype=torch.float32, device=device)
 
 
 def magnitudes(wave: Tensor, n_fft: int, hop: int) -> Tensor:
@@ -30,7 +30,7 @@ def log_mel(wave: Tensor, sample_rate: int = SAMPLE_RATE, n_mels: int = 80) -> T
     """Wave (T,) -> natural log of mel magnitudes (frames, n_mels), one frame every 10 ms."""
     n_fft = 2 ** round(math.log2(sample_rate * 0.064))
     wave = F.pad(wave, (0, max(0, n_fft - len(wave))))
-    mel = mel_filters(n_fft, n_mels, sample_rate).to(wave.device) @ magnitudes(wave, n_fft, sample_rate // 100)
+    mel = mel_filters(n_fft, n_mels, sample_rate, wave.device) @ magnitudes(wave, n_fft, sample_rate // 100)
     return mel.clamp(min=1e-4).log().T
 
 

@@ -5,11 +5,12 @@ The folder holds config.json, log.jsonl, results.json and checkpoint/ (weights, 
 import importlib.util
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -112,8 +113,9 @@ class Run:
 
     def open(self) -> None:
         """Begin to write to the folder, to count time, and to save at a signal. Call it when everything is loaded."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._stop)
         over_ranks([0.0])  # every process has looked at the folder
         self.started, self.loggers = time.perf_counter(), []
         if self.rank:
@@ -143,6 +145,8 @@ class Run:
         if self.asked_to_stop and signum == signal.SIGINT:  # ctrl-C again: stop now. torchrun sends SIGTERM, too
             raise SystemExit(128 + signum)
         self.asked_to_stop = 128 + signum
+        if signum == signal.SIGHUP:  # the terminal is gone, and printing to it would raise
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         print(f"{signal.Signals(signum).name}: saving after this step", file=sys.stderr)
 
     def tick(self) -> None:
@@ -178,7 +182,8 @@ class Run:
         """Print a line for people, and append the record to log.jsonl and to the other loggers."""
         if self.rank:
             return
-        print(f"step {self.step:05d} | {line}", flush=True)
+        with suppress(OSError):  # the terminal may be gone; the log has it too
+            print(f"step {self.step:05d} | {line}", flush=True)
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}  # loggers have no place for texts
         for logger in self.loggers:
             logger(numbers, self.step)

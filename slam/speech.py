@@ -119,8 +119,9 @@ def mean_nlls(known: list[list[int]], new: list[list[int]], model, batch: int = 
             ids[row, :len(tokens)] = torch.tensor(tokens)
             mask[row, :len(tokens)], scored[row, len(known[i]):len(tokens)] = True, True
         ids, mask, scored = (x.to(model.device) for x in (ids, mask, scored[:, 1:]))
-        logits = model(ids, attention_mask=mask.long()).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        logits = model(ids, attention_mask=mask.long()).logits
+        nll = torch.stack([torch.nn.functional.cross_entropy(row[:-1].float(), tokens[1:], reduction="none")
+                           for row, tokens in zip(logits, ids)])  # all rows at once need three times the memory
         for i, loss in zip(part, ((nll * scored).sum(1) / scored.sum(1)).tolist()):
             losses[i] = loss
     return losses

@@ -197,9 +197,10 @@ def windows(blocks: Iterable[np.ndarray], encoder) -> Iterator[tuple[np.ndarray,
 
 
 def assign(x: Tensor, centroids: Tensor, chunk: int = 1 << 16) -> Tensor:
-    """Index (N,) of the nearest centroid (K, D) of each row of x (N, D)."""
+    """Index (N,) of the nearest centroid (K, D) of each row of x (N, D); -1 for a row that is not finite."""
     half_norm = centroids.square().sum(1) / 2
-    return torch.cat([(half_norm - part @ centroids.T).argmin(1) for part in x.split(chunk)])
+    nearest = [(half_norm - part @ centroids.T).min(1) for part in x.split(chunk)]
+    return torch.cat([torch.where(distance.isfinite(), index, -1) for distance, index in nearest])
 
 
 # ---------------------------------------------------------------- tokeniser
@@ -312,7 +313,9 @@ class SpeechTokenizer:
         return [torch.cat([next(labels)[first:last] for _, first, last in found]).cpu().numpy() for found in pieces]
 
     def finish(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One unit per frame -> (units, durations), or with BPE (pieces, durations)."""
+        """One unit per frame -> (units, durations), or with BPE (pieces, durations). ValueError if one is -1."""
+        if frames.min() < 0:
+            raise ValueError(f"{self.meta['encoder']} gives features that are not finite in {self.encoder.dtype}")
         units, durations = dedup(frames)
         return self.bpe.encode(units, durations) if self.bpe else (units, durations)
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from config import load_config
 from slam.audio import SAMPLE_RATE, load_audio
 from slam.checkpoint import write_folder
-from slam.device import autocast, pick_device
+from slam.device import autocast, pick_device, put
 from slam.mel import magnitudes, mel_cepstral_distance, mel_filters, png, spectrogram
 from slam.optim import update
 from slam.run import Run
@@ -79,7 +79,8 @@ def spectral_loss(ours: Tensor, real: Tensor) -> Tensor:
     total = 0.0
     for n_fft, n_mels in ((2048, 160), (1024, 80), (512, 40), (256, 20)):
         a, b = (magnitudes(x, n_fft, n_fft // 4) for x in (ours, real))
-        mel_a, mel_b = ((mel_filters(n_fft, n_mels).to(x.device) @ x).clamp(min=1e-4).log() for x in (a, b))
+        filters = mel_filters(n_fft, n_mels, SAMPLE_RATE, ours.device)
+        mel_a, mel_b = ((filters @ x).clamp(min=1e-4).log() for x in (a, b))
         total = total + F.l1_loss(mel_a, mel_b) + (a - b).norm() / (2 * b.norm().clamp(min=1e-3)) + \
             F.l1_loss(a.clamp(min=1e-3).log(), b.clamp(min=1e-3).log()) / 2
     return total / 4
@@ -248,7 +249,7 @@ def main(cfg: Config) -> None:
         scale = min(1, (run.step + 1) / 100) * (1 + math.cos(math.pi * run.progress())) / 2  # of the learning rate
         rng = np.random.default_rng((cfg.seed, run.step))
         items = [corpus[i] for i in rng.integers(0, len(corpus), cfg.batch)]
-        frames, real = (x.to(device) for x in crops(items, frames_per_crop, vocoder.hop, rng))
+        frames, real = (put(x, device) for x in crops(items, frames_per_crop, vocoder.hop, rng))
         with autocast(device, cfg.dtype):
             ours, durations = vocoder.waves(frames), duration_loss(vocoder, items, rng)
         spectral = spectral_loss(ours, real)

@@ -120,7 +120,7 @@ def in_process(*args) -> subprocess.CompletedProcess:
     """What `python ARGS` does, done here: spared are the start and the imports. stdout and stderr as bytes."""
     out, err, code = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO()), 0
     argv, path, environment = sys.argv, sys.path[:], dict(os.environ)
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     module = args[0] == "-m"
     sys.argv = list(map(str, args[module:]))
     if not module:

@@ -29,7 +29,7 @@ def size(tmp_path_factory):
 @pytest.fixture
 def as_before():
     """Cases change what belongs to the process; a worker has it for itself."""
-    handlers = [(x, signal.getsignal(x)) for x in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [(x, signal.getsignal(x)) for x in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     way, precision = attention.WAY, torch.get_float32_matmul_precision()
     yield
     attention.WAY = way

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ class Weights(torch.nn.Linear):
 @pytest.fixture
 def saved(tmp_path):
     """The folder of a run that was saved at step 3; the process has its signals back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     run, weights = Run(Settings(str(tmp_path / "run")), "train"), Weights(2, 2)
     run.starts_from(train="a")
     run.open()
@@ -137,6 +138,26 @@ def test_a_signal_saves_and_exits_with_its_code(saved, capsys):
     assert Run(Settings(str(saved), resume=True), "train").step == 4
     with pytest.raises(SystemExit):  # the second signal does not wait
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_closed_terminal_saves_and_nohup_goes_on(saved, monkeypatch):
+    run = Run(Settings(str(saved), resume=True), "train")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    run.open()
+    signal.raise_signal(signal.SIGHUP)
+    run.tick()
+    assert not run.stopping
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open("/dev/full", "w"))  # as a terminal that is gone, it raises OSError
+    run.log("a line", loss=1.0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    run.open()
+    signal.raise_signal(signal.SIGHUP)
+    run.step = 4
+    run.tick()
+    with pytest.raises(SystemExit) as stop:
+        run.finish(Weights(2, 2), torch.optim.SGD(Weights(2, 2).parameters(), 0.1), FINGERPRINT, [])
+    assert stop.value.code == 128 + signal.SIGHUP and Run(Settings(str(saved), resume=True), "train").step == 4
 
 
 def test_the_first_step_that_is_not_finite_is_named(saved):

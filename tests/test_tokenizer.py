@@ -1,4 +1,5 @@
 """slam/tokenizer.py: a recording has the same units whatever is in its batch, and wherever its windows are cut."""
+import math
 import pickle
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import soundfile
 import torch
 
+from prepare_units import Config, extract
 from slam.audio import load_audio, resample
 from slam.tokenizer import (
     EMBEDDED_TOKENIZER,
@@ -13,6 +15,7 @@ from slam.tokenizer import (
     HubertFrames,
     SpeechTokenizer,
     WhisperFrames,
+    assign,
     codebook_fingerprints,
     load_encoder,
     read_codebook,
@@ -115,6 +118,19 @@ def test_quiet_resampled_and_stereo_audio_sound_the_same(tokenizer, wave, tmp_pa
         n = min(len(frames), len(reference))
         assert abs(len(frames) - len(reference)) <= 1
         assert (frames[:n] == reference[:n]).mean() > agreement, (rate, channels)
+
+
+def test_features_that_are_not_finite(wave, tmp_path):
+    """They are no units, alone an error, and in a corpus skipped and counted."""
+    x, centroids = torch.tensor([[1.0, 0.0], [math.nan, 0.0], [math.inf, 1.0], [0.0, 2.0]]), torch.eye(2)
+    assert assign(x, centroids).tolist() == [0, -1, -1, 1]
+    overflows = SpeechTokenizer.load("embedded")
+    overflows.encoder.encoder.conv1.weight.data *= 1e38
+    with pytest.raises(ValueError, match="whisper-tiny.en gives features that are not finite in torch.float32"):
+        overflows.encode(wave, 16_000)
+    soundfile.write(tmp_path / "a.wav", wave, 16_000)
+    with pytest.raises(SystemExit, match="1 of 1 can't be used.*not finite"):
+        extract(Config(input=str(tmp_path / "a.wav"), out=str(tmp_path / "units")), overflows)
 
 
 def test_half_precision_is_near(tokenizer, wave):

@@ -232,6 +232,7 @@ def test_other_optimisers_and_pure_bf16(corpus, tmp_path, optimizer, more):
     main(replace(half, resume=True))
     assert weights(tmp_path / "y") == weights(tmp_path / "x")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -315,6 +316,7 @@ def test_too_little_memory_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_pa
     assert all(0 < x["mfu_needed"] < x["mfu"] for x in log if "loss" in x) and "loss" in log[-2]
     assert len(calls) == 6 + 4 and json.loads((tmp_path / "x" / "results.json").read_text())["val_loss"]["step"] == 8
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -59,7 +59,7 @@ def test_utterances_cut_out_of_a_recording(voice, tmp_path, capsys):
 @pytest.fixture
 def signals():
     """A run within this process takes the signals; they are given back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
