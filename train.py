@@ -8,8 +8,8 @@ Out: a run folder:  checkpoint/ (a Hugging Face folder + slam.json + trainer.pt)
     python train.py config/demo_train.py             # minutes on two CPU cores
     torchrun --nproc_per_node=2 train.py config/slam_scaled.py
 
-SIGTERM and ctrl-C save and exit after the step; `--resume` goes on from there, bit-equal on a CPU. torchrun gives its
-processes 30 s to do so; a run that is killed has its last saved checkpoint.
+SIGTERM, ctrl-C and a closed terminal save and exit after the step; `--resume` goes on from there, bit-equal on a CPU.
+torchrun gives its processes 30 s to do so; a run that is killed has its last saved checkpoint.
 """
 import math
 import sys
