@@ -31,7 +31,7 @@ from slam.optim import make_optimizer, schedule, update
 from slam.packing import Epochs
 from slam.run import Run, run_problems
 from slam.scoring import PrefixPair, pack, pair_logps, row_logps
-from slam.units import Fingerprint, read_pairs, require_same, to_tokens, write_atomic
+from slam.units import Fingerprint, read_pairs, require_same, sha256_of, to_tokens, write_atomic
 
 
 @dataclass
@@ -162,7 +162,7 @@ def completion_logps(lm: UnitLM, pairs: list[PrefixPair], cfg: Config, desc: str
 
 def reference_logps(start: str, weights: str, path: str, pairs: list[PrefixPair], cfg: Config, ranks=(0, 1)) -> Tensor:
     """`completion_logps` of the checkpoint `start` (its sha256: `weights`), cached in a file beside the pair file."""
-    saved = Path(f"{path}.reference-{folders.sha256_of(weights, pairs, cfg.dtype, pick_device().type)[:16]}.npy")
+    saved = Path(f"{path}.reference-{sha256_of(weights, pairs, cfg.dtype, pick_device().type)[:16]}.npy")
     if over_ranks([saved.exists()]) == [ranks[1]]:  # all see it, so that none waits for the others below
         return torch.from_numpy(np.load(saved))
     lm, content = UnitLM.from_pretrained(start).to(pick_device()), io.BytesIO()
@@ -254,7 +254,7 @@ def main(cfg: Config) -> None:
         fingerprint = fingerprint if fingerprint.codebook_sha256 else theirs  # SlamKit's checkpoints do not record it
     run = Run(cfg, "dpo", rank, reads=(cfg.checkpoint, cfg.pairs, cfg.val_pairs))
     weights = folders.weights_sha256(cfg.checkpoint)
-    run.starts_from(checkpoint=weights, **{name: folders.sha256_of(found) for name, found in pairs.items()})
+    run.starts_from(checkpoint=weights, **{name: sha256_of(found) for name, found in pairs.items()})
     if run.resumed and run.progress() >= 1 and run.evaluated("val_dpo_loss"):
         return
     train, val = (Data.of(pairs[name], reference_logps(cfg.checkpoint, weights, path, pairs[name], cfg, ranks), where)

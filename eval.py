@@ -114,8 +114,8 @@ def baseline_scores(cfg: Config, benchmark: Benchmark, utterances: list[tuple],
     if cfg.text_judge and not all(texts):
         print(f"{benchmark.name}: not scored by the text judge, as {texts.count(None)} transcripts are missing")
     elif cfg.text_judge:
-        from slam.speech import text_nlls
-        nll = text_nlls(texts, cfg.text_judge).reshape(-1, 2)
+        from slam.speech import continuation_scores
+        nll = -np.array(continuation_scores([""] * len(texts), texts, cfg.text_judge), float).reshape(-1, 2)
         found[f"{benchmark.name}_text_lm"] = score_pairs(nll, benchmark.pairs) | {"judge": cfg.text_judge}
     return found
 

@@ -15,8 +15,8 @@ from collections import Counter
 from types import SimpleNamespace
 
 from slam.speech import continuation_scores
-from slam.spoken_pairs import write_benchmark
 from slam.tts import speakers
+from synth_stories import write_benchmark
 
 
 def things(text: str, names: list[str]) -> set[str]:

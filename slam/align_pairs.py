@@ -24,7 +24,7 @@ from slam.device import pick_device
 from slam.metrics import auto_bleu
 from slam.speech import continuation_scores, continue_units, load_asr, speak, transcribe
 from slam.tokenizer import SpeechTokenizer, find_codebook
-from slam.units import Fingerprint, UnitReader, read_pairs, require_same, to_units, write_atomic, write_pairs
+from slam.units import Fingerprint, UnitReader, read_pairs, require_same, sha256_of, to_units, write_atomic, write_pairs
 from slam.vocoder import vocoder_for
 
 
@@ -122,7 +122,7 @@ def make_pairs(cfg: PairsConfig) -> None:
     # ------------------------------------------------------------ what an earlier run left, in whole batches
     settings = {k: v for k, v in asdict(cfg).items() if k not in (
         "out", "overwrite", "n_val", "max_auto_bleu", "min_words", "min_gap")}  # these only choose among candidates
-    settings |= {"weights": folders.weights_sha256(checkpoint), "drawn": folders.sha256_of(prompts)}
+    settings |= {"weights": folders.weights_sha256(checkpoint), "drawn": sha256_of(prompts)}
     path = out / "candidates.jsonl"
     if not path.exists() and any(out.glob("pairs_*.jsonl")):
         raise SystemExit(f"{out} holds pairs that `dpo.py pairs` has not made; choose another --out")

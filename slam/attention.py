@@ -124,11 +124,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=groups > 1)
 
 
-def compile_around_segments() -> None:
-    """Before torch.compile on a CPU: leave attention by segments out. Not a decorator: that imports all of dynamo."""
-    Segments.attend = torch.compiler.disable(Segments.attend)
-
-
 # ---------------------------------------------------------------- generation
 class KVCache:
     """Keys and values of the tokens so far, (B, kv_heads, capacity, head_dim) for each layer.

@@ -9,7 +9,6 @@ voices are not independent), `positive_text` and `negative_text` (for a text LM 
 """
 import contextlib
 import csv
-import hashlib
 import json
 import re
 from collections import defaultdict
@@ -20,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from slam.embedded import cache_dir, file_digest
-from slam.units import to_tokens, write_atomic
+from slam.units import sha256_of, to_tokens, write_atomic
 
 SIDES = ("positive", "negative")
 SALMON_PARTS = ("bg_alignment", "bg_all_consistency", "bg_domain_consistency", "gender_consistency", "rir_consistency",
@@ -235,8 +234,8 @@ def disk_cache(path: Path, keys: list[str], compute: Callable[[list[int]], Itera
 def units_cache(tokenizer, benchmark: str) -> Path:
     """File with the units of a benchmark's audio: by fingerprint, dtype and device type, which all change units."""
     kind = str(tokenizer.encoder.device).split(":")[0]
-    made_by = json.dumps([tokenizer.fingerprint.to_dict(), str(tokenizer.encoder.dtype), kind])
-    return cache_dir() / "units" / f"{benchmark}-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.jsonl"
+    made_by = sha256_of(tokenizer.fingerprint.to_dict(), str(tokenizer.encoder.dtype), kind)
+    return cache_dir() / "units" / f"{benchmark}-{made_by[:16]}.jsonl"
 
 
 def tokenize_pairs(tokenizer, benchmark: Benchmark) -> list[tuple[list[int], list[int]]]:

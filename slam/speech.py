@@ -145,9 +145,3 @@ def continuation_scores(prompts: list[str], texts: list[str], judge: str) -> lis
     known = [tokenizer(prompt).input_ids or [bos] for prompt in prompts]
     new = [tokenizer(f" {text}", add_special_tokens=False).input_ids if text else [] for text in texts]
     return [None if x is None else -x for x in mean_nlls(known, new, model)]
-
-
-def text_nlls(texts: list[str], judge: str) -> np.ndarray:
-    """Mean NLL (nats) per token of each text after BOS, (n,); nan for an empty text."""
-    scores = continuation_scores([""] * len(texts), texts, judge)
-    return np.array([np.nan if x is None else -x for x in scores])

@@ -53,6 +53,11 @@ def empty_folder(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def sha256_of(*values) -> str:
+    """sha256 of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def vocab_size(n_units: int) -> int:
     """vocab_size(500) -> 502."""
     return n_units + OFFSET
@@ -311,7 +316,7 @@ class UnitReader:
 
     def digest(self) -> str:
         """sha256 of the shards' headers: it changes with their number, counts, hours and order. Reads no tokens."""
-        return hashlib.sha256(json.dumps([self.sizes, [s.header for s in self.shards]]).encode()).hexdigest()
+        return sha256_of(self.sizes, [s.header for s in self.shards])
 
     def check(self) -> None:
         """SystemExit, naming it, if a file has vanished or changed: reading its mapping could kill the process."""
@@ -352,8 +357,8 @@ class UnitReader:
 
 
 # ---------------------------------------------------------------- pair files
-def write_pairs(path: str | Path, fingerprint: Fingerprint, pairs: Iterable[dict]) -> int:
-    """Write preference pairs as JSON lines after a line with the fingerprint; returns the number of pairs.
+def write_pairs(path: str | Path, fingerprint: Fingerprint, pairs: Iterable[dict]) -> None:
+    """Write preference pairs as JSON lines after a line with the fingerprint.
 
     A pair: {"id", "prompt", "chosen", "rejected"} (lists of units) and, if known, "prompt_text" etc. "chosen_ended" and
     "rejected_ended" (default true): false if the completion was cut off, so that no EOS follows it.
@@ -361,7 +366,6 @@ def write_pairs(path: str | Path, fingerprint: Fingerprint, pairs: Iterable[dict
     header = {"format": "slam-pairs", "version": VERSION, "fingerprint": fingerprint.to_dict()}
     lines = [json.dumps(line, ensure_ascii=False) for line in (header, *pairs)]
     write_atomic(path, "\n".join(lines) + "\n")
-    return len(lines) - 1
 
 
 def read_pairs(path: str | Path) -> tuple[Fingerprint, list[dict]]:

@@ -14,7 +14,7 @@ from test_hub_lm import hub_model
 from test_model import V, hf_model, our_model, random_tokens
 
 from model import UnitLM
-from slam.checkpoint import checkpoint_fingerprint, fetch, recover, swap_in
+from slam.checkpoint import checkpoint_fingerprint, fetch, recover, write_folder
 from slam.units import UnitWriter, write_pairs
 
 
@@ -161,10 +161,8 @@ def test_reading_while_another_process_saves(tmp_path):
     thread.start()
     try:
         for i in range(150):
-            (tmp_path / "a.new").mkdir()
-            (tmp_path / "a.new" / "file").write_text(str(i))
-            swap_in(tmp_path / "a.new", folder)
-            assert (folder / "file").read_text() == str(i)
+            write_folder(folder, {"number": i}, {})
+            assert json.loads((folder / "config.json").read_text()) == {"number": i}
     finally:
         stop.set()
         thread.join()

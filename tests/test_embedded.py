@@ -143,8 +143,6 @@ def test_a_missing_asset_is_named(tmp_path, empty_cache, monkeypatch):
 
 def test_an_altered_cache_is_noticed_and_rebuilt(empty_cache, capsys):
     name = "embedded:whisper-tiny.en"
-    with pytest.raises(SystemExit, match="not built yet"):
-        embedded.part_folder("whisper-tiny.en", build=False)
     folder = Path(embedded.resolve(name))
     assert folder == empty_cache / "whisper-tiny.en" and "not built yet" in capsys.readouterr().err
     assert [p.name for p in empty_cache.iterdir()] == [folder.name]  # no temporary folder left
@@ -156,8 +154,6 @@ def test_an_altered_cache_is_noticed_and_rebuilt(empty_cache, capsys):
 
     (folder / "config.json").write_bytes(flip(built))
     embedded.part_folder.cache_clear()
-    with pytest.raises(SystemExit, match="config.json altered"):
-        embedded.part_folder("whisper-tiny.en", build=False)
     assert embedded.resolve(name) == str(folder)
     assert "config.json altered; building" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == built
@@ -170,13 +166,6 @@ def test_an_altered_cache_is_noticed_and_rebuilt(empty_cache, capsys):
         assert embedded.resolve(name) == str(folder)
         assert "building" in capsys.readouterr().err
         assert json.loads(sums.read_text()) == whole  # the build is a function of its inputs
-
-
-def test_check_builds_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLAM_CACHE", str(tmp_path / "cache"))
-    result = run("-m", "slam.embedded", "--check", check=False)
-    assert result.returncode == 1 and "not built yet; `python -m slam.embedded` builds it" in result.stderr
-    assert not (tmp_path / "cache").exists()
 
 
 def test_another_ctranslate2_layout_is_refused(tmp_path):

@@ -7,13 +7,12 @@ import pytest
 from conftest import refused, run
 
 from slam.audio import load_audio
-from slam.checkpoint import sha256_of
 from slam.metrics import auto_bleu, word_error_rate
 from slam.pair_data import SIDES, read_swag, usable
 from slam.speech import transcribe
 from slam.tokenizer import SpeechTokenizer
 from slam.tts import TTS
-from slam.units import published_fingerprint, read_pairs
+from slam.units import published_fingerprint, read_pairs, sha256_of
 from slam.vocoder import Vocoder
 
 COLUMNS = "video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,ending3,distractor-0,label"

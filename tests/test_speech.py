@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from slam.embedded import resolve
-from slam.speech import load_judge, text_losses, text_nlls, transcribe
+from slam.speech import continuation_scores, load_judge, text_losses, transcribe
 
 
 def test_text_judge():
-    good, bad = text_nlls(["The dog is sleeping near the tree.", "Dog the sleeping near is tree the."],
-                          "embedded:smollm2-135m")
-    assert good < bad - 1
+    texts = ["The dog is sleeping near the tree.", "Dog the sleeping near is tree the."]
+    good, bad = continuation_scores(["", ""], texts, "embedded:smollm2-135m")
+    assert good > bad + 1
 
 
 def test_what_the_judge_reads(voice):

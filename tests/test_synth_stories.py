@@ -9,9 +9,19 @@ import pytest
 import soundfile
 from conftest import SYNTH, refused, run, start
 
-from slam.spoken_pairs import GRAMMAR, grammar_pair
 from slam.units import UnitReader, read_pairs
-from synth_stories import opening, read_openings, split_sentences, tidy
+from synth_stories import (
+    GRAMMAR,
+    Config,
+    exchange,
+    grammar_pair,
+    make_sblimp,
+    opening,
+    read_openings,
+    split_sentences,
+    tidy,
+    write_benchmark,
+)
 
 
 def test_split_and_tidy():
@@ -115,3 +125,31 @@ def test_refusals(stories, tmp_path):
     assert "n_train" in refused("synth_stories.py", "--n_trian=5")
     assert "n_train, n_pairs, n_sblimp" in refused("synth_stories.py", "--n_train=-5")
     assert "hibari has american, not bf_emma" in refused("synth_stories.py", "--voices=bf_emma")
+
+
+def test_exchange_leaves_nothing_in_place():
+    for n in (2, 3, 10):
+        out = exchange(list(range(n)), seed=1)
+        assert sorted(out) == list(range(n)) and all(i != x for i, x in enumerate(out))
+
+
+def test_grammar_pairs():
+    rng = np.random.default_rng(0)
+    for kind in GRAMMAR:
+        for i in range(24):
+            good, bad = grammar_pair(kind, i, rng)
+            assert good != bad and good.endswith(".") and abs(len(good.split()) - len(bad.split())) <= 1
+    # either member of a minimal pair is right in half of the cases, so the words alone give nothing away
+    good = [grammar_pair("subject_verb_agreement", i, rng)[0].split() for i in range(200)]
+    plural = sum(any(w in ("are", "were", "have") for w in g) for g in good)
+    assert plural == 100
+
+
+def test_too_many_sentences_for_the_templates(tmp_path):
+    with pytest.raises(SystemExit, match="different pairs, not 9,000"):
+        make_sblimp(Config(n_sblimp=9_000, out=str(tmp_path)), None)
+
+
+def test_a_benchmark_without_pairs_is_an_empty_manifest(tmp_path):
+    write_benchmark(Config(out=str(tmp_path / "new")), None, "sstorycloze", [], {})
+    assert (tmp_path / "new" / "sstorycloze" / "manifest.jsonl").read_text() == ""
