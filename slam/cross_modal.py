@@ -108,16 +108,14 @@ def directions(texts: list[tuple[str, str]], parts: list[list[list[int]]], finge
     def written(text: str, follows: bool = False) -> list[int]:
         return [t + vocabulary.first_text for t in tokenizer.words(text, follows)[0].tolist()]
 
-    def spoken(units: list[int]) -> list[int]:
-        return to_tokens(units)[1:-1]
-
     found = {"text_to_text": [tuple([BOS, *written(text), *end] for text in pair) for pair in texts]}
-    for pair, (prompt, *endings) in zip(texts, parts):
+    for pair, spoken in zip(texts, parts):
+        prompt, *endings = (to_tokens(units)[1:-1] for units in spoken)
         given, *rest = split_at_last_sentence(*pair)
         found.setdefault("speech_to_text", []).append(tuple(
-            [BOS, vocabulary.speech, *spoken(prompt), vocabulary.text, *written(text, True), *end] for text in rest))
+            [BOS, vocabulary.speech, *prompt, vocabulary.text, *written(text, True), *end] for text in rest))
         found.setdefault("text_to_speech", []).append(tuple(
-            [BOS, vocabulary.text, *written(given), vocabulary.speech, *spoken(units), *end] for units in endings))
+            [BOS, vocabulary.text, *written(given), vocabulary.speech, *ending, *end] for ending in endings))
     return found
 
 

@@ -28,7 +28,6 @@ class Vocabulary:
     def __init__(self, fingerprint: Fingerprint):
         self.speech = vocab_size(fingerprint.n_units)
         self.text, self.first_text = self.speech + 1, self.speech + 2
-        self.size = self.first_text + fingerprint.text_vocab
 
 
 class TextTokenizer:
@@ -72,13 +71,11 @@ def poisson_spans(n_words: int, rng: np.random.Generator, share: float, mean: fl
     return spoken
 
 
-def chunk_spans(n_words: int, rng: np.random.Generator, text: tuple[int, int] = (10, 30),
-                speech: tuple[int, int] = (5, 15)) -> np.ndarray:
-    """Which words (n_words,) bool are spoken: chunks of text and of speech in turn, their lengths uniform (LF²AR)."""
+def chunk_spans(n_words: int, rng: np.random.Generator) -> np.ndarray:
+    """Which words (n_words,) bool are spoken: in turn 10 to 30 words of text and 5 to 15 of speech (LF²AR)."""
     spoken, at, now = np.zeros(n_words, dtype=bool), 0, bool(rng.integers(2))
     while at < n_words:
-        low, high = speech if now else text
-        length = rng.integers(low, high + 1)
+        length = rng.integers(5, 16) if now else rng.integers(10, 31)
         spoken[at:at + length] = now
         at, now = at + length, not now
     return spoken

@@ -231,9 +231,8 @@ def convert(cfg: ConvertConfig) -> None:
     source = Path(cfg.source) if cfg.source else published(*PUBLISHED_KMEANS)
     if not source.is_file():
         raise SystemExit(f"--source={cfg.source}: no such file")
-    tensors = {"centroids": torch.from_numpy(read_kmeans(source))}
+    centroids = torch.from_numpy(read_kmeans(source))
     meta = {"encoder": cfg.encoder, "layer": cfg.layer, "unit_rate_hz": cfg.unit_rate_hz,
-            "n_units": len(tensors["centroids"]), "source": source.name, "source_sha256": file_digest(source)}
-    write_codebook(out, tensors, meta)
-    n_units, dim = tensors["centroids"].shape
-    print(f"wrote {out}: {n_units} units, {dim} dimensions, of {cfg.encoder} layer {cfg.layer}")
+            "n_units": len(centroids), "source": source.name, "source_sha256": file_digest(source)}
+    write_codebook(out, {"centroids": centroids}, meta)
+    print(f"wrote {out}: {len(centroids)} units, {centroids.shape[1]} dimensions, of {cfg.encoder} layer {cfg.layer}")

@@ -50,11 +50,8 @@ def continue_units(lm: torch.nn.Module, prompts: list[list[int]], new_units: int
 
 def speak(rows: list[list[int]], tokenizer, vocoder) -> list[np.ndarray]:
     """A tokeniser's units or pieces -> waves (T,) at 16 kHz; an empty row gives an empty wave."""
-    waves = []
-    for row in tqdm(rows, disable=None, desc="vocoding", leave=False):
-        waves.append(resample(*vocoder.synthesize(tokenizer.to_units(row)), SAMPLE_RATE) if row
-                     else np.zeros(0, np.float32))
-    return waves
+    return [resample(*vocoder.synthesize(tokenizer.to_units(row)), SAMPLE_RATE) if row else np.zeros(0, np.float32)
+            for row in tqdm(rows, disable=None, desc="vocoding", leave=False)]
 
 
 @functools.cache

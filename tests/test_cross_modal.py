@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run
-from test_interleave import PLAIN, SHAPE, VOCABULARY, reader  # noqa: F401
+from test_interleave import FINGERPRINT, PLAIN, SHAPE, VOCABULARY, reader  # noqa: F401
 from test_scoring import logp_alone
 
 from dpo import Config, completion_logps, prefix_pair
@@ -22,7 +22,7 @@ from slam.cross_modal import (
     split_at_last_sentence,
     tokenize_parts,
 )
-from slam.interleave import INTERLEAVED, Mixed, TextTokenizer, Vocabulary
+from slam.interleave import INTERLEAVED, Mixed, TextTokenizer
 from slam.scoring import PrefixPair, pair_nlls
 from slam.speech import continue_units
 from slam.tokenizer import SpeechTokenizer
@@ -32,7 +32,7 @@ from slam.units import read_pairs, to_tokens, write_pairs
 def test_losses_by_kind_by_hand(reader):  # noqa: F811
     torch.manual_seed(0)
     mixed = Mixed(reader, (0.3, 0.2, 0.5), seed=3)
-    lm = UnitLM(ModelConfig(vocab_size=VOCABULARY.size, **SHAPE)).eval()
+    lm = UnitLM(ModelConfig(vocab_size=FINGERPRINT.vocab_size, **SHAPE)).eval()
     found = losses_by_kind(lm, mixed, 64, "float32")
     assert set(found) == {f"val_{what}_{kind}" for what in ("loss", "accuracy") for kind in
                           ("speech", "text", "interleaved_speech", "interleaved_text")}
@@ -62,8 +62,8 @@ def test_the_sentences_that_two_texts_share():
 def test_four_directions():
     """By SmolLM2's tokenizer: prompts and endings, each in units and in text."""
     fingerprint = TextTokenizer("embedded:smollm2-135m").fingerprint(PLAIN)
-    v, decode = Vocabulary(fingerprint), TextTokenizer("embedded:smollm2-135m").tokenizer.decode
-    assert v.size == 24 + 49152
+    decode = TextTokenizer("embedded:smollm2-135m").tokenizer.decode
+    assert fingerprint.vocab_size == 24 + 49152
     texts, parts = [("It rained. He ran.", "It rained. He sang.")], [[[2, 3], [4, 5], [6]]]
     found = directions(texts, parts, fingerprint)
     a, b = found["speech_to_text"][0]

@@ -31,7 +31,7 @@ VOCABULARY = Vocabulary(FINGERPRINT)  # 22 <speech>, 23 <text>, text token t is 
 
 
 def test_vocabulary():
-    assert (VOCABULARY.speech, VOCABULARY.text, VOCABULARY.first_text, VOCABULARY.size) == (22, 23, 24, 54)
+    assert (VOCABULARY.speech, VOCABULARY.text, VOCABULARY.first_text, FINGERPRINT.vocab_size) == (22, 23, 24, 54)
 
 
 def test_interleave_by_hand():
@@ -172,7 +172,7 @@ def test_training_on_a_mix(reader, tmp_path):
     for kind in ("speech", "text", "interleaved_speech", "interleaved_text"):
         assert results[f"val_loss_{kind}"]["value"] < results[f"val_loss_{kind}_before_training"]["value"] - 0.2
     checkpoint = UnitLM.from_pretrained(f"{tmp_path}/whole/checkpoint")
-    assert checkpoint.config.vocab_size == VOCABULARY.size
+    assert checkpoint.config.vocab_size == FINGERPRINT.vocab_size
     assert checkpoint.config.first_text_token == VOCABULARY.first_text
     log = tmp_path / "halves" / "log.jsonl"
     killed = start("train.py", *args, "--steps=40", f"--out={tmp_path}/halves", "--save_every=15")
