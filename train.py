@@ -96,7 +96,7 @@ class Config:
             found.append(f"spoken_share {self.spoken_share}: a share of the words, between 0 and 1")
         if self.micro_batch < 1 or self.context < 1:
             found.append("micro_batch and context must be at least 1")
-        elif self.batch_tokens < 1 or self.batch_tokens % (rows := self.context * self.micro_batch * world_size()):
+        elif self.batch_tokens % (rows := self.context * self.micro_batch * world_size()) or self.batch_tokens < 1:
             found.append(f"batch_tokens {self.batch_tokens}: not a multiple of context x micro_batch x GPUs = {rows}")
         return found
 

@@ -42,9 +42,6 @@ class Part:
     licence: str
     files: dict[str, str]  # path inside the wheel -> sha256
 
-    def source(self) -> str:
-        return f"{self.wheel}=={self.version}" if self.wheel else f"assets/{', '.join(self.files)}"
-
     def stamp(self) -> list:
         """Changes whenever the part must be built anew."""
         return [BUILD, *(self.files.values() if self.wheel else map(file_digest, wheel_files(self).values()))]
@@ -163,7 +160,8 @@ def main() -> None:
     for name, part in PARTS.items():
         folder = part_folder(name)
         size = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
-        print(f"embedded:{name:16} {part.what}\n  {part.source()}, {part.licence} -> {folder} "
+        source = f"{part.wheel}=={part.version}" if part.wheel else f"assets/{', '.join(part.files)}"
+        print(f"embedded:{name:16} {part.what}\n  {source}, {part.licence} -> {folder} "
               f"({size:.0f} MB, verified)")
 
 

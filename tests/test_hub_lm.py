@@ -224,8 +224,7 @@ def test_compiled_on_a_cpu_attention_still_goes_segment_by_segment(checkpointing
     """The mask is never built, no graph is compiled for another packing, and loss and gradients are the eager ones."""
     monkeypatch.setattr(attention, "attention_mask", None)
     torch._dynamo.reset()
-    monkeypatch.setattr(attention.Segments, "attend", attention.Segments.attend)  # put back afterwards
-    attention.Segments.attend = torch.compiler.disable(attention.Segments.attend)
+    monkeypatch.setattr(attention.Segments, "attend", torch.compiler.disable(attention.Segments.attend))
     lm = our_model().train()
     lm.set_activation_checkpointing(checkpointing)
     forward, x, graphs = torch.compile(lm, backend="aot_eager"), random_tokens(2, 24), []

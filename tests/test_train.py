@@ -332,6 +332,7 @@ def test_refusals(corpus, whole_run, fingerprint, tmp_path):
     assert "warmup 0: inverse_sqrt" in refused("train.py", *flags(corpus, tmp_path / "x", schedule="inverse_sqrt",
                                                                   warmup=0))
     assert "exactly one of" in error and "multiple of context" in error
+    assert "batch_tokens 0: not a multiple of" in refused("train.py", *flags(corpus, tmp_path / "x", batch_tokens=0))
     assert "no such folder" in refused("train.py", *flags(corpus, tmp_path / "x", shape="{}"), "--base=out/nowhere")
     assert "model_type is qwen2 or llama" in refused("train.py", *flags(corpus, tmp_path / "x", shape=json.dumps(
         SHAPE | {"model_type": "gpt2"})))
