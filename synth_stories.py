@@ -70,9 +70,9 @@ class Config:
             found.append("tokenizer = none without keep_audio = true would leave nothing")
         if min(self.workers, self.batch) < 1 or self.max_sentences < 5:
             found.append("workers, batch: at least 1; max_sentences: at least 5, as a tStoryCloze pair takes five")
-        counts = self.n_val, self.n_train, self.n_pairs, self.n_sblimp, self.max_new_tokens, self.top_k
-        if min(*counts, self.temperature) < 0:
-            found.append("n_val, n_train, n_pairs, n_sblimp, max_new_tokens, top_k, temperature must not be negative")
+        counts = "n_val n_train n_pairs n_sblimp max_new_tokens top_k temperature seed".split()
+        if negative := [name for name in counts if getattr(self, name) < 0]:
+            found.append(f"{', '.join(negative)} must not be negative")
         if self.n_val < 4 and not self.swag:
             found.append("n_val: at least 4 stories, so that endings can be exchanged")
         return found

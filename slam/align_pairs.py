@@ -59,8 +59,8 @@ class PairsConfig:
         found = [] if self.n >= 2 else ["n: a pair needs at least 2 continuations"]
         if min(self.batch, self.new_units, self.prompt_units, self.n_prompts) < 1:
             found.append("batch, new_units, prompt_units and n_prompts must be at least 1")
-        if min(self.n_val, self.temperature, self.top_k) < 0 or self.repetition_penalty <= 0:
-            found.append("n_val, temperature and top_k must not be negative, repetition_penalty is positive")
+        if min(self.n_val, self.temperature, self.top_k, self.seed) < 0 or self.repetition_penalty <= 0:
+            found.append("n_val, temperature, top_k, seed must not be negative, repetition_penalty is positive")
         return found
 
 

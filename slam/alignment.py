@@ -43,7 +43,8 @@ class Config:
     max_skipped: float = 0.05  # share of utterances that may have no alignment; more stop the run with an error
 
     def problems(self) -> list[str]:
-        return [f"{name}: name a folder" for name in ("units", "audio") if not getattr(self, name)]
+        found = [f"{name}: name a folder" for name in ("units", "audio") if not getattr(self, name)]
+        return found + ["batch: at least 1"] * (self.batch < 1)
 
 
 # ---------------------------------------------------------------- word times

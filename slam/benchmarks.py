@@ -208,7 +208,6 @@ def read_manifest(path: str) -> Benchmark:
 
 
 # ---------------------------------------------------------------- units of a benchmark
-
 def disk_cache(path: Path, keys: list[str], compute: Callable[[list[int]], Iterable], batch: int = 64) -> list:
     """The values of `keys`: read from the file `path` if they are there, else computed by `compute(indices)`.
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 
 # Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets.
-PEAK_TFLOPS = {"A5000": 111, "A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "A100": 312,
-               "H100 PCIe": 756, "H100": 989, "H200": 989}
+PEAK_TFLOPS = {"A5000": 111, "A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209,
+               "L40S": 362, "A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}
 
 
 def flops_per_token(lm: torch.nn.Module, keys: float) -> float:

@@ -41,8 +41,8 @@ class FitConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if min(self.n_units, self.hours, self.seconds_per_file, self.iterations) <= 0:
-            found.append("n_units, hours, seconds_per_file and iterations are positive")
+        if min(self.n_units, self.hours, self.seconds_per_file, self.iterations) <= 0 or self.seed < 0:
+            found.append("n_units, hours, seconds_per_file and iterations are positive, seed not negative")
         if self.minibatch and self.minibatch < self.n_units:
             found.append("minibatch: at least n_units frames, or 0")
         return found

@@ -64,7 +64,7 @@ class Config:
     def problems(self) -> list[str]:
         positive = "width blocks minutes steps batch lr grad_clip log_every save_every max_hours".split()
         wrong = {f"{x} must be positive": getattr(self, x) is not None and getattr(self, x) <= 0 for x in positive}
-        wrong |= {"crop_seconds must be at least 0.2": self.crop_seconds < 0.2,
+        wrong |= {"crop_seconds must be at least 0.2": self.crop_seconds < 0.2, "seed is negative": self.seed < 0,
                   "val_every must be at least 2": self.val_every < 2, "ema must be in [0, 1)": not 0 <= self.ema < 1,
                   "resume and overwrite exclude each other": self.resume and self.overwrite}
         return [problem for problem, found in wrong.items() if found]

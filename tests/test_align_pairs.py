@@ -97,7 +97,7 @@ def test_on_policy_pairs(stories, tmp_path, capsys):
     assert "prompts gave none" in pairs("--n_val=0", "--min_gap=0.001")
     assert "a larger max_auto_bleu give more" in refusal("--min_gap=99")
     assert "temperature was 0.7, now 0.8" in refusal("--temperature=0.8")
-    assert "n_val, temperature" in refusal("--n_val=-1")
+    assert "n_val, temperature" in refusal("--n_val=-1") and "seed must not be negative" in refusal("--seed=-1")
     # Unit files as prompts, whose text the ASR has to hear.
     pairs(f"--out={tmp_path / 'units'}", f"--prompts={stories}/units/train", "--prompt_units=50",
         "--n_prompts=2", "--n_val=0")

@@ -61,6 +61,7 @@ def test_a_very_short_wave_has_times():
 
 
 def test_texts_that_cannot_be_aligned_are_counted(stories, tmp_path):
+    assert "config: batch: at least 1" in refused("-m", "slam.alignment", "--batch=0")
     units = UnitReader(stories / "units" / "val")
     with UnitWriter(tmp_path / "units", units.fingerprint, durations=True) as writer:
         for i, (record, text) in enumerate(zip(units.records(), ["word " * 500, "-", "He ran.", " "])):

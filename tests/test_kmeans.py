@@ -71,6 +71,8 @@ def test_fit_makes_a_tokeniser(speech, tmp_path):
     assert "overwrite" in refused("prepare_units.py", "fit", f"--input={speech}", f"--codebook={book}")
     with pytest.raises(SystemExit, match="at least n_units"):
         load_config(FitConfig, ["--minibatch=50"])
+    with pytest.raises(SystemExit, match="seed not negative"):
+        load_config(FitConfig, ["--seed=-1"])
 
 
 def test_check_reports_how_steady_a_tokeniser_is(speech, tmp_path, capsys):

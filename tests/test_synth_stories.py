@@ -123,8 +123,8 @@ def test_refusals(stories, tmp_path):
     assert (tmp_path / "mine" / "precious.txt").exists()
     assert "did you mean" in refused("synth_stories.py", "config/demo_storys.py")
     assert "n_train" in refused("synth_stories.py", "--n_trian=5")
-    assert "n_train, n_pairs, n_sblimp" in refused("synth_stories.py", "--n_train=-5")
-    assert "n_val, n_train" in refused("synth_stories.py", "--swag=train.csv", "--n_val=-5")
+    assert "config: n_train, seed must not be negative" in refused("synth_stories.py", "--n_train=-5", "--seed=-1")
+    assert "config: n_val must not be negative" in refused("synth_stories.py", "--swag=train.csv", "--n_val=-5")
     assert "hibari has american, not bf_emma" in refused("synth_stories.py", "--voices=bf_emma")
 
 

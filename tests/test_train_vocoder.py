@@ -112,6 +112,7 @@ def test_training_learns_resumes_and_saves(stories, tmp_path, signals, capsys):
     refuses("--resume", "whole")
     assert "finished already" in train("whole", "--resume")
     refuses("width was 32", "whole", "--resume", "--width=64")
+    refuses("seed is negative", "x", "--seed=-1")
     refuses("expected 64 and 1", "x", "--width=64", f"--init={made}")
     # A vocoder without the run's state is not overwritten; a new run starts from it.
     old = tmp_path / "old"
