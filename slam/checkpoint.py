@@ -164,9 +164,9 @@ def checkpoint_fingerprint(name: str) -> Fingerprint:
     if (folder / "slam.json").is_file():
         return Fingerprint(**json.loads((folder / "slam.json").read_text())["fingerprint"])
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    if config.get("model_type") == SLAMKIT:
+    if config.get("model_type") == SLAMKIT and config["vocab_size"] < 65_536:  # more: it has a text LM's tokens, too
         return published_fingerprint(config["vocab_size"])
-    raise SystemExit(f"{folder / 'slam.json'}: missing; {name} is not a whole checkpoint of train.py, dpo.py, SlamKit")
+    raise SystemExit(f"{folder / 'slam.json'}: missing, and {name} is not a speech-only checkpoint of SlamKit")
 
 
 def run_folder(name: str) -> Path:

@@ -199,6 +199,10 @@ def test_slamkit_checkpoints_load(tmp_path):
         torch.testing.assert_close(lm(x)[0], hf(x).logits, atol=1e-4, rtol=1e-4)
     fingerprint = checkpoint_fingerprint(str(tmp_path / "slam"))
     assert (fingerprint.encoder, fingerprint.layer, fingerprint.n_units) == ("slprl/mhubert-base-25hz", 11, 58)
+    config = tmp_path / "slam" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 152_168}))  # a model of text, too
+    with pytest.raises(SystemExit, match="slam.json: missing, and .* is not a speech-only checkpoint of SlamKit"):
+        checkpoint_fingerprint(str(tmp_path / "slam"))
 
 
 def test_slamkit_checkpoints_are_scored_continued_and_tuned(tmp_path):
