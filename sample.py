@@ -13,7 +13,6 @@ Out: a new folder with two wavs per prompt, sample and checkpoint (prompt + cont
 
 The tokeniser and the vocoder are those of the checkpoint's units. Takes seconds on two CPU cores.
 """
-import contextlib
 import itertools
 import json
 import math
@@ -186,7 +185,8 @@ def continue_prompts(cfg: Config, speaker: Speaker, encoded: list[tuple]) -> Ite
         from slam.stream import loudspeaker, stream
         rate = speaker.vocoder.sample_rate
         print(f"speaking: 16-bit little-endian PCM, mono, {rate} Hz", file=sys.stderr)
-        with loudspeaker(rate) if cfg.play else contextlib.nullcontext(sys.__stdout__.buffer) as sink:
+        # Without a buffer: at its exit, Python would flush what a closed pipe has not taken, and fail.
+        with loudspeaker(rate) if cfg.play else open(sys.__stdout__.fileno(), "wb", 0, closefd=False) as sink:
             tokens, *said = stream(lambda progress: speaker.draw(cfg, prompts, progress), speaker.tokenizer,
                                    speaker.vocoder, prompts[0], cfg.continuation_seconds, sink)
         new, spoken = [tokens], [said]
@@ -296,5 +296,5 @@ def main(cfg: Config) -> None:
 if __name__ == "__main__":
     config = load_config(Config, sys.argv[1:], __doc__)
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
-    with contextlib.redirect_stdout(sys.stderr) if config.stdout else contextlib.nullcontext():
-        main(config)
+    sys.stdout = sys.stderr if config.stdout else sys.stdout
+    main(config)

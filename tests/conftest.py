@@ -25,6 +25,8 @@ from slam.units import Fingerprint, UnitWriter  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 N_UNITS = 20
+# Two processes that find each other by localhost: a machine's own name may not resolve, and they would wait.
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc_per_node=2"
 LIMIT = 300  # seconds that any one wait for a process may take, on a machine ten times too busy; pytest.ini's is longer
 
 

@@ -182,7 +182,7 @@ def test_wrong_file_values(write, line):
 def test_what_is_expected_is_named():
     assert problems(Config, "--schedule=linear", "--note", "x", "--seed=1.5", "--out=o", "--betas=1") == [
         "--schedule: expected one of cosine, constant, found 'linear'",
-        "--seed: expected Optional[int], found '1.5'",
+        f"--seed: expected {'int | None' if sys.version_info >= (3, 14) else 'Optional[int]'}, found '1.5'",
         "--betas: expected tuple[float, float], found '1'"]
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Process, markov, refused, run
+from conftest import ROOT, TORCHRUN, Process, markov, refused, run
 from test_scoring import logp_alone, some_pairs
 from test_train import flags, tiny
 
@@ -206,8 +206,7 @@ def test_two_processes_do_what_one_does(start, pairs, tmp_path):
     alone = {p: np.load(p) for p in folder.glob("*.npy")}
     for path in alone:  # the two compute the reference anew
         path.unlink()
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dpo.py",
-               *dpo_flags(start, folder, out, **how, steps=8), "--resume")
+    done = run(*TORCHRUN, "dpo.py", *dpo_flags(start, folder, out, **how, steps=8), "--resume")
     assert done.stdout.count("step 00008 | loss") == done.stdout.count("on 2 x cpu") == 1  # one speaks for both
     assert {*folder.glob("*.npy")} == {*alone} and len(alone) == 2
     for path, logps in alone.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, refused, run, start
+from conftest import ROOT, TORCHRUN, refused, run, start
 from test_audio import bad, librispeech, pack, tone  # noqa: F401
 
 from config import load_config
@@ -131,8 +131,8 @@ def test_parts_make_a_whole(recordings, whole, tmp_path, capsys):
 
 def test_torchrun_shares_the_work(recordings, whole, tmp_path):
     """Too many bad recordings in one part stop that part, when the other is done."""
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "prepare_units.py",
-               f"--input={recordings / 'a'}", f"--out={tmp_path}/u", "--shard=1/1", "--max_bad_share=0", check=False)
+    done = run(*TORCHRUN, "prepare_units.py", f"--input={recordings / 'a'}", f"--out={tmp_path}/u", "--shard=1/1",
+               "--max_bad_share=0", check=False)
     assert done.returncode and "can't be used, more than --max_bad_share=0" in done.stderr
     names = sorted(p.name for p in (tmp_path / "u").glob("*.safetensors"))
     assert names == ["part001of002-00000.safetensors", "part002of002-00000.safetensors"]

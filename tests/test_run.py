@@ -127,6 +127,7 @@ def test_a_pause_is_no_training_time(saved):
 
 def test_a_signal_saves_and_exits_with_its_code(saved, capsys):
     run, weights = Run(Settings(str(saved), resume=True), "train"), Weights(2, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
     run.open()
     signal.raise_signal(signal.SIGTERM)
     run.step = 4

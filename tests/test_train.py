@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import N_UNITS, refused, run, start
+from conftest import N_UNITS, TORCHRUN, refused, run, start
 
 from model import ModelConfig, UnitLM
 from slam.optim import make_optimizer, schedule, update
@@ -165,7 +165,7 @@ def test_a_finished_run_stays_as_it_is(corpus, whole_run, tmp_path):
 def test_two_processes_do_what_one_does(corpus, whole_run, tmp_path):
     """torchrun with two ranks: the same losses; its checkpoint is resumed by one process, and by two."""
     out, other = tmp_path / "two", tmp_path / "one"
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"
+    torchrun = *TORCHRUN, "train.py"
     run(*torchrun, *flags(corpus, out, steps=6, schedule="constant", warmup=0))
     shutil.copytree(out, other)
     more = flags(corpus, out, steps=12, schedule="constant", warmup=0)
