@@ -114,8 +114,9 @@ STATISTICS = ("loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "cho
 
 def loss_and_statistics(cfg: Config, logps: Tensor, reference: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """`dpo_loss` () and the mean STATISTICS (7,), from log-probabilities and lengths (B, 2) of chosen and rejected."""
-    loss, chosen, rejected = dpo_loss(*logps.T, *reference.T, cfg.beta, cfg.label_smoothing, cfg.loss, lengths.T,
-                                      cfg.length_normalized, cfg.nll_weight)
+    loss, chosen, rejected = dpo_loss(*logps.T, *reference.T, beta=cfg.beta, label_smoothing=cfg.label_smoothing,
+                                      loss=cfg.loss, lengths=lengths.T, length_normalized=cfg.length_normalized,
+                                      nll_weight=cfg.nll_weight)
     margin = chosen - rejected
     return loss, torch.stack([loss.detach(), margin.mean(), (1 + margin.sign()).mean() / 2,  # a tie counts half
                               *logps.detach().mean(0), *lengths.float().mean(0)])

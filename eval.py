@@ -25,7 +25,7 @@ from tqdm import tqdm
 from config import load_config
 from model import UnitLM
 from slam import checkpoint as folders
-from slam.benchmarks import SIDES, Benchmark, read_benchmark, read_manifest, tokenize_pairs
+from slam.benchmarks import READERS, SIDES, Benchmark, read_benchmark, read_manifest, tokenize_pairs
 from slam.device import pick_device
 from slam.metrics import auto_bleu, pair_accuracy, score_pairs, standard_error, word_error_rate  # noqa: F401
 from slam.scoring import ngram_loss, ngram_nlls, ngrams, pair_nlls, validation_loss
@@ -38,7 +38,7 @@ class Config:
     checkpoint: tuple[str, ...] = ()  # run folders, checkpoint folders or hub ids, in one table; empty: the newest run
     train: tuple[str, ...] = ()  # unit files for unigram and bigram models, which are scored beside the LM
     val: tuple[str, ...] = ()  # unit files for the validation loss
-    benchmark: tuple[Literal["sblimp", "swuggy", "sstorycloze", "tstorycloze", "salmon"], ...] = ()  # pairs to score
+    benchmark: tuple[Literal[*READERS], ...] = ()  # pairs to score
     path: tuple[str, ...] = ()  # folders of the downloads: one for each of `benchmark`, or one for all
     split: str = "dev"  # of sblimp and swuggy
     max_left_out: float = 0.01  # share of a benchmark's pairs that may be missing
@@ -272,9 +272,8 @@ def main(cfg: Config) -> None:
         from slam.vocoder import vocoder_for
         vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
         prompts = recordings(cfg.generate_from, benchmarks)[:cfg.n_generate]
-    utterances = {b.name: tokenize_pairs(tokenizer, b) for b in benchmarks}
-    if not cfg.score_eos:
-        utterances = {name: [(a[:-1], b[:-1]) for a, b in pairs] for name, pairs in utterances.items()}
+    end = None if cfg.score_eos else -1
+    utterances = {b.name: [(x[:end], y[:end]) for x, y in tokenize_pairs(tokenizer, b)] for b in benchmarks}
 
     # baselines
     grams, baselines = {}, {}

@@ -64,17 +64,19 @@ class ModelConfig:
                              f"qwen2, llama, mobilellm, {', '.join(HUB_TYPES)}, and SlamKit's speech_language_model")
         same = {k: config[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                        "num_attention_heads", "rms_norm_eps", "max_position_embeddings")}
-        return cls(**same, num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-                   head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-                   rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-                   first_text_token=config.get("first_text_token", 0), tie_word_embeddings=tied, model_type=kind)
+        same |= {k: v for k, v in config.items() if k in cls.__dataclass_fields__}  # also fields that a fork adds
+        return cls(**same | dict(
+            num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            tie_word_embeddings=tied, model_type=kind))
 
     def to_hf(self) -> dict:
         """The config.json of a Qwen2ForCausalLM or LlamaForCausalLM."""
         shape = {k: v for k, v in asdict(self).items() if v or k != "first_text_token"}
         return shape | {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu",
-                               "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-                               "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "dtype": "float32"}
+                        "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+                        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "dtype": "float32"}
 
 
 class RMSNorm(nn.Module):

@@ -148,7 +148,8 @@ def evaluate(lm: UnitLM, val: UnitReader | Mixed, cfg: Config, run: Run, world: 
 @explain_out_of_memory
 def main(cfg: Config) -> None:
     # ------------------------------------------------ hardware
-    (rank, world), device = join_ranks(), pick_device()
+    rank, world = join_ranks()
+    device, sys.stdout = pick_device(), None if rank else sys.stdout  # the first process speaks for all
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
 
@@ -190,10 +191,9 @@ def main(cfg: Config) -> None:
     # ------------------------------------------------ before the first step
     run.open()
     needed, palm, peak = flops_per_token(lm, rows.keys()), flops_per_token(lm, cfg.context), peak_flops(device)
-    if not rank:
-        start = "from scratch" if cfg.shape else f"{cfg.base}, init {cfg.init}"
-        print(f"{lm.n_params() / 1e6:.1f}M parameters ({start}), {len(reader):,} utterances, {reader.n_tokens:,} tokens"
-              f", rows {100 * rows.fill():.1f} % full, on {world} x {device.type}")
+    start = "from scratch" if cfg.shape else f"{cfg.base}, init {cfg.init}"
+    print(f"{lm.n_params() / 1e6:.1f}M parameters ({start}), {len(reader):,} utterances, {reader.n_tokens:,} tokens, "
+          f"rows {100 * rows.fill():.1f} % full, on {world} x {device.type}")
     if forward is not lm and run.progress() < 1:
         with run.pause():  # compile before the clock runs
             accumulate(forward, loader.step(run.step)[0][:1], 1, device, cfg.dtype)
@@ -216,10 +216,10 @@ def main(cfg: Config) -> None:
         run.step, run.tokens = run.step + 1, run.tokens + n_targets
         run.tick()
         if run.step % cfg.log_every == 0 or run.progress() >= 1:
-            values = [x.item() for x in run.gather(losses, norm)]  # waits for the GPU
+            mean = torch.stack(run.gather(losses, norm)).mean(0)  # waits for the GPU
             run.tick()
             rate = (run.tokens - logged_at[1]) / max(run.seconds - logged_at[0], 1e-9)
-            record = {"loss": sum(values) / len(values), "lr": lr, "gnorm": norm.item(), "tokens_per_second": rate}
+            record = {"loss": mean.item(), "lr": lr, "gnorm": norm.item(), "tokens_per_second": rate}
             line = f"loss {record['loss']:.4f} | lr {lr:.1e} | gnorm {record['gnorm']:.2f} | {rate:,.0f} tok/s"
             if device.type == "cuda":
                 record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -236,9 +236,8 @@ def main(cfg: Config) -> None:
     with run.pause():
         run.finish(lm, optimizer, fingerprint, run.gather(losses, norm))
         evaluate(lm, val, cfg, run, world)
-    if not rank:
-        print(f"{run.checkpoint}: {run.step} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} min of training, "
-              f"{n_graphs() - graphs} recompilations")
+    print(f"{run.checkpoint}: {run.step} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} min of training, "
+          f"{n_graphs() - graphs} recompilations")
     leave_ranks()
 
 

@@ -191,8 +191,8 @@ def read_manifest(path: str) -> Benchmark:
     try:
         lines = file.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n").split("\n")
     except OSError as e:
-        raise SystemExit(f"{file}: no manifest ({e.strerror}); synth_stories.py writes folders with one, "
-                         f"--write_manifest makes one of a benchmark") from None
+        raise SystemExit(f'{file}: no manifest ({e.strerror}), with lines like {{"positive": "a.wav", "negative": '
+                         f'"b.wav"}}; synth_stories.py and --write_manifest write some') from None
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         try:
             pair = {k: v if v is None else str(v) for k, v in ({"id": number} | json.loads(line)).items()}

@@ -29,7 +29,7 @@ def schedule(kind: str, p: float, warmup: float, floor: float) -> float:
     if kind == "wsd":
         return 1 - (1 - floor) * max(0.0, min(p, 1.0) - 0.8) / 0.2
     q = min(1.0, (p - warmup) / (1 - warmup))
-    return floor + (1 - floor) * (1 + math.cos(math.pi * q)) / 2
+    return {"cosine": floor + (1 - floor) * (1 + math.cos(math.pi * q)) / 2}[kind]
 
 
 class AdEMAMix(torch.optim.Optimizer):

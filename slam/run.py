@@ -40,7 +40,7 @@ def run_problems(cfg) -> list[str]:
         found.append("lr, grad_clip (inf: no clipping), log_every, eval_every and save_every must be positive")
     if not all(0 <= x < 1 for x in (cfg.warmup, cfg.beta1, cfg.beta2)):
         found.append("warmup, a share of the run, beta1 and beta2 must be at least 0 and below 1")
-    if cfg.min_lr < 0 or cfg.schedule in ("cosine", "wsd") and 0 < cfg.lr < cfg.min_lr:
+    if cfg.min_lr < 0 or cfg.schedule not in ("inverse_sqrt", "constant") and 0 < cfg.lr < cfg.min_lr:
         found.append(f"min_lr {cfg.min_lr:g}: between 0 and lr, {cfg.lr:g}")
     if cfg.schedule == "inverse_sqrt" and cfg.warmup == 0:
         found.append("warmup 0: inverse_sqrt falls as sqrt(warmup / progress) and needs one above 0 (SlamKit's DPO: "
@@ -79,21 +79,19 @@ class Run:
                 raise SystemExit(f"{self.out} holds a run already; --resume goes on with it, --overwrite starts anew")
             if saved:
                 self._load()
-            elif not rank:
+            else:
                 print(f"{self.out}: nothing was saved yet, so it starts anew")
 
     def _load(self) -> None:
         slam = json.loads((self.checkpoint / "slam.json").read_text())
-        now = json.loads(json.dumps(asdict(self.cfg)))
-        changed = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in slam["config"].items()
+        now, default = (json.loads(json.dumps(asdict(x))) for x in (self.cfg, type(self.cfg)(out=self.cfg.out)))
+        changed = [f"{k} was {v!r}, now {now.get(k)!r}" for k, v in (default | slam["config"]).items()
                    if k not in MAY_CHANGE and (k in now or v) and now.get(k) != v]  # an empty setting may be gone
         if changed:
             raise SystemExit(f"{self.out}: cannot resume with other settings: {'; '.join(changed)}")
         self.step, self.tokens, self.seconds, self.resumed = slam["step"], slam["tokens"], slam["seconds"], True
         self.inputs, self.finished = slam.get("inputs", {}), self.step if slam.get("finished") else None
-        if not self.rank:
-            print(f"resuming {self.out} at step {self.step}" if self.progress() < 1 else
-                  f"{self.out} is finished already")
+        print(f"resuming {self.out} at step {self.step}" if self.progress() < 1 else f"{self.out} is finished already")
 
     def restore(self, optimizer) -> list[torch.Tensor]:
         """Load the optimiser's state of the last `save`; returns that save's `pending`. SystemExit if it is missing."""

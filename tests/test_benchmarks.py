@@ -193,7 +193,7 @@ def test_bad_manifests(stories, tmp_path):
             read_manifest(str(tmp_path))
         return str(e.value)
 
-    with pytest.raises(SystemExit, match="no manifest"):
+    with pytest.raises(SystemExit, match='no manifest .* with lines like {"positive": "a.wav", "negative": "b.wav"}'):
         read_manifest(str(tmp_path))
     assert "a.wav is missing" in refusal('{"positive": "a.wav", "negative": "b.wav"}\n')
     assert ":1: not a pair" in refusal('{"positive": 3}\n')

@@ -306,7 +306,7 @@ def test_refusals(start, pairs, tmp_path):
         "dpo.py", *dpo_flags(start, pairs, tmp_path / "x", pairs=tmp_path / "bare.jsonl"))
     wrong = refused("dpo.py", *dpo_flags(start, pairs, tmp_path / "x", n_samples=-1, context=0))
     assert "n_samples not negative" in wrong and "context: 1 or more" in wrong
-    with pytest.raises(KeyError, match="simpo"):  # a loss that is named but not written
-        dpo_loss(*torch.zeros(4, 2), loss="simpo")
+    with pytest.raises(KeyError, match="no_such_loss"):  # a loss that is named but not written
+        dpo_loss(*torch.zeros(4, 2), loss="no_such_loss")
     assert "warmup 0: inverse_sqrt" in refused("dpo.py", *dpo_flags(start, pairs, tmp_path / "x", warmup=0))
     assert not (tmp_path / "x").exists()

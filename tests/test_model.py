@@ -2,7 +2,7 @@
 import itertools
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import scipy.stats
@@ -144,6 +144,15 @@ def test_foreign_configs_are_refused(change, word):
     with pytest.raises(ValueError, match=word):
         ModelConfig.from_hf(TINY.to_hf() | change)
     assert ModelConfig.from_hf(TINY.to_hf()) == TINY
+
+
+def test_a_field_that_a_fork_adds_is_saved_and_read():
+    @dataclass
+    class Forked(ModelConfig):
+        qk_norm: bool = False
+
+    forked = Forked(**asdict(TINY), qk_norm=True)
+    assert Forked.from_hf(forked.to_hf()) == forked and Forked.from_hf(TINY.to_hf()) == Forked(**asdict(TINY))
 
 
 # ---------------------------------------------------------------- TWIST

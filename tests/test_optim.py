@@ -66,6 +66,8 @@ def test_schedule_equals_transformers():
     for p in (0.0, 0.01, 1.0):
         with pytest.raises(ValueError, match="needs a warmup"):
             schedule("inverse_sqrt", p, 0.0, floor)
+    with pytest.raises(KeyError, match="no_such_schedule"):  # one that is named but not written
+        schedule("no_such_schedule", 0.5, 0.1, floor)
     wsd = dict(num_decay_steps=n // 5, num_training_steps=n, decay_type="linear")
     assert ours("wsd", 0.0) == pytest.approx(theirs(t.get_wsd_schedule, warm, n, **wsd), abs=1e-9)
     with_floor = theirs(t.get_wsd_schedule, warm, n, **wsd, min_lr_ratio=floor)

@@ -70,7 +70,7 @@ def test_a_run_goes_on_where_it_was_saved(saved):
 
 
 def test_settings_that_have_gone_and_that_changed(saved):
-    """slam.json once had weights, which are gone; who used them can't resume."""
+    """slam.json once had weights, which are gone; who used them can't resume. Nor who now uses what is new."""
     path = saved / "checkpoint" / "slam.json"
     slam = json.loads(path.read_text())
     path.write_text(json.dumps(slam | {"config": slam["config"] | {"weights": [1, 2]}}))
@@ -78,6 +78,11 @@ def test_settings_that_have_gone_and_that_changed(saved):
         Run(Settings(str(saved), resume=True), "train")
     path.write_text(json.dumps(slam | {"config": slam["config"] | {"weights": []}}))
     assert Run(Settings(str(saved), resume=True, grad_clip=1.0, activation_checkpointing=True), "train").step == 3
+    with pytest.raises(SystemExit, match="context was 64, now 32$"):
+        Run(Settings(str(saved), resume=True, context=32), "train")
+    # A setting that the code has got since: its default is what the run was made with.
+    path.write_text(json.dumps(slam | {"config": {k: v for k, v in slam["config"].items() if k != "context"}}))
+    assert Run(Settings(str(saved), resume=True), "train").step == 3
     with pytest.raises(SystemExit, match="context was 64, now 32$"):
         Run(Settings(str(saved), resume=True, context=32), "train")
 
