@@ -174,8 +174,7 @@ def generative_metrics(lm: UnitLM, cfg: Config, tokenizer, vocoder, paths: list[
     free_memory()
     scores = np.array([100 * auto_bleu(x["text"]) for x in said])
     bleu = {"value": float(scores.mean()), "se": standard_error(scores, cfg.n_seeds), "n": len(said)}
-    if cfg.n_seeds > 1:
-        bleu["seeds"] = scores.reshape(cfg.n_seeds, -1).mean(1).tolist()
+    bleu |= {"seeds": scores.reshape(cfg.n_seeds, -1).mean(1).tolist()} if cfg.n_seeds > 1 else {}
     return {"gen_ppl": ppl | {"settings": settings}, "auto_bleu": bleu | {"settings": settings}}
 
 
@@ -273,6 +272,8 @@ def main(cfg: Config) -> None:
         vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
         prompts = recordings(cfg.generate_from, benchmarks)[:cfg.n_generate]
     end = None if cfg.score_eos else -1
+    for name in filter(None, [cfg.text_judge] * bool(benchmarks) + [cfg.asr, cfg.judge] * bool(cfg.generate_from)):
+        folders.fetch(name)  # before the scoring, which takes hours: the hub may want an account
     utterances = {b.name: [(x[:end], y[:end]) for x, y in tokenize_pairs(tokenizer, b)] for b in benchmarks}
 
     # baselines

@@ -77,12 +77,15 @@ def free_memory() -> None:
 
 
 def load(Model: type, name: str, *others: type) -> tuple:
-    """A model of transformers in fp32, and what belongs to it (tokenizer, feature extractor)."""
+    """A model of transformers in fp32, and its tokenizer or feature extractor. SystemExit if they can't be loaded."""
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     folder = resolve(name)
-    model = Model.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
-    return model, *(Other.from_pretrained(folder) for Other in others)
+    try:
+        model = Model.from_pretrained(folder, dtype=torch.float32).eval().to(pick_device())
+        return model, *(Other.from_pretrained(folder) for Other in others)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{name}: can't be loaded as {Model.__name__}: {' '.join(str(e).split())}") from None
 
 
 def transcribe(waves: list[np.ndarray], asr: str, batch: int = 16, strip: bool = True) -> list[str]:

@@ -262,7 +262,7 @@ class SpeechTokenizer:
     def __init__(self, encoder, tensors: dict[str, Tensor], meta: dict):
         self.encoder, self.tensors, self.meta = encoder, tensors, meta
         self.fingerprint, self.base_fingerprint = codebook_fingerprints(tensors, meta)
-        self.bpe, self.published = Bpe.of(tensors), is_published(meta)
+        self.bpe, self.published = Bpe.of(tensors), meta.get("source_sha256") == PUBLISHED_KMEANS[1]
         self.centroids = tensors["centroids"].float().to(encoder.device)
         mean = tensors.get("position_mean")
         self.position_mean = None if mean is None else mean.float().to(encoder.device)
@@ -355,18 +355,14 @@ def write_codebook(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
     write_atomic(path, save(tensors, {k: str(v) for k, v in meta.items()}))
 
 
-def is_published(meta: dict[str, str]) -> bool:
-    """Whether a codebook was converted from the k-means that was published with mHuBERT-25hz."""
-    return meta.get("source_sha256") == PUBLISHED_KMEANS[1]
-
-
 def find_codebook(fingerprint: Fingerprint, folder: str = "out") -> str:
     """The codebook whose tokeniser has this fingerprint: `embedded`, or a file below a folder. SystemExit if none."""
     def read(path: Path) -> Fingerprint:
         tensors, meta = read_codebook(str(path))
         found, _ = codebook_fingerprints(tensors, meta)
         # SlamKit's checkpoints record no codebook; theirs is the published one.
-        return found if fingerprint.codebook_sha256 or not is_published(meta) else replace(found, codebook_sha256="")
+        theirs = not fingerprint.codebook_sha256 and meta.get("source_sha256") == PUBLISHED_KMEANS[1]
+        return replace(found, codebook_sha256="") if theirs else found
 
     found = find_speaking(fingerprint, EMBEDDED_TOKENIZER, folder, read)
     if not found:

@@ -64,6 +64,14 @@ def test_without_a_checkpoint_the_newest_is_evaluated(corpus, runs, tmp_path, mo
     assert "written to out/mine/results.json" in capsys.readouterr().out
 
 
+def test_a_missing_judge_is_told_before_anything_is_scored(runs, stories, tmp_path):
+    shutil.copytree(runs / "lm", tmp_path / "lm")
+    with pytest.raises(SystemExit, match="nowhere: no such folder"):
+        main(Config((str(tmp_path / "lm"),), manifest=(str(stories / "sblimp"),), judge=f"{tmp_path}/nowhere",
+                    generate_from=str(stories / "tstorycloze")))
+    assert "sblimp" not in (tmp_path / "lm" / "results.json").read_text()
+
+
 def test_results_merge(tmp_path):
     merge_results(tmp_path / "results.json", {"a": {"value": 1}, "b": {"value": 2}})
     merge_results(tmp_path / "results.json", {"b": {"value": 3}})

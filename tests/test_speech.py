@@ -13,6 +13,11 @@ def test_text_judge():
     assert good > bad + 1
 
 
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=f"^{tmp_path}: can't be loaded as AutoModelForCausalLM: .*model_type"):
+        load_judge(str(tmp_path))
+
+
 def test_what_the_judge_reads(voice):
     """Transcripts with Whisper's leading space, as transformers' pipeline, which is SlamKit's ASR, gives them."""
     from transformers import WhisperTokenizer, pipeline
