@@ -43,7 +43,7 @@ class Config:
     # or if there is none, the model that comes with the code, embedded:slam-mini
     out: str = ""  # new folder for wavs, samples.json and listen.html; empty: out/samples, out/samples_2, …
     n: int = 1  # continuations per prompt
-    prompt_seconds: float = 10.0  # longest prompt; a longer recording is cut to its last seconds
+    prompt_seconds: float = 10.0  # longest prompt; a longer recording is cut to its last seconds. inf: no limit
     from_start: bool = False  # cut it to its first seconds instead
     continuation_seconds: float = 8.0  # length of a continuation, to within a unit
     allow_eos: bool = False  # the model may end a continuation early, even at once after a complete sentence
@@ -66,8 +66,8 @@ class Config:
     def problems(self) -> list[str]:
         aloud = self.play or self.stdout
         return [problem for found, problem in (
-            (self.temperature < 0 or self.n < 1 or self.prompt_seconds <= 0 or self.continuation_seconds <= 0,
-             "temperature must not be negative; n, prompt_seconds and continuation_seconds are positive"),
+            (self.temperature < 0 or self.n < 1 or self.prompt_seconds <= 0 or not 0 < self.continuation_seconds < 1e6,
+             "temperature must not be negative; n, prompt_seconds and continuation_seconds (finite) are positive"),
             (self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0,
              "top_k must not be negative, top_p lies in (0, 1], repetition_penalty is positive"),
             (self.resynth and not self.prompt, "resynth: name a recording to speak again, as in --prompt hello.wav"),
@@ -87,13 +87,13 @@ def read_prompts(cfg: Config) -> dict[str, np.ndarray]:
         if not inside:
             raise SystemExit(f"{name}: no audio files in this folder")
         files += inside
-    limit, which = round(cfg.prompt_seconds * SAMPLE_RATE), "first" if cfg.from_start else "last"
+    limit, which = cfg.prompt_seconds * SAMPLE_RATE, "first" if cfg.from_start else "last"
     for path in files:
         try:
             waves[path] = wave = load_audio(path)
             if len(wave) > limit and not cfg.resynth:
                 print(f"{path}: {len(wave) / SAMPLE_RATE:.1f} s long; its {which} {cfg.prompt_seconds:g} s are used")
-                waves[path] = wave[:limit] if cfg.from_start else wave[-limit:]
+                waves[path] = wave[:round(limit)] if cfg.from_start else wave[-round(limit):]
                 check_wave(waves[path], f"{path}, its {which} {cfg.prompt_seconds:g} s")
         except ValueError as e:
             raise SystemExit(f"{e}" + "; without --prompt the model starts by itself" * (not cfg.resynth)) from None

@@ -98,6 +98,8 @@ def test_prompts_that_are_no_speech(runs, voice, tmp_path, capsys):
     faded = np.concatenate([cases["speech"], np.zeros(32_000)])  # what is used of it is silent
     soundfile.write(tmp_path / "faded.wav", faded, 16_000)
     assert "faded.wav, its last 2 s: silent" in refusal(*how, f"--prompt={tmp_path}/faded.wav", "--prompt_seconds=2")
+    go(*how, f"--prompt={tmp_path}/faded.wav", "--prompt_seconds=inf", f"--out={tmp_path}/whole")
+    assert "continuation_seconds (finite)" in refusal(*how[1:], "--continuation_seconds=inf")
     (tmp_path / "none").mkdir()
     assert "no audio files in this folder" in refusal(*how, f"--prompt={tmp_path}/none")
 
