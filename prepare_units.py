@@ -64,10 +64,10 @@ class Config:
             part_of(self.shard)
         except ValueError:
             found.append(f"shard: {self.shard!r} is not a part such as 1/8 to 8/8")
-        if self.max_utterance_seconds != 0 and self.max_utterance_seconds < 1:
-            found.append("max_utterance_seconds: at least 1, or 0")
-        if self.batch_seconds < 0 or self.workers < 0 or self.shard_tokens <= 0:
-            found.append("shard_tokens is positive, batch_seconds and workers are not negative")
+        if self.max_utterance_seconds != 0 and not 1 <= self.max_utterance_seconds < 1e6:
+            found.append("max_utterance_seconds: 0, or at least 1 and finite")
+        if not 0 <= self.batch_seconds < 1e6 or self.workers < 0 or self.shard_tokens <= 0:
+            found.append("shard_tokens is positive, batch_seconds and workers are not negative (nor infinite)")
         return found
 
 

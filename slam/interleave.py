@@ -39,7 +39,7 @@ class TextTokenizer:
         try:
             self.name, self.tokenizer = name, AutoTokenizer.from_pretrained(folder)
             self.vocab = AutoConfig.from_pretrained(folder).vocab_size  # embedding rows, often some more than tokens
-        except OSError as e:
+        except (OSError, ValueError) as e:
             raise SystemExit(f"{name}: no tokenizer of a text LM there ({str(e).splitlines()[0]})") from None
 
     def fingerprint(self, of_units: Fingerprint) -> Fingerprint:

@@ -160,7 +160,7 @@ def load_encoder(name: str, layer: int, device: str = "cpu", dtype: str = "auto"
     disable_progress_bar()  # the stages show bars of their own
     try:
         config = AutoConfig.from_pretrained(resolve(name))
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise SystemExit(f"{name}: no speech encoder there ({str(e).splitlines()[0]})") from None
     kinds = {"whisper": WhisperFrames, "hubert": HubertFrames}
     if config.model_type not in kinds:

@@ -14,6 +14,7 @@ from slam.interleave import (
     TEXT,
     Mixed,
     MixedRows,
+    TextTokenizer,
     Vocabulary,
     chunk_spans,
     interleave,
@@ -86,6 +87,8 @@ def test_files_with_words(reader, tmp_path):
             Mixed(there, (1, 1, 1), 0)
     with pytest.raises(SystemExit, match="with words and without"):
         UnitWriter(tmp_path, FINGERPRINT)
+    with pytest.raises(SystemExit, match=f"{tmp_path}: no tokenizer of a text LM there"):
+        TextTokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("spans", ["poisson", "chunks"])

@@ -212,6 +212,9 @@ def test_codebooks(tmp_path):
         load_encoder("embedded:smollm2-135m", 3)
     with pytest.raises(SystemExit, match="no layer 9"):
         load_encoder("embedded:whisper-tiny.en", 9)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="empty: no speech encoder there"):
+        load_encoder(str(tmp_path / "empty"), 3)
 
 
 def test_bpe_is_lossless():
