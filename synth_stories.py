@@ -135,9 +135,9 @@ def write_stories(cfg: Config, n: int) -> list[dict]:
     if len(stories) >= n:
         return stories[:n]
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(resolve(cfg.writer))
     lists = read_openings(cfg.openings)
     lm = UnitLM.from_pretrained(cfg.writer).eval().to(pick_device())
+    tokenizer = AutoTokenizer.from_pretrained(resolve(cfg.writer))
     if lm.device.type == "cuda" or fast_bfloat16(torch.cpu.get_capabilities()):
         lm = lm.bfloat16()
     instruction = [{"role": "user", "content": "Write a short story for small children in simple words."}]

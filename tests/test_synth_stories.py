@@ -125,6 +125,9 @@ def test_refusals(stories, tmp_path):
     assert "n_train" in refused("synth_stories.py", "--n_trian=5")
     assert "config: n_train, seed must not be negative" in refused("synth_stories.py", "--n_train=-5", "--seed=-1")
     assert "config: n_val must not be negative" in refused("synth_stories.py", "--swag=train.csv", "--n_val=-5")
+    (tmp_path / "empty").mkdir()
+    assert "not a whole checkpoint folder" in refused("synth_stories.py", f"--writer={tmp_path}/empty",
+                                                      f"--out={tmp_path}/x")
     assert "hibari has american, not bf_emma" in refused("synth_stories.py", "--voices=bf_emma")
 
 
