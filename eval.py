@@ -271,9 +271,9 @@ def main(cfg: Config) -> None:
         from slam.vocoder import vocoder_for
         vocoder, _ = vocoder_for(tokenizer, cfg.vocoder)
         prompts = recordings(cfg.generate_from, benchmarks)[:cfg.n_generate]
-    end = None if cfg.score_eos else -1
     for name in filter(None, [cfg.text_judge] * bool(benchmarks) + [cfg.asr, cfg.judge] * bool(cfg.generate_from)):
         folders.fetch(name)  # before the scoring, which takes hours: the hub may want an account
+    end = None if cfg.score_eos else -1
     utterances = {b.name: [(x[:end], y[:end]) for x, y in tokenize_pairs(tokenizer, b)] for b in benchmarks}
 
     # baselines
