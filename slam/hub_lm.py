@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from slam.attention import Mask, attention_mask
 from slam.checkpoint import write_folder
+from slam.loss import head_loss
 
 
 class HubLM(nn.Module):
@@ -59,13 +60,11 @@ class HubLM(nn.Module):
         if self.config.model_type == "opt" and tokens.shape[1] > (limit := self.config.max_position_embeddings):
             raise SystemExit(f"a row of {tokens.shape[1]} tokens: OPT has learned positions, {limit} of them")
         mask = None if positions is None else attention_mask(positions)
-        logits = self.lm(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        x = self.lm.base_model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
         if last is not None:
-            logits = logits[torch.arange(len(logits), device=logits.device), last][:, None]
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
-        return logits, loss.view_as(targets) if reduction == "none" else loss
+            x = x[torch.arange(len(x), device=x.device), last][:, None]
+        weight = self.lm.get_output_embeddings().weight
+        return (F.linear(x, weight), None) if targets is None else head_loss(x, weight, targets, reduction)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,

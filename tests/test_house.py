@@ -56,7 +56,7 @@ def test_a_stage_is_short_and_so_is_its_path(stage):
 def test_the_whole_is_small():
     assert all(lines(part) <= 400 for part in PARTS)
     n = sum(map(lines, [*STAGES, *PARTS, "config"]))
-    assert n <= 8343, f"{n} lines: delete before you add, or raise this in a fork"  # upstream only lowers it
+    assert n <= 8342, f"{n} lines: delete before you add, or raise this in a fork"  # upstream only lowers it
 
 
 @pytest.mark.parametrize("module", [*STAGES, *PARTS])
