@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of Slam in miniature, on real parts, with no GPU and no hub: 8 minutes on two cores, after set-up.
+# The whole of Slam in miniature, on real parts, with no GPU and no hub: 5 to 8 minutes on two cores, after set-up.
 # If it is killed or fails, start it again to continue. Everything is written to out/demo.
 set -euo pipefail
 if [ $# -gt 0 ]; then sed -n '2,3s/^# //p' "$0"; exit 2; fi  # it has no settings
