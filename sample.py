@@ -185,7 +185,7 @@ def continue_prompts(cfg: Config, speaker: Speaker, encoded: list[tuple]) -> Ite
         from slam.stream import loudspeaker, stream
         rate = speaker.vocoder.sample_rate
         print(f"speaking: 16-bit little-endian PCM, mono, {rate} Hz", file=sys.stderr)
-        # Without a buffer: at its exit, Python would flush what a closed pipe has not taken, and fail.
+        # Unbuffered, because Python flushes buffers at its exit, and that fails if the pipe is closed.
         with loudspeaker(rate) if cfg.play else open(sys.__stdout__.fileno(), "wb", 0, closefd=False) as sink:
             tokens, *said = stream(lambda progress: speaker.draw(cfg, prompts, progress), speaker.tokenizer,
                                    speaker.vocoder, prompts[0], cfg.continuation_seconds, sink)

@@ -70,7 +70,7 @@ def test_a_run_goes_on_where_it_was_saved(saved):
 
 
 def test_settings_that_have_gone_and_that_changed(saved):
-    """slam.json once had weights, which are gone; who used them can't resume. Nor who now uses what is new."""
+    """A run can't resume if it used `weights`, a setting that is gone, or if a setting newer than it is changed."""
     path = saved / "checkpoint" / "slam.json"
     slam = json.loads(path.read_text())
     path.write_text(json.dumps(slam | {"config": slam["config"] | {"weights": [1, 2]}}))
